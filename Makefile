@@ -1,0 +1,96 @@
+# smallvision: every chore of the repository is a target here. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PROJECTS := gfnet_dynn landmark_distill visiondistill_gc torch_cls_zoo mpkd
+GFNET_SETS := aid nasc nwpu patternnet ucm
+
+# Which Python makes the environment: `make setup PYTHON=python3.12`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do command -v $$p && break; done)
+# Where the data sets lie, how much to run (full, short, rehearsal), and further flags.
+DATA_ROOT ?= data
+SCALE ?= auto
+EXTRA ?=
+# FRESH=1 starts a repro target anew instead of going on where it stopped.
+FRESH ?=
+
+PY := .venv/bin/python
+READY := .venv/.ready
+# Fewer page faults in training on a CPU: large arrays stay with the process (see docs/benchmarks.md).
+REPRO_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+
+.PHONY: help setup test lint format doctor ledger bench constraints mlflow clean repro \
+	$(PROJECTS:%=install-%) $(PROJECTS:%=test-%) test-shared $(GFNET_SETS:%=repro-gfnet-%)
+
+help: ## list the targets
+	@grep -hE '^[a-z][a-zA-Z_%<>-]*:.*?## ' $(firstword $(MAKEFILE_LIST)) | \
+		awk -F ':.*?## ' '{printf "  make %-26s %s\n", $$1, $$2}'
+	@echo "  make install-<project>          install one project into its own environment and try it"
+	@echo "  make test-<project>             the tests of one project"
+	@echo "  projects: $(PROJECTS)"
+	@echo "  variables: PYTHON DATA_ROOT=$(DATA_ROOT) SCALE=full|short|rehearsal EXTRA='more flags' FRESH=1"
+
+$(READY): constraints.txt tools/requirements-dev.in shared/pyproject.toml $(PROJECTS:%=packages/%/pyproject.toml)
+	@test -n "$(PYTHON)" || { echo "error: no Python found; expected 3.10 to 3.13, name one by PYTHON=" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("error: $(PYTHON) is Python %d.%d, expected 3.10 to 3.13" % v)'
+	test -x $(PY) || "$(PYTHON)" -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r tools/requirements-dev.in \
+		-e 'packages/gfnet_dynn[mlflow,export]' -e packages/landmark_distill -e packages/visiondistill_gc \
+		-e packages/torch_cls_zoo -e packages/mpkd
+	$(PY) -m pip install --disable-pip-version-check --no-deps -e shared
+	@touch $(READY)
+
+setup: $(READY) ## make .venv with the versions of constraints.txt
+	@echo "environment ready: .venv"
+
+test: $(READY) ## run every test
+	$(PY) -m pytest -q
+
+test-shared: $(READY) ## the tests of the shared core, of parity and of the repository's contracts
+	$(PY) -m pytest -q tests/shared tests/parity tests/contracts
+
+$(PROJECTS:%=test-%): test-%: $(READY)
+	$(PY) -m pytest -q tests/$* tests/contracts
+
+$(PROJECTS:%=install-%): install-%:
+	"$(PYTHON)" tools/project_env.py $*
+
+lint: $(READY) ## ruff (check and format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) tools/ledger.py --check
+
+format: $(READY) ## let ruff put the code in order
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+doctor: $(READY) ## which Python, frameworks, GPU, disk and data sets are here, and what does not fit
+	$(PY) tools/doctor.py --data-root "$(DATA_ROOT)"
+
+ledger: $(READY) ## render docs/ledger.md from the claims and records, and check both
+	$(PY) tools/ledger.py
+	$(PY) tools/ledger.py --check
+
+bench: $(READY) ## run the benchmarks and write docs/benchmarks.md
+	$(PY) tools/bench/run.py $(EXTRA)
+
+constraints: $(READY) ## renew constraints.txt
+	$(PY) tools/constraints.py
+
+$(GFNET_SETS:%=repro-gfnet-%): repro-gfnet-%: $(READY)
+	$(REPRO_ENV) $(PY) packages/gfnet_dynn/main.py --data-set $* --data-root "$(DATA_ROOT)" --scale "$(SCALE)" \
+		$(if $(FRESH),--fresh,--continue) $(EXTRA)
+
+repro-gfnet-aid: ## GFNet on AID: fine-tune, distil, exits, evaluate (also -nasc -nwpu -patternnet -ucm)
+
+repro: $(GFNET_SETS:%=repro-gfnet-%) ## every reproduction target
+
+mlflow: $(READY) ## open the MLflow pages of the runs on http://localhost:5000
+	$(PY) -m mlflow ui --backend-store-uri "sqlite:///runs/mlflow.db"
+
+clean: ## remove the environments and caches; runs/ and data/ stay
+	rm -rf .venv .envs .cache .pytest_cache .mypy_cache .ruff_cache .coverage
+	find packages shared tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

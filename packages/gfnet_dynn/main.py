@@ -1,0 +1,24 @@
+"""gfnet_dynn from images to a measured early-exit model; ``--help`` lists the options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: use this checkout, whatever is installed
+    repo = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
+
+from shared_core.runs import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a recipe: full when the data set is found, rehearsal otherwise. Returns the exit code."""
+    from gfnet_dynn.pipeline import run_main
+
+    return run_main(argv, prog="main.py", scale="auto")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

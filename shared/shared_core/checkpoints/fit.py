@@ -1,0 +1,56 @@
+"""Say which weights do not fit a model, instead of loading the rest in silence."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shared_core.checkpoints.errors import CheckpointError, first_few
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def check_fit(path: str | Path, *, model: Shapes, weights: Shapes) -> None:
+    """Every weight of the model must be in the file with its shape, and nothing else.
+
+    Args:
+        path: the file, for the message.
+        model: shape per name that the model has.
+        weights: shape per name that the file has.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected and misshaped weights.
+    """
+    missing = [name for name in model if name not in weights]
+    unexpected = [name for name in weights if name not in model]
+    misshaped = [
+        f"{name} {tuple(weights[name])} instead of {tuple(shape)}"
+        for name, shape in model.items()
+        if name in weights and tuple(weights[name]) != tuple(shape)
+    ]
+    problems = [
+        f"{len(names)} {kind} ({first_few(names)})"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshaped", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: weights do not fit the model: {'; '.join(problems)}")
+
+
+def plain_names(names: Sequence[str]) -> dict[str, str]:
+    """Old name to new name, without the prefix that a data-parallel or compiling wrapper adds.
+
+    ``module.`` and ``_orig_mod.`` go only when every name carries them, so a model that has a
+    child called ``module`` keeps it unless all its weights live there.
+    """
+    plain = {name: name for name in names}
+    changed = True
+    while changed and plain:
+        changed = False
+        for prefix in ("module.", "_orig_mod."):
+            if all(new.startswith(prefix) for new in plain.values()):
+                plain = {old: new[len(prefix) :] for old, new in plain.items()}
+                changed = True
+    return plain

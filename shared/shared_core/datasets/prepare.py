@@ -1,0 +1,129 @@
+"""A zip, a tar or a folder becomes a checked data set folder with its split.
+
+``python -m shared_core.datasets.prepare SOURCE TARGET [--spec AID] [--seed N] [--workers N]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared_core.datasets import specs
+from shared_core.datasets.errors import DatasetError
+from shared_core.datasets.manifest import Manifest
+from shared_core.datasets.quarantine import FILE_NAME, write_quarantine
+from shared_core.datasets.scan import scan
+from shared_core.datasets.spec_check import class_mismatch
+from shared_core.datasets.split import FRACTIONS, Fractions, from_layout, make_split
+from shared_core.datasets.unpack import Limits, unpack
+from shared_core.datasets.verify import counter_line, verify
+from shared_core.datasets.verify_report import VerifyReport
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The folder, what the check found, and the split (written to ``root/split.json``)."""
+
+    root: Path
+    report: VerifyReport
+    manifest: Manifest
+
+
+def prepare(
+    source: str | Path,
+    target: str | Path,
+    *,
+    spec: specs.DatasetSpec | None = None,
+    fractions: Fractions = FRACTIONS,
+    seed: int = 0,
+    keep_layout: bool = True,
+    workers: int | None = None,
+    near: bool = True,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Unpack, verify and split. Called again after a crash, it goes on where it was.
+
+    Writes below ``target``: the images, ``verify.json``, ``verify.md``, ``quarantine.txt`` (files
+    that cannot be used; splits leave them out) and ``split.json``.
+
+    Args:
+        source: a .zip, a .tar (.gz, .bz2, .xz), or a folder, which is copied.
+        target: the data set's folder; absent, empty, or one that this source was unpacked to.
+        spec: facts to compare with.
+        fractions, seed: of the split.
+        keep_layout: take train/val/test folders as given (``from_layout``), if there are any.
+        workers, near, progress: as in ``verify``.
+        limits: what an archive may expand to.
+
+    Raises:
+        DatasetError: an archive that escapes its folder, holds links, is damaged or too large; a
+            target in use; no class folders inside; classes other than the spec's.
+        DatasetNotFoundError: no such source.
+    """
+    root = unpack(source, target, limits=limits or Limits())
+    listing = scan(root)
+    if spec is not None and (mismatch := class_mismatch(listing, spec)):
+        raise DatasetError(f"{source} is not {spec.name}: {mismatch}")
+    report = verify(listing, spec=spec, workers=workers, near=near, progress=progress)
+    report.write(root / "verify.json")
+    quarantine = report.quarantine()
+    write_quarantine(root / FILE_NAME, quarantine)
+    if keep_layout and listing.layout == "split":
+        manifest = from_layout(listing, seed=seed, quarantine=quarantine, keys=report.keys)
+    else:
+        manifest = make_split(
+            listing,
+            fractions=fractions,
+            seed=seed,
+            duplicates=report.duplicates,
+            quarantine=quarantine,
+            keys=report.keys,
+        )
+    manifest.write(root / "split.json")
+    return Prepared(root, report, manifest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shared_core.datasets.prepare",
+        description="Unpack an archive or copy a folder of images, check every file, split.",
+    )
+    parser.add_argument("source", type=Path, help="zip, tar or folder")
+    parser.add_argument("target", type=Path, help="the data set's folder, to be made")
+    parser.add_argument("--spec", help=f"facts to compare with: {', '.join(specs.names())}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    parser.add_argument("--workers", type=int, help="processes; 0 for none; default: the cores")
+    parser.add_argument("--no-near", action="store_true", help="skip near duplicates")
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 0:
+        parser.error(f"--workers is {args.workers}, expected 0 or more")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the manifest's notes are printed below
+            done = prepare(
+                args.source,
+                args.target,
+                spec=specs.get(args.spec) if args.spec else None,
+                seed=args.seed,
+                workers=args.workers,
+                near=not args.no_near,
+                progress=counter_line("verify") if sys.stderr.isatty() else None,
+            )
+    except (DatasetError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(done.report.summary())
+    print(done.manifest.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

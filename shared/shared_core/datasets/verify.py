@@ -1,0 +1,302 @@
+"""Read every file of a data set once and say what is wrong with it.
+
+``python -m shared_core.datasets.verify ROOT [--spec AID] [--workers N] [--report F]
+[--quarantine F] [--no-near]``: exit code 0 when the set can be used as it is, 1 when not, 2 for
+wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from shared_core.datasets import fingerprint, specs
+from shared_core.datasets.decode import decode
+from shared_core.datasets.errors import DatasetError
+from shared_core.datasets.image_headers import kind_of
+from shared_core.datasets.quarantine import (
+    load_quarantine,
+    read_quarantine,
+    write_quarantine,
+)
+from shared_core.datasets.scan import Listing, scan
+from shared_core.datasets.spec_check import class_mismatch, describe_counts, describe_sizes
+from shared_core.datasets.verify_report import Problem, VerifyReport
+
+__all__ = [
+    "Problem",
+    "VerifyReport",
+    "load_quarantine",
+    "read_quarantine",
+    "verify",
+    "write_quarantine",
+]
+
+Progress = Callable[[int, int], None]  # called with (files done, files in all)
+
+NEAR_DISTANCE = 8  # bits of 64; candidates are confirmed by their thumbnails
+NEAR_CORRELATION = 0.9  # of grey thumbnails, in [-1, 1]
+_FORMATS = {
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".png": "png",
+    ".bmp": "bmp",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+    ".webp": "webp",
+}
+_THUMB = 16  # pixels
+_CHUNK = 32  # files a task
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What one look at one file gives. A problem is (kind, detail)."""
+
+    problems: tuple[tuple[str, str], ...]
+    key: str = ""
+    size: tuple[int, int] | None = None  # height, width in pixels
+    hash: int = fingerprint.NO_STRUCTURE
+    thumb: NDArray[np.float32] | None = None
+
+
+def inspect_file(path: Path, *, near: bool = True) -> _Facts:
+    """Look at one file: whole, an image, what its name says; its key, size, hash, thumbnail."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return _Facts((("missing", error.strerror or "cannot be read"),))
+    if not data:
+        return _Facts((("empty", "0 bytes"),))
+    key = fingerprint.key_of_bytes(data)
+    kind = kind_of(data)
+    if kind == "unknown":
+        return _Facts((("not_an_image", f"starts with {data[:8]!r}"),), key)
+    problems: list[tuple[str, str]] = []
+    if kind != _FORMATS.get(path.suffix.lower()):
+        problems.append(("wrong_extension", f"{path.suffix} holds {kind}"))
+    try:
+        # Strict: it checks containers and checksums, and has JPEGs that stop early refused.
+        image = decode(data, name="file")
+    except DatasetError as error:
+        detail = " ".join(str(error).removeprefix("file: ").split())
+        return _Facts((("truncated", detail), *problems), key)
+    size = (int(image.shape[0]), int(image.shape[1]))
+    if not near:
+        return _Facts(tuple(problems), key, size)
+    return _Facts(
+        tuple(problems),
+        key,
+        size,
+        fingerprint.perceptual_hash(image),
+        fingerprint.thumbnail(image, _THUMB),
+    )
+
+
+def _inspect_chunk(paths: Sequence[Path], near: bool) -> list[_Facts]:
+    return [inspect_file(path, near=near) for path in paths]
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)  # the processes are the parallelism
+
+
+def _inspect_all(paths: Sequence[Path], workers: int, near: bool) -> Iterator[_Facts]:
+    if workers == 0:
+        for path in paths:
+            yield inspect_file(path, near=near)
+        return
+    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+    # spawn: the same on every system, and no thread or lock of the caller is copied halfway.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        try:
+            done = 0
+            for facts in pool.map(_inspect_chunk, chunks, [near] * len(chunks)):
+                yield from facts
+                done += len(facts)
+        except BrokenProcessPool:
+            raise DatasetError(
+                f"a worker process died at or after {paths[done]}; "
+                "run with workers=0 to see at which file"
+            ) from None
+
+
+def verify(
+    listing: Listing,
+    *,
+    spec: specs.DatasetSpec | None = None,
+    workers: int | None = None,
+    near: bool = True,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Decode every file and report what is wrong, copied, or other than the spec says.
+
+    Args:
+        listing: what ``scan`` found.
+        spec: facts to compare with; what differs is reported.
+        workers: processes; 0 does the work in this one; None takes the machine's cores, at most 8.
+            With workers, a script that calls this needs the usual ``if __name__ == "__main__"``.
+        near: also look for near duplicates (re-encoded, rescaled, brightened, mirrored or turned).
+        progress: called as ``progress(done, total)`` after each file.
+
+    Raises:
+        ValueError: ``workers`` is negative.
+        DatasetError: a worker process died.
+    """
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    if workers < 0:
+        raise ValueError(f"workers is {workers}, expected 0 or more")
+    names = [listing.relative(sample) for sample in listing.samples]
+    facts: list[_Facts] = []
+    for fact in _inspect_all([sample.path for sample in listing.samples], workers, near):
+        facts.append(fact)
+        if progress is not None:
+            progress(len(facts), len(names))
+    problems = [
+        Problem(name, kind, detail)
+        for name, fact in zip(names, facts, strict=True)
+        for kind, detail in fact.problems
+    ]
+    problems += [Problem(name, "stray", "lies in no class folder") for name in listing.stray]
+    problems += _missing_in_splits(listing)
+    exact = _exact_groups(listing, facts)
+    problems += _copy_problems(listing, names, exact)
+    near_groups = _near_groups(facts, exact) if near else []
+    differences = describe_counts(listing, spec) if spec is not None else []
+    mismatch = class_mismatch(listing, spec) if spec is not None else None
+    if mismatch is not None:
+        problems.append(Problem(".", "wrong_classes", mismatch))
+    sizes = Counter(fact.size for fact in facts if fact.size is not None)
+    if spec is not None:
+        differences += describe_sizes(sizes, spec)
+    return VerifyReport(
+        root=str(listing.root),
+        layout=listing.layout,
+        counts=listing.counts(),
+        sizes={f"{h}x{w}": n for (h, w), n in sizes.most_common()},
+        problems=tuple(sorted(problems, key=lambda p: (p.path, p.kind))),
+        duplicates_exact=tuple(tuple(names[i] for i in group) for group in exact),
+        duplicates_near=tuple(tuple(names[i] for i in group) for group in near_groups),
+        near_checked=near,
+        keys={name: fact.key for name, fact in zip(names, facts, strict=True) if fact.key},
+        spec=spec.name if spec is not None else None,
+        differences=tuple(differences),
+    )
+
+
+def _missing_in_splits(listing: Listing) -> list[Problem]:
+    splits: dict[str, set[int]] = defaultdict(set)
+    for sample in listing.samples:
+        if sample.split is not None:
+            splits[sample.split].add(sample.label)
+    return [
+        Problem(f"{split}/{name}", "class_missing", f"split {split!r} has no image of it")
+        for split, present in splits.items()
+        for label, name in enumerate(listing.classes)
+        if label not in present
+    ]
+
+
+def _exact_groups(listing: Listing, facts: Sequence[_Facts]) -> list[list[int]]:
+    by_key: dict[str, list[int]] = defaultdict(list)
+    for index, fact in enumerate(facts):
+        if fact.key:
+            by_key[fact.key].append(index)
+    return [group for group in by_key.values() if len(group) > 1]
+
+
+def _copy_problems(
+    listing: Listing, names: Sequence[str], groups: Sequence[Sequence[int]]
+) -> list[Problem]:
+    problems = []
+    for group in groups:
+        labels = {listing.samples[i].label for i in group}
+        splits = {listing.samples[i].split for i in group}
+        for i in group:
+            other = names[group[0] if i != group[0] else group[1]]
+            if len(labels) > 1:
+                problems.append(Problem(names[i], "copy_in_other_class", f"same bytes as {other}"))
+            elif len(splits) > 1:
+                problems.append(Problem(names[i], "copy_in_other_split", f"same bytes as {other}"))
+            elif i != group[0]:
+                problems.append(Problem(names[i], "copy", f"same bytes as {other}"))
+    return problems
+
+
+def _near_groups(facts: Sequence[_Facts], exact: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Near groups that are more than an exact group; exact copies count as connected."""
+    pairs = fingerprint.near_pairs([f.hash for f in facts], NEAR_DISTANCE, symmetries=True)
+    thumbs = np.stack(
+        [f.thumb if f.thumb is not None else np.zeros((_THUMB, _THUMB), np.float32) for f in facts]
+    )
+    confirmed = fingerprint.confirm_pairs(pairs, thumbs, min_correlation=NEAR_CORRELATION)
+    links = [(int(a), int(b)) for a, b in confirmed]
+    links += [(group[0], other) for group in exact for other in group[1:]]
+    known = {tuple(group) for group in exact}
+    return [g for g in fingerprint.join(links, len(facts)) if tuple(g) not in known]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shared_core.datasets.verify",
+        description="Decode every image of a folder of class folders and report what is wrong.",
+    )
+    parser.add_argument("root", type=Path, help="folder of class folders, or of split folders")
+    parser.add_argument("--spec", help=f"facts to compare with: {', '.join(specs.names())}")
+    parser.add_argument("--workers", type=int, help="processes; 0 for none; default: the cores")
+    parser.add_argument("--report", type=Path, help="write the report here (.json, and .md beside)")
+    parser.add_argument("--quarantine", type=Path, help="write the unusable files' list here")
+    parser.add_argument("--no-near", action="store_true", help="skip near duplicates")
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 0:
+        parser.error(f"--workers is {args.workers}, expected 0 or more")
+    try:
+        spec = specs.get(args.spec) if args.spec else None
+        listing = scan(args.root)
+        report = verify(
+            listing,
+            spec=spec,
+            workers=args.workers,
+            near=not args.no_near,
+            progress=counter_line("verify") if sys.stderr.isatty() else None,
+        )
+        if args.report:
+            report.write(args.report)
+        if args.quarantine:
+            write_quarantine(args.quarantine, report.quarantine())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(report.summary())
+    return 0 if report.ok else 1
+
+
+def counter_line(label: str) -> Progress:
+    """A progress callback that keeps one line on the terminal's error stream."""
+
+    def show(done: int, total: int) -> None:
+        if done % 100 == 0 or done == total:
+            print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

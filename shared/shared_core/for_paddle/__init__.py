@@ -1,0 +1,1 @@
+"""The Paddle side of the shared core; import its modules by name, nothing is imported here."""

@@ -1,0 +1,27 @@
+"""Run records: seeds, folder, metric log, environment, result record, report, command line."""
+
+from shared_core.runs.command import UsageError, run_command
+from shared_core.runs.environment import environment
+from shared_core.runs.folder import RunFolder
+from shared_core.runs.log import MetricLog, read_metrics
+from shared_core.runs.progress import progress
+from shared_core.runs.record import RecordError, check_record, read_result, write_result
+from shared_core.runs.report import Report
+from shared_core.runs.seeds import derive_seed, seed_python_numpy
+
+__all__ = [
+    "MetricLog",
+    "RecordError",
+    "Report",
+    "RunFolder",
+    "UsageError",
+    "check_record",
+    "derive_seed",
+    "environment",
+    "progress",
+    "read_metrics",
+    "read_result",
+    "run_command",
+    "seed_python_numpy",
+    "write_result",
+]
