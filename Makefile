@@ -8,7 +8,7 @@ PROJECTS := gfnet_dynn landmark_distill visiondistill_gc torch_cls_zoo mpkd
 GFNET_SETS := aid nasc nwpu patternnet ucm
 
 # Which Python makes the environment: `make setup PYTHON=python3.12`.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do command -v $$p && break; done)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
 # Where the data sets lie, how much to run (full, short, rehearsal), and further flags.
 DATA_ROOT ?= data
 SCALE ?= auto
@@ -18,7 +18,9 @@ FRESH ?=
 
 PY := .venv/bin/python
 READY := .venv/.ready
-# Fewer page faults in training on a CPU: large arrays stay with the process (see docs/benchmarks.md).
+# Threads that wait without spinning: on a busy machine spinning makes training many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Fewer page faults in training on a CPU: large arrays stay with the process.
 REPRO_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 .PHONY: help setup test lint format doctor ledger bench constraints mlflow clean repro \

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from gfnet_dynn.recipes import RECIPES, SCALES
 from shared_core import datasets
+from shared_core.datasets.randaugment import RandAugment
 from shared_core.runs import UsageError
 
 STAGES = ("prepare", "backbone", "distil", "exits", "evaluate")
@@ -25,6 +27,14 @@ REFUSED = {
     "--dist-eval": "evaluation runs in one process",
     "--resplit": "there is no augmentation split to leave unerased",
 }
+
+
+# Flags that act on what a run may not have.
+BUILTIN = ("builtin_classes", "builtin_images")
+STUDENT = (
+    *("student_arch", "student_dim", "student_epochs", "student_lr", "kd_weight"),
+    *("kd_temperature", "nd_weight", "spectrum_weight", "kd_warmup"),
+)
 
 
 class _Refuse(argparse.Action):
@@ -51,9 +61,10 @@ def _number(kind: type, low: float, high: float, *, open_low: bool = False):  # 
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: expected {kind.__name__}") from None
-        if not (low < value if open_low else low <= value) or not value <= high:
-            left = "(" if open_low else "["
-            raise argparse.ArgumentTypeError(f"{text}: expected {left}{low:g}, {high:g}]")
+        inside = (low < value if open_low else low <= value) and value <= high
+        if not inside or not math.isfinite(value):
+            left, right = "(" if open_low else "[", "]" if math.isfinite(high) else ")"
+            raise argparse.ArgumentTypeError(f"{text}: expected {left}{low:g}, {high:g}{right}")
         return value
 
     return parse
@@ -158,7 +169,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument("--builtin-classes", type=_number(int, 2, 45), default=10)
     g.add_argument("--builtin-images", type=_SIZE, default=200, help="images per class")
     g.add_argument("--num_workers", type=_COUNT, default=2, help="decoding threads")
-    g.add_argument("--pin-mem", action="store_true", help="page-locked batches for a GPU")
+    g.add_argument(
+        "--pin-mem",
+        action="store_true",
+        help="page-locked batches for a GPU, which it gets in any case; refused on a CPU",
+    )
     g.add_argument("--quarantine", type=Path, help="list of files to leave out")
 
     g = p.add_argument_group("augmentation (training images)")
@@ -192,7 +207,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--arch",
         default="GFNet-Dynn",
         choices=("GFNet-Dynn", "GFNet-xs-dynn"),
-        help="the model with exits; its backbone is --backbone-arch or the student",
+        help="the model with exits; GFNet-xs-dynn insists on gfnet-xs under them",
     )
     g.add_argument("--backbone-arch", default="gfnet-xs", choices=ARCHS)
     g.add_argument("--backbone-dim", type=_SIZE, help="width (default: the arch's)")
@@ -250,9 +265,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g = p.add_argument_group("evaluation and records")
     g.add_argument(
         "--policy",
-        default="gate",
+        default=None,
         choices=("gate", "jei", "max_prob", "entropy", "margin", "patience"),
-        help="who decides to leave",
+        help="who decides to leave (default: gate; max_prob with --gate identity)",
     )
     g.add_argument(
         "--max-accuracy-loss",
@@ -267,10 +282,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--save-every",
         type=_COUNT,
         default=0,
-        help="steps between saved states; 0 = at the end of every epoch",
+        help="steps between saved states of backbone and student; 0 = after every epoch, "
+        "as the exits always",
     )
     for flag in REFUSED:
-        p.add_argument(flag, nargs="?", action=_Refuse, help=argparse.SUPPRESS)
+        p.add_argument(
+            flag, nargs="?", action=_Refuse, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return p
 
 
@@ -293,40 +311,108 @@ def parse(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> argpar
     if chosen:
         parser.set_defaults(**RECIPES[chosen])
     args = parser.parse_args(argv)
+    unset = object()  # argparse leaves alone what the namespace holds already
+    marks = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(marks).items() if value is not unset}
     args.scale = chosen or "full"
     args.wanted_data = first.data_set or (str(first.data_path) if first.data_path else "AID")
     args.data_set = canonical(first.data_set, first.data_path)
     args.known_set = args.data_set in SETS
     if args.data_path is None and args.scale != "rehearsal":
         args.data_path = datasets.require(args.data_root, datasets.get(args.data_set))
-    if args.crop_scale[0] > args.crop_scale[1]:
-        raise UsageError(
-            f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: expected low high"
-        )
-    if args.fresh and (args.resume or args.go_on):
-        raise UsageError("--fresh starts anew, --resume goes on: expected one of them")
-    if args.max_warmup_epoch > args.num_epoch:
-        raise UsageError(
-            f"--max_warmup_epoch {args.max_warmup_epoch} is more than --num_epoch {args.num_epoch}"
-        )
+    if args.data_path is not None:
+        locate(args)
     if isinstance(args.resume, str):
         args.checkpoint, args.resume = Path(args.resume), False
+    _check(args, given)
     if args.eval:
         args.stage = "evaluate"
-    if args.gate == "identity" and args.policy in ("gate", "jei"):
-        args.policy = "max_prob"
+    if args.policy is None:
+        args.policy = "gate" if args.gate == "unc" else "max_prob"
     if args.output is None:
         args.output = Path("runs") / "gfnet_dynn" / f"{args.data_set.lower()}-{args.scale}"
     return args
 
 
+def _check(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse now what would end the run later, and what would be ignored.
+
+    Args:
+        given: names of the options that were on the command line.
+    """
+    for flag, path in (
+        ("--checkpoint-path", args.checkpoint),
+        ("--pretrained", args.pretrained),
+        ("--quarantine", args.quarantine),
+    ):
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"{flag} {path}: there is no such file")
+    low, high = args.crop_scale
+    if not 0 < low <= high:
+        raise UsageError(f"--crop-scale {low:g} {high:g}: expected 0 < low <= high <= 1")
+    if args.aa != "none":
+        try:
+            RandAugment(args.aa)
+        except ValueError as error:
+            raise UsageError(f"--aa {args.aa}: {error}") from None
+    if args.fresh and (args.resume or args.go_on):
+        raise UsageError("--fresh starts anew, --resume goes on: expected one of them")
+    if args.early_exit_warmup and args.max_warmup_epoch >= args.num_epoch:
+        raise UsageError(
+            f"--max_warmup_epoch {args.max_warmup_epoch} leaves nothing of --num_epoch "
+            f"{args.num_epoch} for the gates: expected fewer"
+        )
+    if args.gate == "identity" and args.policy in ("gate", "jei"):
+        raise UsageError(
+            f"--policy {args.policy} asks learned gates, --gate identity has none: "
+            "expected another policy"
+        )
+    lower = args.backbone_arch if args.no_distil else args.student_arch
+    if args.arch == "GFNet-xs-dynn" and lower != "gfnet-xs":
+        raise UsageError(f"--arch GFNet-xs-dynn stands on gfnet-xs, this run puts {lower} there")
+    if args.input_size is not None and args.input_size < args.patch_size:
+        raise UsageError(
+            f"--input-size {args.input_size} is less than a patch: expected at least "
+            f"--patch-size {args.patch_size}"
+        )
+    _check_exits(args)
+    for without, names, reason in (
+        (args.data_path is not None, BUILTIN, f"the images of {args.data_path} are used"),
+        (args.aa != "none", ("color_jitter",), f"as in timm, --aa {args.aa} takes its place"),
+        (args.no_distil, STUDENT, "--no-distil leaves the student out"),
+        (args.pretrained is None, ("resolution_transfer",), "there is no --pretrained file"),
+        (args.checkpoint is not None, ("pretrained",), "--checkpoint-path takes its place"),
+    ):
+        for name in names:
+            if without and name in given:
+                raise UsageError(f"--{name.replace('_', '-')} would have no effect: {reason}")
+
+
+def _check_exits(args: argparse.Namespace) -> None:
+    """Exits that the network has no block for."""
+    if args.checkpoint is not None:  # its own depth counts
+        return
+    from gfnet_dynn.models.gfnet import ISOTROPIC
+
+    arch = args.backbone_arch if args.no_distil else args.student_arch
+    depth = args.depth or ISOTROPIC[arch][1]
+    exits = list(args.exits)
+    if depth < 2 or exits != sorted(set(exits)) or any(not 0 <= e < depth - 1 for e in exits):
+        raise UsageError(
+            f"--exits {','.join(map(str, exits)) or 'all'}: expected rising block numbers from 0 "
+            f"to {depth - 2}, the network has {depth} blocks and the last has the final head"
+        )
+
+
 def canonical(data_set: str | None, data_path: Path | None) -> str:
     """The data set's name as checkpoints spell it: one of ``SETS``, or the folder's own name."""
     if data_set is None:
-        return data_path.resolve().name if data_path else "AID"
+        return (data_path.resolve().name or "images") if data_path else "AID"
     for name in SETS:
         if data_set.lower() == name.lower():
             return name
+    if not data_set.strip(" .") or any(c in data_set for c in "/\\\0"):
+        raise UsageError(f"--data-set {data_set!r}: expected a name that a file may bear")
     if data_path is None:
         raise UsageError(
             f"unknown --data-set {data_set!r}: expected one of {', '.join(SETS)}, "

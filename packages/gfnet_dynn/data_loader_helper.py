@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared_core import datasets
+from shared_core.datasets.quarantine import load_quarantine
 from shared_core.datasets.spec_check import describe
 from shared_core.datasets.verify import verify
 from shared_core.for_torch.data import Normalizer, TorchLoader
@@ -57,9 +58,9 @@ class Data:
         }
 
 
-def _image_side(listing: datasets.Listing) -> int:
-    """The short side of the first image, pixels."""
-    height, width = datasets.decode(listing.samples[0].path).shape[:2]
+def _image_side(path: Path) -> int:
+    """The short side of one image, pixels."""
+    height, width = datasets.decode(path).shape[:2]
     return int(min(height, width))
 
 
@@ -91,7 +92,16 @@ def prepare_data(args: argparse.Namespace, output: Path) -> Data:
             spec = datasets.get(args.data_set)
         listing = datasets.scan(root)
         if spec is not None:
+            if len(listing.classes) != spec.num_classes:
+                raise datasets.DatasetError(
+                    f"{root} has {len(listing.classes)} class folders, {spec.name} has "
+                    f"{spec.num_classes}: give it another name by --data-set"
+                )
             notes = describe(listing, spec)
+    if len(listing.classes) < 2:
+        raise datasets.DatasetError(
+            f"{root} has one class, {listing.classes[0]!r}: expected two or more class folders"
+        )
     if args.num_classes and args.num_classes != len(listing.classes):
         raise datasets.DatasetError(
             f"{root} has {len(listing.classes)} classes, --num_classes says {args.num_classes}"
@@ -105,9 +115,12 @@ def prepare_data(args: argparse.Namespace, output: Path) -> Data:
     kind = "built-in" if builtin else "real"
     if spec is not None and spec.num_images and len(manifest.entries) < spec.num_images:
         kind = "subset"
-    own = _image_side(listing)
+    own = _image_side(Path(root) / manifest.entries[0].path)
     size = args.input_size or (min(own, spec.image_size or own) if spec else own)
-    return Data(name, kind, Path(root), manifest, int(size), tuple(notes))
+    data = Data(name, kind, Path(root), manifest, int(size), tuple(notes))
+    for split in ("train", "calibration", "test"):
+        data.image_set(split)  # an empty one is told now, not after an hour
+    return data
 
 
 def _split(
@@ -119,9 +132,7 @@ def _split(
     """Verify every file and make the split."""
     report = verify(listing, spec=spec, workers=args.num_workers if args.num_workers > 1 else 0)
     report.write(output / VERIFY_FILE)
-    quarantine = dict(report.quarantine())
-    if args.quarantine is not None:
-        quarantine |= datasets.read_quarantine(args.quarantine)
+    quarantine = report.quarantine() | load_quarantine(listing.root, args.quarantine)
     if quarantine:
         datasets.write_quarantine(output / QUARANTINE_FILE, quarantine)
         first = next(iter(quarantine.items()))

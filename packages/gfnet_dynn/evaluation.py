@@ -32,6 +32,7 @@ from shared_core.for_torch.precision import Precision
 
 HALF_COST = 0.5  # mean cost of the "fast" point, share of a run to the final head
 TIMED_IMAGES, ROUNDS = 256, 5
+COMPARED = ("gate", "jei", "max_prob", "entropy", "margin")  # patience has no curve of scores
 
 
 def three_policies(
@@ -50,6 +51,28 @@ def three_policies(
     budget = max(HALF_COST * float(calibration.costs[-1]), least)
     fast = solve_for_cost(policy, calibration, mean_cost=budget).policy
     return {"careful": careful, "balanced": balanced, "fast": fast}
+
+
+def compare_policies(
+    calibration: ExitLogits, test: ExitLogits, *, max_loss: float
+) -> dict[str, dict[str, float]]:
+    """Every kind of policy with its own balanced threshold: what it does on the test split.
+
+    One threshold for all exits, fitted on calibration data after temperature scaling; accuracy and
+    cost are those of the full pass with the exits chosen afterwards.
+    """
+    rows = {}
+    for kind in COMPARED:
+        policy = calibrated_policy(ExitPolicy(kind), calibration)
+        chosen = three_policies(policy, calibration, max_loss=max_loss)["balanced"]
+        found = summarise(test, chosen)
+        rows[kind] = {
+            "threshold": chosen.thresholds[0],
+            "accuracy": found["accuracy"],
+            "macs": found["cost"],
+            "macs_fraction": found["cost_fraction"],
+        }
+    return rows
 
 
 def real_exits(
@@ -223,13 +246,21 @@ def evaluate_run(
         "macs_per_exit": [float(c) for c in test.costs],
         "ms_per_image_without_exits": full,
         "points": points,
+        "policies": compare_policies(calibration, test, max_loss=args.max_accuracy_loss),
     }
     drawn = {
         "calibration": calibration,
         "test": test,
         "policy": policy,
         "policies": policies,
-        "sweep": sweep_policy(policy, test),
+        "sweep": sweep_policy(test, policy, thresholds=None),
+        "other_sweeps": {
+            other: sweep_policy(
+                test, calibrated_policy(ExitPolicy(other), calibration), thresholds=None
+            )
+            for other in COMPARED
+            if other != kind
+        },
         "real": real,
         "exits": model.exits,
         "per_class": exit_rates_per_class(

@@ -197,8 +197,9 @@ def fine_tune(
                     "a lower learning rate or --amp fp32 may help"
                 )
             if done == steps_per_epoch:
-                break
-            if args.save_every and step % args.save_every == 0:
+                if done < len(loader):
+                    break
+            elif args.save_every and step % args.save_every == 0:
                 state.save(epoch=epoch, step=step, sums=sums)
         if loader.loader.order.epoch == epoch:  # the last batches were left out
             loader.loader.order.set_epoch(epoch + 1)

@@ -21,6 +21,7 @@ from shared_core.for_torch.checkpoints import (
     save_checkpoint,
 )
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
+from shared_core.runs import UsageError
 
 PROJECT = "gfnet_dynn"
 PLAIN, EXITS = "GFNet", "GFNetDynn"
@@ -79,7 +80,7 @@ def load_model(path: Path, *, architecture: str | None = None) -> tuple[nn.Modul
             model: nn.Module = GFNetDynn.from_config(facts["model"])
         else:
             model = GFNet(**facts["model"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise checkpoints.CheckpointError(f"{path}: no network has its sizes: {error}") from None
     fit_into(model, weights, path=path)
     return model.eval(), facts
@@ -115,7 +116,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name!r}: expected auto, cpu, cuda or cuda:<number>") from None
+        raise UsageError(f"--device {name!r}: expected auto, cpu, cuda or cuda:<number>") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no GPU here; expected cpu or auto")
     return device

@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gfnet_dynn import config as options
 from gfnet_dynn.data_loader_helper import prepare_data
 from gfnet_dynn.evaluation import evaluate_run
@@ -22,7 +24,9 @@ from gfnet_dynn.run_log import RunLog
 from gfnet_dynn.run_report import headline, write_record, write_report
 from gfnet_dynn.stages import Run, distil_student, train_backbone, train_exits
 from gfnet_dynn.tracking import Tracker
+from shared_core.checkpoints import atomic_write
 from shared_core.runs import RunFolder, UsageError
+from shared_core.runs.folder import CONFIG_FILE
 from shared_core.runs.progress import format_seconds
 
 # What does not change a run's result, so that a resumed run may say something else.
@@ -49,19 +53,31 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
     args = options.parse(argv, prog=prog, scale=scale)
     words = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join([f"packages/gfnet_dynn/{prog}", *words])
+    device = choose_device(args.device)
+    if args.pin_mem and device.type == "cpu":
+        raise UsageError("--pin-mem: page-locked batches are for a GPU, this run is on a CPU")
     if args.fresh and args.output.exists():
         _remove_run(args.output)
     started = datetime.now(timezone.utc)
-    plain = {key: _plain(value) for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-    exists = (args.output / "config.json").exists()
+    config_file = args.output / CONFIG_FILE
+    exists = config_file.exists()
     resume = exists and (bool(args.resume) or args.go_on or args.eval or args.stage != "all")
     if args.resume and not exists:
         raise FileNotFoundError(f"nothing to resume: {args.output} holds no run")
+    if args.eval and not exists and args.checkpoint is None:
+        raise FileNotFoundError(
+            f"nothing to evaluate: {args.output} holds no run, and no model is named by "
+            "--checkpoint-path"
+        )
+    if resume and args.checkpoint is None and not args.eval:  # the model that it started from
+        stored = json.loads(config_file.read_text(encoding="utf-8")).get("checkpoint")
+        args.checkpoint = None if stored is None else Path(stored)
+    plain = {key: _plain(value) for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     folder = RunFolder.create(args.output, plain, resume=resume, may_differ=MAY_DIFFER)
     tracker = _tracker(args, folder)
     failed = True
     try:
-        _run_stages(args, plain, folder, tracker, command, started)
+        _run_stages(args, plain, folder, tracker, command, started, device)
         failed = False
     finally:
         tracker.close(failed=failed)
@@ -70,11 +86,20 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
 
 def _remove_run(folder: Path) -> None:
     """Delete an earlier run, and nothing that is not one."""
-    if any(folder.iterdir()) and not (folder / "config.json").exists():
+    if any(folder.iterdir()) and not _is_run(folder):
         raise UsageError(
             f"--fresh: {folder} holds no run, expected one to replace; nothing deleted"
         )
     shutil.rmtree(folder)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether ``folder`` was made by this command; many programs write a ``config.json``."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"scale", "ce_ic_tradeoff", "wanted_data"} <= config.keys()
 
 
 def _plain(value: Any) -> Any:
@@ -84,7 +109,7 @@ def _plain(value: Any) -> Any:
 def _tracker(args: argparse.Namespace, folder: RunFolder) -> Tracker:
     """MLflow's run of this folder, gone on with when the run is resumed."""
     note = folder.file(TRACKER_FILE)
-    run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
+    run_id = json.loads(note.read_text(encoding="utf-8"))["run_id"] if note.exists() else None
     tracker = Tracker(
         _tracking_folder(args.output),
         experiment=f"gfnet_dynn-{args.data_set}",
@@ -93,7 +118,8 @@ def _tracker(args: argparse.Namespace, folder: RunFolder) -> Tracker:
         run_id=run_id,
     )
     if tracker.run_id and tracker.run_id != run_id:
-        note.write_text(json.dumps({"run_id": tracker.run_id}) + "\n")
+        text = json.dumps({"run_id": tracker.run_id}) + "\n"
+        atomic_write(note, lambda path: path.write_text(text, encoding="utf-8"))
         tracker.parameters({key: value for key, value in vars(args).items()})
     return tracker
 
@@ -113,13 +139,10 @@ def _run_stages(
     tracker: Tracker,
     command: str,
     started: datetime,
+    device: torch.device,
 ) -> None:
     log = RunLog(folder.path, tracker)
     clock = time.monotonic()
-    data = prepare_data(args, folder.path)
-    device = choose_device(args.device)
-    run = Run(args, plain, data, log, device, choose_precision(args.amp, device))
-    log.say(headline(run))
     wanted = ["prepare", "backbone", "distil", "exits", "evaluate"]
     if args.no_distil:
         wanted.remove("distil")
@@ -129,13 +152,16 @@ def _run_stages(
         wanted = [stage for stage in wanted if stage not in ("backbone", "distil")]
     if args.stage != "all":
         _check_stage(args, log, wanted)
+    data = prepare_data(args, folder.path)
+    run = Run(args, plain, data, log, device, choose_precision(args.amp, device))
+    log.say(headline(run))
     for stage in wanted:
         if args.stage not in ("all", stage) and stage != "prepare":
             continue
         if log.done(stage) is not None and not (stage == "evaluate" and args.eval):
             log.say(f"{stage}: done before")
             continue
-        _run_stage(stage, run, command, started, clock, wanted)
+        _run_stage(stage, run, command, started, clock)
     log.say(headline(run))
 
 
@@ -153,14 +179,11 @@ def _check_stage(args: argparse.Namespace, log: RunLog, wanted: list[str]) -> No
             )
 
 
-def _run_stage(
-    stage: str, run: Run, command: str, started: datetime, clock: float, wanted: list[str]
-) -> None:
+def _run_stage(stage: str, run: Run, command: str, started: datetime, clock: float) -> None:
     log = run.log
     state = run.folder / "state" / f"{stage}.pth"
     if not state.exists():
-        earlier = [name for name in wanted[: wanted.index(stage)] if log.done(name)]
-        log.begin(earlier[-1] if earlier else None)
+        log.begin()
     log.say(f"--- {stage}")
     begun = time.monotonic()
     if stage == "prepare":

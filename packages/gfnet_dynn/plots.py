@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#7b3294", "#e08214", "#35978f", "#525252")
-WISHES = {"careful": "o", "balanced": "s", "fast": "^"}
+# Marker and size: two wishes may get the same thresholds, and both must be seen.
+WISHES = {"careful": ("o", 15), "balanced": ("s", 10), "fast": ("^", 6)}
 
 
 def _save(
@@ -23,26 +25,32 @@ def _save(
     FigureCanvasAgg(figure)
     draw(figure)
     path = folder / f"{name}.png"
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a class name in another script
+        figure.savefig(path)
     return path
 
 
-def accuracy_cost(folder: Path, measured: dict[str, Any], sweep: Any) -> Path:
-    """Test accuracy against MACs: the sweep over thresholds, the three points, the plain nets."""
+def accuracy_cost(
+    folder: Path, measured: dict[str, Any], sweep: Any, others: dict[str, Any]
+) -> Path:
+    """Test accuracy against MACs: every rule over its thresholds, the points, the plain nets."""
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
-        axis.plot(
-            sweep.cost / 1e6, sweep.accuracy, color=COLOURS[0], label="early exits, all thresholds"
-        )
-        for name, marker in WISHES.items():
+        for colour, (kind, other) in zip(COLOURS[2:], others.items(), strict=False):
+            axis.plot(other.cost / 1e6, other.accuracy, color=colour, lw=0.8, label=kind)
+        kind = measured["exits"]["policy"]
+        axis.plot(sweep.cost / 1e6, sweep.accuracy, color=COLOURS[0], lw=2, label=f"{kind}, used")
+        for name, (marker, size) in WISHES.items():
             point = measured["exits"]["points"][name]
             axis.plot(
                 point["macs"] / 1e6,
                 point["accuracy"],
                 marker,
                 color=COLOURS[0],
-                ms=9,
+                fillstyle="none" if size > 6 else "full",
+                ms=size,
                 label=f"{name} (measured with real exits)",
             )
         for name, colour in (("backbone", COLOURS[6]), ("student", COLOURS[1])):
@@ -80,14 +88,15 @@ def accuracy_time(folder: Path, measured: dict[str, Any], *, unit: str) -> Path:
         for axis, label in zip(
             figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True
         ):
-            for name, marker in WISHES.items():
+            for name, (marker, size) in WISHES.items():
                 point = exits["points"][name]
                 axis.plot(
                     point["ms_per_image"][label],
                     point["accuracy"],
                     marker,
                     color=COLOURS[0],
-                    ms=9,
+                    fillstyle="none" if size > 6 else "full",
+                    ms=size,
                     label=f"exits, {name}",
                 )
             axis.plot(
@@ -140,7 +149,9 @@ def exit_rates(
                 color=colormaps["viridis"](shades[index]),
             )
             left += width
-        axis.set_yticks(np.arange(len(classes)), [classes[i] for i in order], fontsize=8)
+        names_in_order = [classes[i] for i in order]  # a dollar in a name is no formula
+        axis.set_yticks(np.arange(len(classes)), names_in_order, fontsize=8, parse_math=False)
+        axis.invert_yaxis()
         axis.set(xlabel="share of the class's test images", xlim=(0, 1))
         axis.legend(
             fontsize=8, ncols=min(5, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0)
@@ -163,7 +174,14 @@ def reliability(
             curve = reliability_curve(probabilities[index], labels, bins=10)
             shown = curve.count > 0
             axis.plot([0, 1], [0, 1], color="#888888", lw=1, ls="--")
-            axis.plot(curve.confidence[shown], curve.accuracy[shown], "o-", color=COLOURS[0], ms=4)
+            axis.plot(
+                curve.confidence[shown],
+                curve.accuracy[shown],
+                "o-",
+                color=COLOURS[0],
+                ms=4,
+                clip_on=False,
+            )
             value = ece(probabilities[index], labels, scheme="mass")
             axis.set(
                 title=f"{name}, ECE {value:.3f}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1)
@@ -185,7 +203,10 @@ def samples_per_exit(
     columns = max(1, max(len(row) for row in images))
 
     def draw(figure: Any) -> None:
-        grid = figure.subplots(len(names), columns, squeeze=False)
+        heights = [1.0 if row else 0.35 for row in images]
+        grid = figure.subplots(
+            len(names), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
+        )
         for axes, row, texts, name in zip(grid, images, captions, names, strict=True):
             for column, axis in enumerate(axes):
                 axis.set_xticks([])
@@ -196,17 +217,20 @@ def samples_per_exit(
                     axis.set_ylabel(name, fontsize=8)
                 if column < len(row):
                     axis.imshow(row[column])
-                    axis.set_title(texts[column], fontsize=6.5, pad=2)
+                    axis.set_title(texts[column], fontsize=6.5, pad=2, parse_math=False)
                 elif not row and column == 0:
                     axis.text(0.5, 0.5, "nobody", ha="center", va="center", fontsize=8)
 
-    return _save(folder, "samples-per-exit", draw, size=(1.15 * columns + 0.9, 1.35 * len(names)))
+    height = sum(1.35 if row else 0.5 for row in images)
+    return _save(folder, "samples-per-exit", draw, size=(1.15 * columns + 0.9, height))
 
 
 def training_curves(folder: Path, lines: Sequence[dict[str, Any]], exits: Sequence[int]) -> Path:
     """Loss and calibration accuracy of every stage by epoch."""
 
     def draw(figure: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         loss, acc, heads = figure.subplots(1, 3)
         for colour, stage in zip(COLOURS, ("backbone", "distil"), strict=False):
             train = [x for x in lines if x["stage"] == stage and x["split"] == "train"]
@@ -214,24 +238,26 @@ def training_curves(folder: Path, lines: Sequence[dict[str, Any]], exits: Sequen
             loss.plot(
                 [x["step"] + 1 for x in train],
                 [x["loss"] for x in train],
+                ".-",
                 color=colour,
                 label=stage,
             )
-            acc.plot(
-                [x["step"] + 1 for x in val], [x["acc"] for x in val], color=colour, label=stage
-            )
+            epochs = [x["step"] + 1 for x in val]
+            acc.plot(epochs, [x["acc"] for x in val], ".-", color=colour, label=stage)
         val = [x for x in lines if x["stage"] == "exits" and x["split"] == "val"]
         steps = [x["step"] + 1 for x in val]
         for colour, block in zip(COLOURS, exits, strict=False):
-            heads.plot(steps, [x[f"acc{block}"] for x in val], color=colour, label=f"exit {block}")
-        heads.plot(steps, [x["acc_final"] for x in val], color="#000000", label="final")
-        heads.plot(steps, [x["gated_acc"] for x in val], color="#888888", ls="--", label="gated")
+            values = [x[f"acc{block}"] for x in val]
+            heads.plot(steps, values, ".-", color=colour, label=f"exit {block}")
+        heads.plot(steps, [x["acc_final"] for x in val], ".-", color="#000000", label="final")
+        heads.plot(steps, [x["gated_acc"] for x in val], ".--", color="#888888", label="gated")
         for axis, title in (
             (loss, "training loss (nats)"),
             (acc, "calibration accuracy"),
             (heads, "exits, calibration accuracy"),
         ):
             axis.set(title=title, xlabel="epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
             if axis.lines:
                 axis.legend(fontsize=8)

@@ -35,9 +35,9 @@ class RunLog:
         prefix = split if stage == "exits" else f"{stage}/{split}"
         self.tracker.metrics(values, step=step, prefix=prefix)
 
-    def begin(self, after: str | None) -> None:
+    def begin(self) -> None:
         """A stage starts from nothing: lines that a killed try of it wrote are dropped."""
-        self.metrics.cut(self.stages[after]["log_position"] if after else 0)
+        self.metrics.cut(max((done["log_position"] for done in self.stages.values()), default=0))
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, or None."""

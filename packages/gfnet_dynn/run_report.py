@@ -48,6 +48,11 @@ def write_record(
     )
 
 
+def _threads(environment: dict[str, Any]) -> str:
+    count = environment["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def _sheet(run: Run, drawn: dict[str, Any]) -> tuple[list[list[np.ndarray]], list[list[str]]]:
     """Test images that leave at each exit under the balanced policy, correct ones not preferred."""
     predicted, left, labels = drawn["real"]["balanced"]
@@ -74,7 +79,7 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
     for note in run.data.notes:
         report.text(f"Differs from the published set: {note}.")
     environment = record["environment"]
-    hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
+    hardware = environment["gpu"] or f"{environment['cpu']}, {_threads(environment)}"
     report.text(
         f"Measured on {hardware} with torch {environment['packages'].get('torch')}, "
         f"computed in {run.precision}, seed {run.args.seed}, "
@@ -136,8 +141,11 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
             f"plain-features floor and {100 * abs(strong):.1f} points "
             f"{'above' if strong > 0 else 'BELOW'} the engineered-features floor."
         )
-    report.figure(plots.accuracy_cost(folder, measured, drawn["sweep"]), "Accuracy against MACs.")
-    unit = "GPU" if environment["gpu"] else f"CPU, {environment['threads']} threads"
+    report.figure(
+        plots.accuracy_cost(folder, measured, drawn["sweep"], drawn["other_sweeps"]),
+        "Accuracy against MACs.",
+    )
+    unit = "GPU" if environment["gpu"] else f"CPU, {_threads(environment)}"
     report.figure(
         plots.accuracy_time(folder, measured, unit=unit), "Accuracy against measured time."
     )
@@ -162,6 +170,17 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
                 for e in point["exits"]
             ],
         )
+    report.text(
+        "Other rules on the same network, each with the balanced threshold that calibration data "
+        "give it (exits chosen after a full pass):"
+    )
+    report.table(
+        ["rule", "threshold", "accuracy", "MACs (M)", "share of MACs"],
+        [
+            [kind, row["threshold"], row["accuracy"], row["macs"] / 1e6, row["macs_fraction"]]
+            for kind, row in exits["policies"].items()
+        ],
+    )
     report.figure(
         plots.exit_rates(folder, drawn["per_class"], run.data.classes, drawn["exits"]),
         "Where each class leaves, balanced thresholds.",
@@ -176,6 +195,7 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
         "Test images by the exit at which they leave, balanced thresholds.",
     )
     report.heading("Training")
-    lines = read_metrics(folder / "metrics.jsonl")
+    log = folder / "metrics.jsonl"  # none where a model from elsewhere was evaluated
+    lines = read_metrics(log) if log.exists() else []
     report.figure(plots.training_curves(folder, lines, drawn["exits"]), "Curves by epoch.")
     report.write(folder)

@@ -203,7 +203,8 @@ def train_exits(run: Run) -> dict[str, Any]:
     args, data = run.args, run.data
     run.seed("exits")
     source = args.checkpoint or run.file("backbone" if args.no_distil else "student")
-    backbone, _ = load_model(source, architecture=PLAIN)
+    backbone, facts = load_model(source, architecture=PLAIN)
+    _check_source(source, backbone, facts, data)
     exits = args.exits or tuple(range(backbone.depth - 1))
     model = GFNetDynn(backbone, exits, gate=args.gate).to(run.device)
     groups = optimizer_groups(model, lr=args.lr, gate_lr=args.gate_lr or args.lr)
@@ -251,7 +252,10 @@ def train_exits(run: Run) -> dict[str, Any]:
         run.log.say(f"exits: resumed at epoch {first + 1}")
     else:
         state.save(epoch=0, best_name="")
-    policy = ExitPolicy(args.policy if args.policy != "patience" else "gate", 0.5)
+    kind = args.policy  # patience has no score to choose epochs by
+    if kind == "patience":
+        kind = "gate" if args.gate == "unc" else "max_prob"
+    policy = ExitPolicy(kind, 0.5)
     limits = (BARELY_TRAIN, BARELY_EVALUATE) if args.barely_train else (None, None)
 
     for epoch in range(first, args.num_epoch):
@@ -324,6 +328,21 @@ def train_exits(run: Run) -> dict[str, Any]:
     run.log.finish("exits", result)
     state.remove()
     return result
+
+
+def _check_source(path: Path, backbone: GFNet, facts: dict[str, Any], data: Data) -> None:
+    """A backbone from elsewhere must know the data's classes and size."""
+    if tuple(facts["class_names"]) != data.classes:
+        raise ValueError(
+            f"{path} knows {len(facts['class_names'])} classes "
+            f"({', '.join(facts['class_names'][:3])}...), the data has {len(data.classes)} "
+            f"({', '.join(data.classes[:3])}...)"
+        )
+    if backbone.img_size != (data.input_size, data.input_size):
+        raise ValueError(
+            f"{path} takes images of {backbone.img_size[0]} pixels, this run has "
+            f"{data.input_size}: expected --input-size {backbone.img_size[0]}"
+        )
 
 
 def _save_exits(run: Run, path: Path, model: GFNetDynn, best: Best, found: dict) -> None:

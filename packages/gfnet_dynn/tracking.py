@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ class Tracker:
                 file=sys.stderr,
             )
             return
-        folder = folder.resolve()
+        self._mlflow = mlflow
+        self._guard(lambda: self._start(folder.resolve(), experiment, run_name, run_id))
+
+    def _start(self, folder: Path, experiment: str, run_name: str, run_id: str | None) -> None:
+        mlflow = self._mlflow
         folder.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         if mlflow.get_experiment_by_name(experiment) is None:
@@ -53,30 +57,41 @@ class Tracker:
             filter_string=f"attributes.run_id = '{run_id}'",
         )
         run = mlflow.start_run(run_id=run_id if known else None, run_name=run_name)
-        self.run_id, self._mlflow = run.info.run_id, mlflow
+        self.run_id = run.info.run_id
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """A store that fails (a full disk, a broken database) must not end the training."""
+        if self._mlflow is None:
+            return
+        try:
+            call()
+        except Exception as error:  # mlflow, sqlalchemy and the disk each raise their own
+            self._mlflow = None
+            line = " ".join(str(error).split())[:200]
+            print(
+                f"mlflow failed ({line}): from here metrics go to metrics.jsonl only",
+                file=sys.stderr,
+            )
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Log the configuration; a value longer than the store takes is cut."""
-        if self._mlflow:
-            self._mlflow.log_params({key: str(value)[:500] for key, value in values.items()})
+        texts = {key: str(value)[:500] for key, value in values.items()}
+        self._guard(lambda: self._mlflow.log_params(texts))
 
     def metrics(self, values: Mapping[str, float], *, step: int, prefix: str = "") -> None:
         """Log numbers under ``prefix/name``."""
-        if self._mlflow:
-            numbers = {
-                f"{prefix}/{key}" if prefix else key: float(value)
-                for key, value in values.items()
-                if isinstance(value, (int, float))
-            }
-            self._mlflow.log_metrics(numbers, step=step)
+        numbers = {
+            f"{prefix}/{key}" if prefix else key: float(value)
+            for key, value in values.items()
+            if isinstance(value, (int, float))
+        }
+        self._guard(lambda: self._mlflow.log_metrics(numbers, step=step))
 
     def artifact(self, path: Path) -> None:
         """Keep a copy of a file with the run."""
-        if self._mlflow:
-            self._mlflow.log_artifact(str(path))
+        self._guard(lambda: self._mlflow.log_artifact(str(path)))
 
     def close(self, *, failed: bool = False) -> None:
         """End the run."""
-        if self._mlflow:
-            self._mlflow.end_run("FAILED" if failed else "FINISHED")
-            self._mlflow = None
+        self._guard(lambda: self._mlflow.end_run("FAILED" if failed else "FINISHED"))
+        self._mlflow = None

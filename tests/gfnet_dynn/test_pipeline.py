@@ -1,0 +1,325 @@
+"""The whole chain on tiny built-in scenes: files, names, record, report, real exits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from gfnet_dynn.exit_evaluation import ExitLogits
+from gfnet_dynn.model_files import load_model
+from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
+from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
+from shared_core.datasets import EvalView, ImageSet, Manifest
+from shared_core.datasets.loader import BatchLoader
+from shared_core.runs import read_metrics, read_result
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FIGURES = (
+    *("accuracy-cost", "accuracy-time", "exit-rates", "reliability", "samples-per-exit"),
+    "training",
+)
+
+
+def weights_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of every model file of a run by its path in the run."""
+    found = {}
+    for path in sorted((folder / "checkpoint").rglob("*.pth")):
+        content = torch.load(path, weights_only=True)
+        found[str(path.relative_to(folder))] = content.get("model") or content["state"]
+    return found
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = weights_of(first), weights_of(second)
+    assert list(a) == list(b)
+    for name, weights in a.items():
+        assert list(weights) == list(b[name])
+        for key, value in weights.items():
+            assert torch.equal(value, b[name][key]), (name, key)
+
+
+def normalised(paths: list[Path], size: int) -> torch.Tensor:
+    """Images as the models see them, computed here: bytes, then ImageNet's mean and deviation."""
+    images = ImageSet(paths, [0] * len(paths), [str(path) for path in paths])
+    view = EvalView(size, resize_ratio=1.0, method="cubic")
+    batch = next(iter(BatchLoader(images, view=view, batch_size=len(paths), threads=0)))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    pixels = (batch.images / 255.0 - mean) / std
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+
+
+def test_files_carry_the_names_of_the_readme(finished):
+    folder, _ = finished
+    names = {str(path.relative_to(folder)) for path in (folder / "checkpoint").rglob("*.pth")}
+    best = [name for name in names if name.startswith("checkpoint/best/")]
+    assert len(best) == 1
+    pattern = r"ckpt_built-in-scenes_(\d+)__0\.75__(\d+\.\d+)\.pth"
+    found = re.fullmatch(pattern, Path(best[0]).name)
+    assert found is not None
+    confidence = "checkpoint/checkpoint_built-in-scenes_0.75_confEE/"
+    series = sorted(name for name in names if name.startswith(confidence))
+    assert confidence + Path(best[0]).name in series
+    assert all(re.fullmatch(pattern, Path(name).name) for name in series)
+    warm_up = {f"checkpoint/_warmup/built-in-scenes_16_0.75/{block}.pth" for block in (0, 1, 2)}
+    models = {f"checkpoint/{name}_built-in-scenes.pth" for name in ("backbone", "student")}
+    assert names == {*best, *series, *warm_up, *models}
+    # The accuracy in the name is that of the calibration split, in percent.
+    _, facts = load_model(folder / best[0], architecture="GFNetDynn")
+    assert float(found.group(2)) == round(100 * facts["metrics"]["calibration_gated_accuracy"], 2)
+    assert facts["epoch"] == int(found.group(1))
+    assert not list((folder / "state").glob("*"))  # nothing left over
+
+
+def test_first_and_last_line_say_rehearsal(finished):
+    _, done = finished
+    lines = done.out.strip().splitlines()
+    for line in (lines[0], lines[-1]):
+        assert line.startswith("REHEARSAL")
+        assert "AID was not used" in line and "not a reproduction" in line
+
+
+def test_record(finished, tiny):
+    folder, _ = finished
+    record = read_result(folder / "result.json")
+    manifest = Manifest.read(folder / "split.json")
+    assert record["data"]["kind"] == "built-in" and record["scale"] == "rehearsal"
+    assert record["data"]["split_hash"] == manifest.hash
+    assert record["data"]["images"] == 120 and record["data"]["pixels"] == 16
+    assert sum(record["data"]["splits"].values()) == 120
+    assert record["task"] == "gfnet_dynn/aid" and record["seeds"] == [0]
+    assert record["command"].startswith("packages/gfnet_dynn/main.py --scale rehearsal")
+    assert 0 < record["wall_seconds"] < 600
+    measured = record["measured"]
+    assert set(measured) == {"floor", "backbone", "student", "exits"}
+    assert set(measured["exits"]["points"]) == {"careful", "balanced", "fast"}
+    for name in ("backbone", "student"):
+        model, _ = load_model(folder / f"checkpoint/{name}_built-in-scenes.pth")
+        assert measured[name]["parameters"] == sum(p.numel() for p in model.parameters())
+        assert 0 <= measured[name]["accuracy"] <= 1
+    for point in measured["exits"]["points"].values():
+        assert sum(row["rate"] for row in point["exits"]) == pytest.approx(1)
+        cost = sum(row["rate"] * row["macs"] for row in point["exits"])
+        assert cost == pytest.approx(point["macs"])
+        assert set(point["ms_per_image"]) == {"batch 1", "batch 64"}
+        assert all(value > 0 for value in point["ms_per_image"].values())
+
+
+def test_report_shows_every_figure(finished):
+    folder, _ = finished
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for name in FIGURES:
+        assert f"]({name}.png)" in markdown
+        picture = cv2.imread(str(folder / f"{name}.png"))
+        assert picture is not None and min(picture.shape[:2]) > 100
+        assert picture.std() > 5  # something is drawn
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert "REHEARSAL" in markdown and "REHEARSAL" in page
+    accuracy = read_result(folder / "result.json")["measured"]["backbone"]["accuracy"]
+    assert f"| backbone | {accuracy:.4g} |" in markdown
+
+
+def test_metrics_carry_the_names_of_the_original(finished):
+    folder, _ = finished
+    lines = read_metrics(folder / "metrics.jsonl")
+    kinds = [(line["stage"], line["split"], line["step"]) for line in lines]
+    assert kinds == [
+        (stage, split, step)
+        for stage, epochs in (("backbone", 2), ("distil", 2), ("exits", 4))
+        for step in range(epochs)
+        for split in ("train", "val")
+    ]
+    by_kind = dict(zip(kinds, lines, strict=True))
+    assert {"loss", "lr"} <= by_kind["backbone", "train", 0].keys()
+    assert {"kd", "nd", "loss"} <= {key.split("_")[0] for key in by_kind["distil", "train", 0]}
+    assert "acc" in by_kind["distil", "val", 1]
+    per_exit = {f"{name}{e}" for e in (0, 1, 2) for name in ("acc", "p_max", "entropy", "margins")}
+    final = {"acc_final", "final_p_max", "final_entropy", "final_margins"}
+    for step in range(4):
+        assert per_exit | final <= by_kind["exits", "train", step].keys()
+        held = by_kind["exits", "val", step].keys()
+        assert per_exit | final | {f"ece{e}" for e in (0, 1, 2)} | {"final_ece"} <= held
+        assert {f"percent_exit{e}" for e in (0, 1, 2)} | {"percent_exitfinal"} <= held
+        assert {"gated_acc", "gated_ece", "total_cost", "test_acc", "gate_loss"} <= held
+    assert {"gate_loss", "classifier_loss", "acc_exit"} <= by_kind["exits", "train", 2].keys()
+
+
+def test_student_loads_as_a_plain_gfnet(finished):
+    folder, _ = finished
+    (folder / "checkpoint").exists()
+    content = torch.load(folder / "checkpoint/student_built-in-scenes.pth", weights_only=True)
+    facts = json.loads(content["facts"])
+    model = GFNet(**facts["model"])
+    model.load_state_dict(content["model"], strict=True)  # no projector, no teacher
+    assert model.embed_dim == 12 and model.depth == 4
+    assert facts["class_names"] == ["fields_stripes", "roads_cross", "tanks_grid"]
+    assert facts["input_size"] == [3, 16, 16] and facts["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_accuracies_of_plain_networks_are_those_of_the_images(finished):
+    """The files' own weights on the files' own images, without the pipeline's loaders."""
+    folder, _ = finished
+    record = read_result(folder / "result.json")["measured"]
+    items = Manifest.read(folder / "split.json").subset("test")
+    images = normalised([folder / "data/scenes" / item.path for item in items], 16)
+    labels = torch.tensor([item.label for item in items])
+    for name in ("backbone", "student"):
+        model, _ = load_model(folder / f"checkpoint/{name}_built-in-scenes.pth")
+        with torch.no_grad():
+            right = (model(images).argmax(dim=1) == labels).double().mean()
+        assert record[name]["accuracy"] == pytest.approx(float(right))
+
+
+def test_measured_exits_are_those_of_the_saved_outputs(finished):
+    folder, _ = finished
+    exits = read_result(folder / "result.json")["measured"]["exits"]
+    outputs = ExitLogits.load(folder / "outputs-test.npz")
+    items = Manifest.read(folder / "split.json").subset("test")
+    assert outputs.labels.tolist() == [item.label for item in items]
+    assert outputs.split_hash == Manifest.read(folder / "split.json").hash
+    best = next((folder / "checkpoint/best").glob("*.pth"))
+    model, _ = load_model(best, architecture="GFNetDynn")
+    assert isinstance(model, GFNetDynn)
+    images = normalised([folder / "data/scenes" / item.path for item in items], 16)
+    for point in exits["points"].values():
+        policy = ExitPolicy(
+            exits["policy"], point["threshold"], temperatures=exits["temperatures"]
+        )
+        leave = model.early_exit(images, policy)
+        right = (leave.logits.argmax(dim=1).numpy() == outputs.labels).mean()
+        assert point["accuracy"] == pytest.approx(right)
+        chosen = outputs.select(policy)
+        assert point["agreement_with_full_pass"] == 1.0
+        assert (leave.exit_index.numpy() == chosen).all()
+        from_file = outputs.correct[chosen, np.arange(len(chosen))].mean()
+        assert point["accuracy"] == pytest.approx(from_file)
+        assert point["macs"] == pytest.approx(outputs.costs[chosen].mean())
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_give_the_same_run(tmp_path, finished, tiny, command, without_times):
+    folder, _ = finished
+    alone = tmp_path / "alone"
+    for stage in ("prepare", "backbone", "distil", "exits", "evaluate"):
+        done = command(*tiny(alone, "--stage", stage))
+        assert done.code == 0, done.err
+    assert_same_weights(folder, alone)
+    assert (folder / "metrics.jsonl").read_bytes() == (alone / "metrics.jsonl").read_bytes()
+    assert (folder / "split.json").read_bytes() == (alone / "split.json").read_bytes()
+    records = [read_result(path / "result.json")["measured"] for path in (folder, alone)]
+    assert without_times(records[0]) == without_times(records[1])
+    again = command(*tiny(alone, "--stage", "backbone"))
+    assert again.code == 0 and "backbone: done before" in again.out
+
+
+def test_eval_alone_changes_no_number(finished, tiny, command, without_times, digests):
+    folder, _ = finished
+    before, files = read_result(folder / "result.json"), digests(folder)
+    log = (folder / "metrics.jsonl").read_bytes()
+    done = command(*tiny(folder, "--eval"))
+    assert done.code == 0, done.err
+    after = read_result(folder / "result.json")
+    assert without_times(before["measured"]) == without_times(after["measured"])
+    assert digests(folder) == files and (folder / "metrics.jsonl").read_bytes() == log
+
+
+def test_eval_of_a_named_model_in_another_folder(
+    tmp_path, finished, tiny, command, without_times
+):
+    folder, _ = finished
+    best = next((folder / "checkpoint/best").glob("*.pth"))
+    done = command(*tiny(tmp_path / "eval", "--eval", "--checkpoint-path", str(best)))
+    assert done.code == 0, done.err
+    mine = read_result(tmp_path / "eval/result.json")["measured"]
+    theirs = read_result(folder / "result.json")["measured"]
+    assert set(mine) == {"floor", "exits"}
+    assert without_times(mine["exits"]) == without_times(theirs["exits"])
+
+
+def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command):
+    """--checkpoint-path gives exits to a model; its own weights stay."""
+    folder, _ = finished
+    source = folder / "checkpoint/backbone_built-in-scenes.pth"
+    words = tiny(tmp_path / "run", "--checkpoint-path", str(source))
+    done = command(*words)
+    assert done.code == 0, done.err
+    assert "--- backbone" not in done.out and "--- distil" not in done.out
+    best = next((tmp_path / "run/checkpoint/best").glob("*.pth"))
+    given = torch.load(source, weights_only=True)["model"]
+    built = torch.load(best, weights_only=True)["model"]
+    for name, value in given.items():
+        assert torch.equal(built[f"backbone.{name}"], value)
+    # Gone on with, the run remembers where it started from.
+    again = command(*tiny(tmp_path / "run", "--resume"))
+    assert again.code == 0 and "--- backbone" not in again.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--no-distil", "--exits", "all", "--phase2", "joint"),
+        ("--gate", "identity", "--phase2", "backbone"),
+        ("--policy", "patience", "--early_exit_warmup", "False", "--barely_train"),
+        ("--gate", "identity", "--policy", "patience", "--classifier_loss", "single"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_variants_run_to_the_end(tmp_path, tiny, command, words):
+    base = tiny(tmp_path / "run")
+    if "--no-distil" in words:  # the recipe of the tiny run names the student's size
+        at = base.index("--student-dim")
+        del base[at : at + 2]
+        at = base.index("--student-epochs")
+        del base[at : at + 2]
+    done = command(*base, *words)
+    assert done.code == 0, done.err
+    measured = read_result(tmp_path / "run/result.json")["measured"]
+    assert ("student" in measured) == ("--no-distil" not in words)
+    assert len(measured["exits"]["macs_per_exit"]) == 4
+
+
+@pytest.mark.slow
+def test_script_from_another_folder_with_an_odd_path(tmp_path, tiny):
+    folder = tmp_path / "Läufe und 数据"
+    folder.mkdir()
+    script = REPOSITORY / "packages/gfnet_dynn/main.py"
+    done = subprocess.run(
+        [sys.executable, script, *tiny(Path("run 1")), "--stage", "prepare"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("REHEARSAL")
+    assert done.stdout.splitlines()[-1].startswith("REHEARSAL")
+    assert (folder / "run 1/split.json").exists()
+    assert [path.name for path in folder.iterdir()] == ["run 1"]
+
+
+def test_folder_of_images_with_odd_names(tmp_path, tiny, command, folder_of_images):
+    """Names with spaces, other scripts and dollars, in the folder and in its classes."""
+    root = folder_of_images(tmp_path / "meine Bilder é", ("straße $x^", "b c", "森林"))
+    done = command(*_without_builtin(tiny(tmp_path / "run ü")), "--data-path", root)
+    assert done.code == 0, done.err
+    record = read_result(tmp_path / "run ü/result.json")
+    assert record["data"]["kind"] == "real" and record["data"]["name"] == "meine Bilder é"
+    assert "REHEARSAL" not in done.out
+    assert list((tmp_path / "run ü/checkpoint/best").glob("ckpt_meine-Bilder-é_*.pth"))
+    assert record["measured"]["floor"]["plain"] == 1.0  # the colour tells all
+
+
+def _without_builtin(words: list[str]) -> list[str]:
+    for flag in ("--builtin-classes", "--builtin-images"):
+        at = words.index(flag)
+        del words[at : at + 2]
+    return words
