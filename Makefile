@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 DATA_ROOT ?= data
 SCALE ?= auto
 EXTRA ?=
+# Further flags of pytest for `make test`; with COVERAGE=1 the core must be covered to 95 %.
+TEST_FLAGS ?= $(if $(COVERAGE),--cov --cov-report=term:skip-covered --cov-fail-under=95)
 # FRESH=1 starts a repro target anew instead of going on where it stopped.
 FRESH ?=
 
@@ -49,7 +51,7 @@ setup: $(READY) ## make .venv with the versions of constraints.txt
 	@echo "environment ready: .venv"
 
 test: $(READY) ## run every test
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(TEST_FLAGS)
 
 test-shared: $(READY) ## the tests of the shared core, of parity and of the repository's contracts
 	$(PY) -m pytest -q tests/shared tests/parity tests/contracts

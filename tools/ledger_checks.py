@@ -82,7 +82,7 @@ def zoo_mega_multiply_adds(name: str, num_classes: int = 6, img_size: int = 224)
 def _gfnet(arch: str, img_size: int, num_classes: int, patch_size: int | None) -> Any:
     import torch
 
-    from gfnet_dynn.models.gfnet import build_gfnet
+    from gfnet_dynn.models.build import build_gfnet
 
     with torch.device("meta"):
         return build_gfnet(

@@ -23,8 +23,9 @@ from gfnet_dynn.distillation import (
 from gfnet_dynn.finetune import BARELY_TRAIN, cross_entropy_losses, fine_tune
 from gfnet_dynn.learning_helper import Alternation, optimizer_groups, phases_of
 from gfnet_dynn.model_files import PLAIN, load_model, load_pretrained, save_model
+from gfnet_dynn.models.build import build_gfnet
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
-from gfnet_dynn.models.gfnet import GFNet, build_gfnet
+from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.our_train_helper import (
     BARELY_EVALUATE,

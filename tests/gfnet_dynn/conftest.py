@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,8 @@ for line in sys.stdin:
     if pid == 0:
         out = os.open(job["out"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
+        if not job["figures"]:
+            pipeline.write_report = lambda *words: None
         if job["file_limit"]:
             import resource, signal
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -83,9 +86,11 @@ class Server:
         out: Path,
         kill: Callable[[float], bool] | None = None,
         file_limit: int = 0,
+        figures: bool = True,
     ) -> int:
         """Exit code, or -9 when ``kill(seconds since the start)`` said so and it was killed."""
         job = {"argv": list(argv), "out": str(out), "file_limit": file_limit}
+        job["figures"] = figures
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -183,6 +188,18 @@ def folder_of_images() -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Runs in this process write no report: drawing is half of a tiny run's time."""
+    from gfnet_dynn import pipeline
+
+    def write_nothing(run, record, drawn) -> None:
+        for name in ("report.md", "report.html"):
+            (run.folder / name).write_text("")
+
+    monkeypatch.setattr(pipeline, "write_report", write_nothing)
+
+
 @pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
     """sha256 of every model file of a run, by its path in the run."""
@@ -206,3 +223,14 @@ def without_times() -> Callable[[object], object]:
         return [strip(item) for item in value] if isinstance(value, list) else value
 
     return strip
+
+
+@pytest.fixture(scope="session")
+def copy_of(finished) -> Callable[[Path], Path]:
+    """A copy of the finished run, for tests that change it."""
+
+    def copy(target: Path) -> Path:
+        shutil.copytree(finished[0], target)
+        return target
+
+    return copy

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from gfnet_dynn import export  # noqa: E402
+from gfnet_dynn import export, quantization  # noqa: E402
 
 pytestmark = pytest.mark.slow  # each export takes seconds
 
@@ -72,13 +72,15 @@ def test_fft_form_writes_dft_nodes(model, tmp_path):
 
 @pytest.mark.parametrize("method", ["static", "dynamic"])
 def test_int8_student(model, student, images, tmp_path, method):
-    report = export.quantize_student(student, tmp_path / "q.onnx", images=images, method=method)
+    report = quantization.quantize_student(
+        student, tmp_path / "q.onnx", images=images, method=method
+    )
     assert report["quantized_layers"] == 6  # fc1 and fc2 of three blocks; no filter, no head
     assert report["relative_error"] < 0.03 and report["top1_agreement"] >= 0.95
     assert report["int8_bytes"] < report["float_bytes"]
     with torch.no_grad():
         labels = model.backbone(torch.from_numpy(images)).argmax(1).numpy()
-    report = export.accuracy_report(student, tmp_path / "q.onnx", images, labels)
+    report = quantization.accuracy_report(student, tmp_path / "q.onnx", images, labels)
     assert report["float_accuracy"] == 1.0
     assert report["int8_accuracy"] == report["top1_agreement"]
 
@@ -133,7 +135,7 @@ def test_int8_chain_decides_nearly_alike(model, chain, images, tmp_path, method)
 
     shutil.copytree(chain, tmp_path / "q")
     names = [f"segment{i}.onnx" for i in range(3)]
-    export.quantize_segments(tmp_path / "q", names, method=method, images=images)
+    quantization.quantize_segments(tmp_path / "q", names, method=method, images=images)
     policy = quantile_policy("max_prob", model, images)
     exact = export.OnnxEarlyExit(chain).run(images, policy)
     rounded = export.OnnxEarlyExit(tmp_path / "q").run(images, policy)
@@ -152,7 +154,7 @@ def test_bad_requests_and_broken_chains_are_one_line_errors(model, chain, images
     with pytest.raises(ValueError, match="got 3 thresholds"):
         export.export_early_exit(model, tmp_path, policy=ExitPolicy("gate", [0.5] * 3))
     with pytest.raises(ValueError, match="got 'half', expected one of"):
-        export.quantize_file(chain / "segment0.onnx", tmp_path / "x.onnx", method="half")
+        quantization.quantize_file(chain / "segment0.onnx", tmp_path / "x.onnx", method="half")
     with pytest.raises(FileNotFoundError, match="expected an existing file"):
         export.OnnxEarlyExit(tmp_path)
     runner = export.OnnxEarlyExit(chain)

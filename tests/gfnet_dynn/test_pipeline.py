@@ -155,7 +155,6 @@ def test_metrics_carry_the_names_of_the_original(finished):
 
 def test_student_loads_as_a_plain_gfnet(finished):
     folder, _ = finished
-    (folder / "checkpoint").exists()
     content = torch.load(folder / "checkpoint/student_built-in-scenes.pth", weights_only=True)
     facts = json.loads(content["facts"])
     model = GFNet(**facts["model"])
@@ -191,9 +190,7 @@ def test_measured_exits_are_those_of_the_saved_outputs(finished):
     assert isinstance(model, GFNetDynn)
     images = normalised([folder / "data/scenes" / item.path for item in items], 16)
     for point in exits["points"].values():
-        policy = ExitPolicy(
-            exits["policy"], point["threshold"], temperatures=exits["temperatures"]
-        )
+        policy = ExitPolicy(exits["policy"], point["threshold"], temperatures=exits["temperatures"])
         leave = model.early_exit(images, policy)
         right = (leave.logits.argmax(dim=1).numpy() == outputs.labels).mean()
         assert point["accuracy"] == pytest.approx(right)
@@ -206,7 +203,9 @@ def test_measured_exits_are_those_of_the_saved_outputs(finished):
 
 
 @pytest.mark.slow
-def test_stages_one_by_one_give_the_same_run(tmp_path, finished, tiny, command, without_times):
+def test_stages_one_by_one_give_the_same_run(
+    tmp_path, finished, tiny, command, without_times, no_figures
+):
     folder, _ = finished
     alone = tmp_path / "alone"
     for stage in ("prepare", "backbone", "distil", "exits", "evaluate"):
@@ -221,8 +220,10 @@ def test_stages_one_by_one_give_the_same_run(tmp_path, finished, tiny, command, 
     assert again.code == 0 and "backbone: done before" in again.out
 
 
-def test_eval_alone_changes_no_number(finished, tiny, command, without_times, digests):
-    folder, _ = finished
+def test_eval_alone_changes_no_number(
+    tmp_path, copy_of, tiny, command, without_times, digests, no_figures
+):
+    folder = copy_of(tmp_path / "run")
     before, files = read_result(folder / "result.json"), digests(folder)
     log = (folder / "metrics.jsonl").read_bytes()
     done = command(*tiny(folder, "--eval"))
@@ -232,9 +233,7 @@ def test_eval_alone_changes_no_number(finished, tiny, command, without_times, di
     assert digests(folder) == files and (folder / "metrics.jsonl").read_bytes() == log
 
 
-def test_eval_of_a_named_model_in_another_folder(
-    tmp_path, finished, tiny, command, without_times
-):
+def test_eval_of_a_named_model_in_another_folder(tmp_path, finished, tiny, command, without_times):
     folder, _ = finished
     best = next((folder / "checkpoint/best").glob("*.pth"))
     done = command(*tiny(tmp_path / "eval", "--eval", "--checkpoint-path", str(best)))
@@ -245,7 +244,7 @@ def test_eval_of_a_named_model_in_another_folder(
     assert without_times(mine["exits"]) == without_times(theirs["exits"])
 
 
-def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command):
+def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command, no_figures):
     """--checkpoint-path gives exits to a model; its own weights stay."""
     folder, _ = finished
     source = folder / "checkpoint/backbone_built-in-scenes.pth"
@@ -274,7 +273,7 @@ def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command):
     ],
     ids=lambda words: " ".join(words),
 )
-def test_variants_run_to_the_end(tmp_path, tiny, command, words):
+def test_variants_run_to_the_end(tmp_path, tiny, command, no_figures, words):
     base = tiny(tmp_path / "run")
     if "--no-distil" in words:  # the recipe of the tiny run names the student's size
         at = base.index("--student-dim")
@@ -323,3 +322,67 @@ def _without_builtin(words: list[str]) -> list[str]:
         at = words.index(flag)
         del words[at : at + 2]
     return words
+
+
+EXIT_FLAGS = (
+    *("--lr 0.5", "--gate-lr 0.9", "--wd 0.5", "--min-lr 0.0001", "--batch 8", "--seed 3"),
+    *("--ce_ic_tradeoff 5", "--bilevel_batch_count 7", "--gate_objective zeroOne"),
+    *("--gate_objective prob", "--classifier_loss single", "--classifier_loss legacy"),
+    *("--early_exit_warmup false", "--phase2 joint", "--exits 0,2"),
+    *("--max_warmup_epoch 1", "--num_epoch 5", "--policy max_prob", "--barely_train"),
+)
+BACKBONE_FLAGS = (
+    *("--smoothing 0.4", "--mixup 0.8", "--cutmix 1.0", "--drop-path 0.5", "--ema 0.9"),
+    *("--finetune-wd 0.9", "--clip-grad 0.01", "--amp bf16", "--backbone-lr 0.1", "--aa rand-m9"),
+    *("--finetune-batch 8", "--backbone-dim 8", "--backbone-arch gfnet-b --backbone-epochs 3"),
+    *("--split_ratio 0.5", "--split-seed 4", "--finetune-warmup 0", "--seed 3"),
+)
+
+
+def trace(folder: Path) -> tuple[bytes, list[str]]:
+    """What a stage leaves: its metrics, and the hashes of its models' weights."""
+    models = [path for path in sorted(folder.rglob("*.pth")) if "_warmup" not in path.parts]
+    hashes = [load_model(path)[1]["sha256"] for path in models]
+    return (folder / "metrics.jsonl").read_bytes(), hashes
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, finished, tiny, command) -> dict[str, tuple]:
+    """For each stage: its words, and what it leaves without further flags."""
+    student = str(finished[0] / "checkpoint/student_built-in-scenes.pth")
+    found = {}
+    for stage, more in (("exits", ("--checkpoint-path", student)), ("backbone", ())):
+        folder = tmp_path_factory.mktemp(stage) / "run"
+        words = ["--stage", stage, *more]
+        assert command(*tiny(folder, *words)).code == 0
+        found[stage] = (words, trace(folder))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag"),
+    [*(("exits", flag) for flag in EXIT_FLAGS), *(("backbone", flag) for flag in BACKBONE_FLAGS)],
+)
+def test_every_flag_changes_the_training(tmp_path, tiny, command, monkeypatch, bases, stage, flag):
+    from gfnet_dynn import pipeline
+
+    nothing = {"plain": 0.0, "engineered": 0.0}
+    monkeypatch.setattr(pipeline, "floor_accuracy", lambda *words: nothing)
+    words, base = bases[stage]
+    more = flag.split()
+    if flag == "--barely_train":  # it shows where an epoch has more than 21 batches: 97 images
+        more = [*more, "--batch", "4"]
+        plain = command(*tiny(tmp_path / "plain", *words, "--batch", "4"))
+        assert plain.code == 0
+        base = trace(tmp_path / "plain")
+    done = command(*tiny(tmp_path / "run", *words, *more))
+    assert done.code == 0, done.err
+    found = trace(tmp_path / "run")
+    assert all(found) and found != base
+
+
+def test_same_flags_and_another_number_of_threads_change_nothing(tmp_path, tiny, command, bases):
+    words, base = bases["backbone"]
+    done = command(*tiny(tmp_path / "run", *words, "--num_workers", "0"))
+    assert done.code == 0
+    assert trace(tmp_path / "run") == base

@@ -22,7 +22,7 @@ EVERYTHING = (
 def reference(tmp_path_factory, server, tiny) -> Path:
     """A run with everything random switched on, never stopped."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    code = server.run(tiny(folder, *EVERYTHING), out=folder.parent / "out.txt")
+    code = server.run(tiny(folder, *EVERYTHING), out=folder.parent / "out.txt", figures=False)
     assert code == 0, (folder.parent / "out.txt").read_text()
     return folder
 
@@ -30,8 +30,8 @@ def reference(tmp_path_factory, server, tiny) -> Path:
 class Story:
     """One run that is killed again and again."""
 
-    def __init__(self, server, words: list[str], folder: Path) -> None:
-        self.server, self.words, self.folder = server, words, folder
+    def __init__(self, server, words: list[str], folder: Path, *, figures: bool = True) -> None:
+        self.server, self.words, self.folder, self.figures = server, words, folder, figures
         self.said: list[str] = []
         self.kills = 0
 
@@ -39,7 +39,7 @@ class Story:
         """Start or resume; whether it was killed before it ended."""
         out = self.folder.parent / f"out{len(self.said)}.txt"
         resume = ["--resume"] if (self.folder / "config.json").exists() else []
-        code = self.server.run([*self.words, *resume], out=out, kill=kill)
+        code = self.server.run([*self.words, *resume], out=out, kill=kill, figures=self.figures)
         self.said.append(out.read_text())
         assert code in (0, -9), self.said[-1]
         self.kills += code == -9
@@ -86,14 +86,11 @@ def assert_equal_runs(mine: Path, theirs: Path, *, digests, without_times) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_once_in_every_stage(
-    tmp_path, server, tiny, finished, digests, without_times, seed
-):
+@pytest.mark.parametrize("seed", [0])
+def test_killed_once_in_every_stage(tmp_path, server, tiny, finished, digests, without_times, seed):
     rng = random.Random(seed)
     folder = tmp_path / "run"
     story = Story(server, tiny(folder), folder)
-    resumed = 0
     for stage in STAGES:
         saves = {"backbone": 2, "distil": 2, "exits": 4}.get(stage, 0)
         wanted = rng.randint(1, saves) if saves else 0
@@ -106,17 +103,17 @@ def test_killed_once_in_every_stage(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [10, 11, 12])
+@pytest.mark.parametrize("seed", [10])
 def test_killed_at_random_moments_with_everything_on(
     tmp_path, server, tiny, reference, digests, without_times, seed
 ):
     rng = random.Random(seed)
     folder = tmp_path / "run"
-    story = Story(server, tiny(folder, *EVERYTHING), folder)
+    story = Story(server, tiny(folder, *EVERYTHING), folder, figures=False)
     # Certainly in the middle of an epoch: six steps, a state after the second and the fourth.
     story.go(story.in_stage("backbone", 2))
     story.go(story.in_stage("distil", rng.choice([2, 3, 5])))
-    for _ in range(5):
+    for _ in range(3):
         if not story.go(story.at_random(rng)):
             break
     while story.go():

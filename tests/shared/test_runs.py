@@ -227,3 +227,19 @@ class TestReport:
     def test_a_missing_picture_is_an_error(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             runs.Report("x").figure(tmp_path / "none.png", "c")
+
+
+class TestBenchmark:
+    row = {"name": "a", "ours": np.float64(1.0), "theirs": 2.0, "ratio_median": 2.0, "met": True}
+
+    def test_what_is_written_says_where_it_was_measured(self, tmp_path):
+        path = tmp_path / "bench-x.json"
+        written = runs.write_benchmark(path, topic="x", rows=[self.row])
+        assert json.loads(path.read_text()) == written
+        assert written["topic"] == "x" and written["rows"][0]["ours"] == 1.0
+        assert written["environment"]["packages"]["numpy"] == np.__version__
+
+    def test_nothing_measured_is_no_record(self, tmp_path):
+        with pytest.raises(ValueError, match="benchmark x: no rows"):
+            runs.write_benchmark(tmp_path / "x.json", topic="x", rows=[])
+        assert not list(tmp_path.iterdir())

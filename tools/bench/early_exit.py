@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from gfnet_dynn.models import GFNetDynn, build_gfnet
 from gfnet_dynn.models.custom_modules.exit_policy import NEVER, ExitPolicy
 from gfnet_dynn.models.custom_modules.uncertainty import uncertainty
 from gfnet_dynn.models.op_counter import model_macs
-from shared_core.runs.environment import environment
+from shared_core.runs import write_benchmark
 
 MIX = (0.40, 0.20, 0.15, 0.10, 0.15)
 # name: architecture, pixels, exits
@@ -325,14 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.quick:
         rows += compare_exported(rounds)
     if options.json:
-        record = {
-            "topic": "early_exit",
-            "date": date.today().isoformat(),
-            "environment": environment(),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_benchmark(options.json, topic="early_exit", rows=rows)
     return 0
 
 

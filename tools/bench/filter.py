@@ -9,12 +9,10 @@ time, alternating, so that other work on the machine touches both. Ratios are rf
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from gfnet_dynn.models.global_filter import GlobalFilter
-from shared_core.runs.environment import environment
+from shared_core.runs import write_benchmark
 
 CHANNELS = 384
 SAME = 0.97  # goal where auto is rfft2 itself: the ratio is timer noise around 1
@@ -122,14 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
     if options.json:
-        record = {
-            "topic": "filter",
-            "date": date.today().isoformat(),
-            "environment": environment(),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_benchmark(options.json, topic="filter", rows=rows)
     return 0
 
 

@@ -12,7 +12,6 @@ below), with smoothing in torchvision.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -21,7 +20,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ from shared_core.datasets.image_set import ImageSet
 from shared_core.datasets.loader import BatchLoader
 from shared_core.datasets.order import EpochOrder
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer, TorchLoader
-from shared_core.runs.environment import environment
+from shared_core.runs import write_benchmark
 
 WORKERS, CROP, BATCH = 2, 224, 64
 QUALITY = {256: 80, 600: 94}  # 15 KB and 150 KB a picture
@@ -334,14 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
         rows = run_all(Path(folder), quick=options.quick, rounds=rounds)
     if options.json:
-        record = {
-            "topic": "loader",
-            "date": date.today().isoformat(),
-            "environment": environment(),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_benchmark(options.json, topic="loader", rows=rows)
     return 0
 
 

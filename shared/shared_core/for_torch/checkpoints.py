@@ -1,5 +1,6 @@
 """Checkpoints of torch: weights with facts, and the whole state of a run; no code is unpickled."""
 
+import errno
 import json
 import warnings
 from collections import Counter, OrderedDict
@@ -51,9 +52,9 @@ def _read(path: str | Path) -> Any:
         with warnings.catch_warnings():  # about pickles of odd versions: they are refused below
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged or hostile file can raise nearly anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # EINVAL is what seeking in a file cut short gives
         if "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "refused, it holds more than tensors and plain values"
         else:

@@ -1,5 +1,6 @@
 """Run records: seeds, folder, metric log, environment, result record, report, command line."""
 
+from shared_core.runs.benchmark import write_benchmark
 from shared_core.runs.command import UsageError, run_command
 from shared_core.runs.environment import environment
 from shared_core.runs.folder import RunFolder
@@ -23,5 +24,6 @@ __all__ = [
     "read_result",
     "run_command",
     "seed_python_numpy",
+    "write_benchmark",
     "write_result",
 ]

@@ -1,0 +1,167 @@
+"""The command line: recipes under explicit flags, aliases, the choice of scale and data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gfnet_dynn.config import REFUSED, build_parser, parse
+from gfnet_dynn.recipes import RECIPES
+from shared_core.runs import UsageError
+
+# The original's flags that had an effect, with its defaults.
+ORIGINAL = {
+    "--lr": ("lr", 1e-3),
+    "--wd": ("wd", 5e-4),
+    "--min-lr": ("min_lr", 2e-4),
+    "--batch": ("batch", 64),
+    "--ce_ic_tradeoff": ("ce_ic_tradeoff", 0.75),
+    "--num_epoch": ("num_epoch", 200),
+    "--max_warmup_epoch": ("max_warmup_epoch", 10),
+    "--bilevel_batch_count": ("bilevel_batch_count", 60),
+    "--seed": ("seed", 0),
+    "--split_ratio": ("split_ratio", 0.8),
+    "--color-jitter": ("color_jitter", 0.4),
+    "--aa": ("aa", "rand-m9-mstd0.5-inc1"),
+    "--smoothing": ("smoothing", 0.1),
+    "--train-interpolation": ("train_interpolation", "bicubic"),
+    "--reprob": ("reprob", 0.0),
+    "--remode": ("remode", "pixel"),
+    "--recount": ("recount", 1),
+    "--num_workers": ("num_workers", 2),
+    "--pin-mem": ("pin_mem", False),
+    "--resume": ("resume", False),
+    "--gate": ("gate", "unc"),
+    "--gate_objective": ("gate_objective", "ce"),
+    "--classifier_loss": ("classifier_loss", "boosted"),
+    "--early_exit_warmup": ("early_exit_warmup", True),
+    "--barely_train": ("barely_train", False),
+    "--use_mlflow": ("use_mlflow", True),
+    "--eval": ("eval", False),
+    "--arch": ("arch", "GFNet-Dynn"),
+}
+
+
+@pytest.fixture
+def aid(tmp_path) -> Path:
+    """A data root in which AID lies."""
+    (tmp_path / "root/aid/Airport").mkdir(parents=True)
+    return tmp_path / "root"
+
+
+def parsed(*words: object, scale: str | None = "auto"):
+    return parse([str(word) for word in words], prog="main.py", scale=scale)
+
+
+def test_defaults_are_those_of_the_original(aid):
+    args = parsed("--data-root", aid, scale=None)
+    for name, value in ORIGINAL.values():
+        assert getattr(args, name) == value, name
+    assert args.scale == "full" and args.data_path == aid / "aid"
+    assert args.policy == "gate" and args.exits == (3, 5, 7, 9)
+    known = set(build_parser("x").format_help().replace(",", " ").split())
+    assert set(ORIGINAL) <= known
+    assert not set(REFUSED) & known
+
+
+@pytest.mark.parametrize("scale", sorted(RECIPES))
+def test_recipe_sets_defaults_and_flags_win(aid, scale):
+    plain = parsed("--data-root", aid, "--scale", scale)
+    for name, value in RECIPES[scale].items():
+        assert getattr(plain, name) == value, name
+    given = parsed(
+        *("--data-root", aid, "--scale", scale, "--num_epoch", 33, "--student-dim", 17),
+        *("--mixup", 0.25, "--crop-scale", 0.3, 0.9, "--backbone-lr", 0.5),
+    )
+    assert (given.num_epoch, given.student_dim, given.mixup) == (33, 17, 0.25)
+    assert list(given.crop_scale) == [0.3, 0.9] and given.backbone_lr == 0.5
+    named = {"num_epoch", "student_dim", "mixup", "crop_scale", "backbone_lr"}
+    for name, value in RECIPES[scale].items():
+        if name not in named:
+            assert getattr(given, name) == value, name
+
+
+def test_recipes_name_existing_options():
+    known = vars(build_parser("x").parse_args([]))
+    for recipe in RECIPES.values():
+        assert recipe.keys() <= known.keys()
+
+
+def test_auto_is_full_when_the_set_is_there_and_rehearsal_otherwise(aid, tmp_path):
+    assert parsed("--data-root", aid).scale == "full"
+    assert parsed("--data-root", aid).data_path == aid / "aid"
+    away = parsed("--data-root", tmp_path / "none")
+    assert (away.scale, away.data_path) == ("rehearsal", None)
+    assert away.backbone_dim == RECIPES["rehearsal"]["backbone_dim"]
+    other = parsed("--data-root", aid, "--data-set", "ucm")
+    assert (other.scale, other.data_set) == ("rehearsal", "UCM")
+    own = parsed("--data-path", aid / "aid", "--data-set", "mine")
+    assert (own.scale, own.data_set, own.known_set) == ("full", "mine", False)
+    assert parsed("--data-root", aid, "--scale", "short").scale == "short"
+    # A rehearsal that was asked for stays one.
+    assert parsed("--data-root", aid, "--scale", "rehearsal").data_path is None
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (("--data_set", "nwpu"), "data_set", "NWPU"),
+        (("--data-set", "PATTERNNET"), "data_set", "PatternNet"),
+        (("--img_size", "48"), "input_size", 48),
+        (("--input-size", "48"), "input_size", 48),
+        (("--num_classes", "9"), "num_classes", 9),
+        (("--split-ratio", "0.5"), "split_ratio", 0.5),
+        (("--split_ratio", "0.5"), "split_ratio", 0.5),
+        (("-r",), "resume", True),
+        (("--resume",), "resume", True),
+        (("--use_mlflow", "False"), "use_mlflow", False),
+        (("--use_mlflow",), "use_mlflow", True),
+        (("--early_exit_warmup", "false"), "early_exit_warmup", False),
+        (("--exits", "all"), "exits", ()),
+        (("--exits", "[1, 4]"), "exits", (1, 4)),
+        (("--gate", "identity"), "policy", "max_prob"),
+        (("--gate", "identity", "--policy", "entropy"), "policy", "entropy"),
+        (("--policy", "jei"), "policy", "jei"),
+        (("--eval",), "stage", "evaluate"),
+        (("--arch", "GFNet-xs-dynn"), "arch", "GFNet-xs-dynn"),
+    ],
+    ids=str,
+)
+def test_spellings(words, name, value):
+    assert getattr(parsed(*words, "--scale", "rehearsal"), name) == value
+
+
+def test_resume_with_a_file_starts_from_it(tmp_path):
+    (tmp_path / "model.pth").write_text("")
+    for words in (("--resume",), ("-r",), ("--checkpoint-path",)):
+        args = parsed("--scale", "rehearsal", *words, tmp_path / "model.pth")
+        assert args.checkpoint == tmp_path / "model.pth" and args.resume is False
+
+
+def test_output_is_named_after_set_and_scale(tmp_path):
+    root = tmp_path / "none"
+    assert parsed("--data-root", root).output == Path("runs/gfnet_dynn/aid-rehearsal")
+    assert parsed("--data-root", root, "--output", "x").output == Path("x")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--builtin-classes", "4", "--data-path", "."),
+        ("--no-distil", "--kd-weight", "2"),
+        ("--resolution-transfer", "spectrum"),
+        ("--color-jitter", "0.3", "--aa", "rand-m9"),
+    ],
+    ids=" ".join,
+)
+def test_flag_that_would_be_ignored_is_refused(words):
+    with pytest.raises(UsageError, match="would have no effect"):
+        parsed("--scale", "rehearsal", *words)
+
+
+def test_checks_do_not_touch_what_recipes_set(tmp_path):
+    """A recipe's own values are no words of the user's."""
+    args = parsed("--scale", "rehearsal", "--no-distil", "--aa", "rand-m9-mstd0.5-inc1")
+    assert args.no_distil and args.student_dim == RECIPES["rehearsal"]["student_dim"]
+    assert parsed("--scale", "rehearsal", "--data-path", tmp_path).builtin_classes

@@ -1,0 +1,189 @@
+"""From a folder to three splits: what is counted, what it is called, what the loaders give."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from gfnet_dynn.config import parse
+from gfnet_dynn.data_loader_helper import eval_loader, prepare_data, train_loader
+from shared_core import datasets
+
+CPU = torch.device("cpu")
+
+
+def options(*words: object):
+    fixed = [
+        "--scale",
+        "rehearsal",
+        "--num_workers",
+        "1",
+        "--patch-size",
+        "4",
+        "--input-size",
+        "16",
+    ]
+    return parse([*fixed, *(str(word) for word in words)], prog="main.py", scale=None)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, folder_of_images) -> Path:
+    return folder_of_images(tmp_path_factory.mktemp("images") / "set", images=60)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, images):
+    return prepare_data(options("--data-path", images), tmp_path_factory.mktemp("out"))
+
+
+def test_three_splits_without_overlap(data, images):
+    parts = {s: data.image_set(s) for s in ("train", "calibration", "test")}
+    paths = [str(path) for part in parts.values() for path in part.paths]
+    assert sorted(paths) == sorted(str(path) for path in images.rglob("*.png"))
+    facts = data.facts()
+    assert facts["splits"] == {name: len(part) for name, part in parts.items()}
+    assert (facts["kind"], facts["images"], facts["pixels"]) == ("real", 180, 16)
+    # 0.8, 0.1, 0.1 of 180, within four standard deviations of a draw by hash.
+    for name, share in (("train", 0.8), ("calibration", 0.1), ("test", 0.1)):
+        assert abs(len(parts[name]) - 180 * share) < 4 * (180 * share * (1 - share)) ** 0.5
+    for part in parts.values():
+        assert set(part.labels.tolist()) == {0, 1, 2}
+        for path, label in zip(part.paths, part.labels, strict=True):
+            assert Path(path).parent.name == data.classes[label]
+
+
+def test_split_ratio_and_seed_act(tmp_path, images, data):
+    half = prepare_data(options("--data-path", images, "--split_ratio", 0.5), tmp_path / "a")
+    assert 65 < half.facts()["splits"]["train"] < 115
+    other = prepare_data(options("--data-path", images, "--split-seed", 5), tmp_path / "b")
+    assert other.manifest.hash != data.manifest.hash
+    again = prepare_data(options("--data-path", images), tmp_path / "c")
+    assert again.manifest.hash == data.manifest.hash
+
+
+def test_split_on_disk_is_kept(tmp_path, images):
+    copy = tmp_path / "set"
+    shutil.copytree(images, copy)
+    first = prepare_data(options("--data-path", copy), tmp_path / "out")
+    (copy / "a/new.png").write_bytes(
+        cv2.imencode(".png", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    )
+    later = prepare_data(options("--data-path", copy), tmp_path / "out")
+    assert later.manifest.hash == first.manifest.hash
+    (copy / "a/000.png").unlink()
+    with pytest.raises(datasets.DatasetError, match="000.png"):
+        prepare_data(options("--data-path", copy), tmp_path / "out")
+
+
+def test_folders_of_splits_are_kept_as_given(tmp_path, images):
+    root = tmp_path / "split"
+    for index, path in enumerate(sorted(images.rglob("*.png"))):
+        part = "train" if index % 3 else "test" if index % 2 else "val"
+        target = root / part / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    data = prepare_data(options("--data-path", root), tmp_path / "out")
+    for name, folder in (("train", "train"), ("calibration", "val"), ("test", "test")):
+        tops = {Path(path).relative_to(root).parts[0] for path in data.image_set(name).paths}
+        assert tops == {folder}
+
+
+def test_fewer_images_of_a_known_set_are_a_subset(tmp_path, folder_of_images):
+    """AID's classes at 128 pixels, four images each: said to be part of AID, at 128."""
+    spec = datasets.get("AID")
+    names = spec.class_names or [f"class {n:02d}" for n in range(spec.num_classes)]
+    root = folder_of_images(tmp_path / "AID", names, images=4, size=128)
+    data = prepare_data(
+        options("--data-set", "AID", "--data-path", root, "--input-size", 128), tmp_path / "out"
+    )
+    facts = data.facts()
+    assert (facts["name"], facts["kind"], facts["pixels"]) == ("AID", "subset", 128)
+    notes = " ".join(facts["notes"])
+    assert "120 images, AID has 10,000" in notes and "600 x 600" in notes
+
+
+def test_near_copies_stay_in_one_split(tmp_path):
+    """Scenes and their brighter copies: no pair is torn apart."""
+    root = tmp_path / "set"
+    for name in ("tanks_grid", "roads_cross"):
+        (root / name).mkdir(parents=True)
+        for index in range(30):
+            image, _ = datasets.render_scene(name, index, size=64, seed=0, difficulty=0.0)
+            for tail, change in (("", 0), ("-brighter", 8)):
+                shown = np.clip(image.astype(int) + change, 0, 255).astype(np.uint8)
+                data = cv2.imencode(".png", shown[..., ::-1])[1].tobytes()
+                (root / name / f"{index:02d}{tail}.png").write_bytes(data)
+    data = prepare_data(options("--data-path", root), tmp_path / "out")
+    place = {entry.path: entry.split for entry in data.manifest.entries}
+    torn = [p for p in place if "-" in p and place[p] != place[p.replace("-brighter", "")]]
+    assert torn == []
+
+
+def test_built_in_scenes(tmp_path):
+    words = ("--builtin-classes", 3, "--builtin-images", 20, "--input-size", 16)
+    data = prepare_data(options(*words), tmp_path / "a")
+    assert (data.kind, data.name, len(data.manifest.entries)) == ("built-in", "built-in scenes", 60)
+    assert data.root == tmp_path / "a/data/scenes" and data.input_size == 16
+    same = prepare_data(options(*words), tmp_path / "b")
+    other = prepare_data(options(*words, "--seed", 1), tmp_path / "c")
+    assert same.manifest.hash == data.manifest.hash != other.manifest.hash
+
+
+def first_batch(data, *words: object, stage="backbone", epoch=0):
+    args = options("--data-path", data.root, *words)
+    loader = train_loader(data, args, stage=stage, batch_size=16, device=CPU)
+    loader.loader.order.set_epoch(epoch)
+    return next(iter(loader))
+
+
+def test_training_views_are_a_matter_of_seed_stage_and_epoch(data):
+    first = first_batch(data)
+    again = first_batch(data)
+    assert torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels)
+    for change in ({"epoch": 1}, {"stage": "distil"}):
+        other = first_batch(data, **change)
+        assert not torch.equal(first.images, other.images)
+    assert not torch.equal(first.images, first_batch(data, "--seed", 1).images)
+    threads = first_batch(data, "--num_workers", 3)
+    assert torch.equal(first.images, threads.images)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--reprob", 1.0),
+        ("--reprob", 1.0, "--remode", "const"),
+        ("--reprob", 1.0, "--recount", 3),
+        ("--aa", "rand-m9-mstd0.5-inc1"),
+        ("--color-jitter", 0.4),
+        ("--crop-scale", 0.1, 0.2),
+        ("--vflip", "false"),
+        ("--train-interpolation", "bilinear"),
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_augmentation_flags_change_the_batch(data, words):
+    base = ("--reprob", 1.0) if "--remode" in words or "--recount" in words else ()
+    plain, changed = first_batch(data, *base), first_batch(data, *words)
+    assert torch.equal(plain.indices, changed.indices)  # the same images in the same order
+    assert not torch.equal(plain.images, changed.images)
+
+
+def test_evaluation_sees_every_image_once_in_order(data):
+    args = options("--data-path", data.root)
+    batches = list(eval_loader(data, "test", args, device=CPU, batch_size=5))
+    indices = torch.cat([batch.indices for batch in batches])
+    assert indices.tolist() == list(range(len(data.image_set("test"))))
+    # crop_pct 1: the stored pixels, normalised by ImageNet's mean and deviation.
+    path = data.image_set("test").paths[0]
+    pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) / 255.0
+    wanted = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(batches[0].images[0].permute(1, 2, 0), wanted, atol=1e-5)
+    cut = options("--data-path", data.root, "--crop-pct", 0.5)
+    smaller = next(iter(eval_loader(data, "test", cut, device=CPU, batch_size=5)))
+    assert not torch.equal(smaller.images, batches[0].images)
