@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gfnet_dynn import config as options
+from gfnet_dynn.config import parse
 from gfnet_dynn.data_loader_helper import prepare_data
 from gfnet_dynn.evaluation import evaluate_run
 from gfnet_dynn.floor import floor_accuracy
@@ -50,7 +50,7 @@ TRACKER_FILE = "mlflow-run.json"
 
 def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int:
     """Parse the command line and run what it asks for. Returns the exit code."""
-    args = options.parse(argv, prog=prog, scale=scale)
+    args = parse(argv, prog=prog, scale=scale)
     words = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join([f"packages/gfnet_dynn/{prog}", *words])
     device = choose_device(args.device)

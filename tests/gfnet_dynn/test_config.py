@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gfnet_dynn.config import REFUSED, build_parser, parse
+from gfnet_dynn.config import parse
+from gfnet_dynn.options import REFUSED, build_parser
 from gfnet_dynn.recipes import RECIPES
 from shared_core.runs import UsageError
 

@@ -93,7 +93,7 @@ def test_wrong_words(tmp_path, tiny, command, words, says):
     ],
 )
 def test_flags_without_effect_are_refused_with_the_reason(tmp_path, tiny, command, flag, value):
-    from gfnet_dynn.config import REFUSED
+    from gfnet_dynn.options import REFUSED
 
     for entry in ("main", "main_dynn"):
         done = command(*tiny(tmp_path / "run", flag, *([value] if value else [])), entry=entry)
