@@ -55,7 +55,9 @@ def halves(outputs: ExitLogits) -> tuple[ExitLogits, ExitLogits]:
 
 
 def check_pair(calibration: ExitLogits, test: ExitLogits) -> None:
-    """Raise a ValueError unless both are outputs of one network on two splits."""
+    """Raise a ValueError unless both are outputs of one network with exits on two splits."""
+    if not calibration.exits:
+        raise ValueError("the outputs are of a network without exits: nothing to analyse")
     for name in ("exits", "num_classes", "split_hash"):
         a, b = getattr(calibration, name), getattr(test, name)
         if a != b:

@@ -257,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if has_exits:
         export_early_exit(source.model, folder, policy=policy, opset=args.opset)
     else:
-        export_student(source.model, folder / PLAIN_FILE, opset=args.opset)
+        plain = getattr(source.model, "backbone", source.model)  # a list of exits may be empty
+        export_student(plain, folder / PLAIN_FILE, opset=args.opset)
     state = None if policy is None else policy.state_dict()
     facts: dict[str, Any] = {
         "format": FORMAT,

@@ -300,6 +300,8 @@ def test_errors_are_one_line(run, model, outputs, tmp_path):
         wrong.save(tmp_path / "outputs-test.npz")
         code, out, err = call(tmp_path)
         assert code == 1 and message in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match="without exits"):
+        analysis.check_pair(*(one.keep([], costs=one.costs[-1:]) for one in outputs))
     (tmp_path / "outputs-test.npz").write_bytes(b"PK broken")
     code, out, err = call(tmp_path)
     assert code == 1 and "no file of exit outputs" in err and err.count("\n") == 1

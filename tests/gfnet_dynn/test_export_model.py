@@ -205,7 +205,7 @@ class Altered:
         logits, left = self.source.classify(images, policy)
         logits = logits.copy()
         logits[left == self.exit_index] += self.by
-        if policy is not None and len(self.swap) and min(policy.thresholds) > 0:
+        if self.swap and 0 < min(policy.thresholds) and max(policy.thresholds) <= 1:
             left = left.copy()
             left[list(self.swap)] = 1 - left[list(self.swap)]
         return logits, left

@@ -28,7 +28,7 @@ def run_command(
     try:
         return int(main(argv) or 0)
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        print("stopped; a run goes on with the same command and --resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
