@@ -1,7 +1,8 @@
 """The last stage: thresholds from the calibration split, then the test split once, for real.
 
 Every number of the early-exit model is measured on passes in which samples really leave; the
-full pass only says what to expect, and the two must agree.
+full pass only says what to expect, and the two must agree. Everything is computed in fp32,
+whatever the run trained in, as ``predict.py`` computes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from gfnet_dynn.threshold_helper import (
     solve_for_cost,
     sweep_policy,
 )
-from shared_core.for_torch.precision import Precision
 
 HALF_COST = 0.5  # mean cost of the "fast" point, share of a run to the final head
 TIMED_IMAGES, ROUNDS = 256, 5
@@ -76,13 +76,12 @@ def compare_policies(
 
 
 def real_exits(
-    model: GFNetDynn, batches: Any, policy: ExitPolicy, precision: Precision
+    model: GFNetDynn, batches: Any, policy: ExitPolicy
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predictions ``(N,)``, exits ``(N,)`` and labels ``(N,)`` of passes with real exits."""
     predicted, left, labels = [], [], []
     for images, targets in batches:
-        with precision.autocast():
-            result = model.early_exit(images, policy)
+        result = model.early_exit(images, policy)
         predicted.append(result.logits.float().argmax(dim=1).cpu().numpy())
         left.append(result.exit_index.cpu().numpy())
         labels.append(targets.cpu().numpy())
@@ -93,6 +92,9 @@ def time_per_image(
     calls: dict[str, Callable[[Tensor], Any]], images: Tensor, *, batch: int, rounds: int = ROUNDS
 ) -> dict[str, float]:
     """Milliseconds an image of each call, taken in turns, median over the rounds.
+
+    On a CPU one thread computes: what threads wait for each other on a shared machine is not the
+    model's cost.
 
     Args:
         calls: by name: a function of a batch ``(N, 3, H, W)``.
@@ -112,12 +114,17 @@ def time_per_image(
         return (time.perf_counter() - start) / len(images) * 1e3
 
     times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call(images[:batch])
-        for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(once(call))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for call in calls.values():
+                call(images[:batch])
+            for _ in range(rounds):
+                for name, call in calls.items():
+                    times[name].append(once(call))
+    finally:
+        torch.set_num_threads(threads)
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
@@ -126,15 +133,14 @@ def plain_accuracy(outputs: ExitLogits) -> float:
     return float(outputs.correct[-1].mean())
 
 
-def _plain_row(model: nn.Module, run: Run, precision: Precision) -> dict[str, Any]:
+def _plain_row(model: nn.Module, run: Run) -> dict[str, Any]:
     """Test accuracy, parameters and MACs of a network without exits."""
     right = total = 0
     with torch.inference_mode():
         for images, labels in pairs(
             eval_loader(run.data, "test", run.args, device=run.device), "test"
         ):
-            with precision.autocast():
-                logits = model(images)
+            logits = model(images)
             right += int((logits.argmax(dim=1) == labels).sum())
             total += len(labels)
     return {
@@ -156,7 +162,6 @@ def evaluate_run(
         What was measured (numbers for the record), and what the report draws (arrays).
     """
     args, data = run.args, run.data
-    precision = Precision(run.device, run.precision)
     file = args.checkpoint if args.eval and args.checkpoint else _best_file(run)
     model, facts = load_model(Path(file), architecture="GFNetDynn")
     if tuple(facts["class_names"]) != data.classes:
@@ -171,7 +176,6 @@ def evaluate_run(
             pairs(eval_loader(data, split, args, device=run.device), split),
             split=split,
             split_hash=data.manifest.hash,
-            precision=precision,
         )
         for split in ("calibration", "test")
     }
@@ -188,25 +192,18 @@ def evaluate_run(
     }
     measured: dict[str, Any] = {} if floor is None else {"floor": floor}
     for name, network in networks.items():
-        measured[name] = _plain_row(network, run, precision)
+        measured[name] = _plain_row(network, run)
     images = _timed_images(run)
     calls: dict[str, Callable[[Tensor], Any]] = {}
 
-    def under_autocast(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        def run_call(batch: Tensor) -> Any:
-            with precision.autocast():
-                return call(batch)
-
-        return run_call
-
     for name, network in networks.items():
-        calls[name] = under_autocast(network)
-    calls["without exits"] = under_autocast(model.backbone)
+        calls[name] = network
+    calls["without exits"] = model.backbone
     points: dict[str, Any] = {}
     real: dict[str, Any] = {}
     for name, chosen in policies.items():
         batches = pairs(eval_loader(data, "test", args, device=run.device), f"test, {name}")
-        predicted, left, labels = real_exits(model, batches, chosen, precision)
+        predicted, left, labels = real_exits(model, batches, chosen)
         summary = summarise(test, chosen)
         agree = float((left == test.select(chosen)).mean())
         points[name] = {
@@ -229,7 +226,7 @@ def evaluate_run(
             ],
         }
         real[name] = (predicted, left, labels)
-        calls[name] = under_autocast(lambda batch, p=chosen: model.early_exit(batch, p))
+        calls[name] = lambda batch, p=chosen: model.early_exit(batch, p)
     timed = {
         f"batch {b}": time_per_image(calls, images[:n], batch=b)
         for b, n in ((1, min(64, len(images))), (64, len(images)))

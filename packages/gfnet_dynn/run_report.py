@@ -82,7 +82,7 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
     hardware = environment["gpu"] or f"{environment['cpu']}, {_threads(environment)}"
     report.text(
         f"Measured on {hardware} with torch {environment['packages'].get('torch')}, "
-        f"computed in {run.precision}, seed {run.args.seed}, "
+        f"trained in {run.precision}, evaluated in fp32, seed {run.args.seed}, "
         f"{record['wall_seconds'] / 60:.1f} minutes. Command: {record['command']}"
     )
 
@@ -131,7 +131,7 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
         "Thresholds were fitted on the calibration split: careful loses nothing there against the "
         f"final head, balanced at most {run.args.max_accuracy_loss:g}, fast spends half the MACs. "
         "Accuracies of the exits are from passes in which samples really leave; times are medians "
-        "over rounds in which all models take turns, decoding not included."
+        "over rounds in which all models take turns, on one thread of a CPU, decoding not included."
     )
     if "floor" in measured and "backbone" in measured:
         lead = measured["backbone"]["accuracy"] - measured["floor"]["plain"]
@@ -145,7 +145,7 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
         plots.accuracy_cost(folder, measured, drawn["sweep"], drawn["other_sweeps"]),
         "Accuracy against MACs.",
     )
-    unit = "GPU" if environment["gpu"] else f"CPU, {_threads(environment)}"
+    unit = "GPU" if environment["gpu"] else "CPU, 1 thread"
     report.figure(
         plots.accuracy_time(folder, measured, unit=unit), "Accuracy against measured time."
     )
