@@ -57,7 +57,7 @@ test-shared: $(READY) ## the tests of the shared core, of parity and of the repo
 	$(PY) -m pytest -q tests/shared tests/parity tests/contracts
 
 $(PROJECTS:%=test-%): test-%: $(READY)
-	$(PY) -m pytest -q tests/$* tests/contracts
+	$(PY) -m pytest -q $(wildcard tests/$*) tests/contracts
 
 $(PROJECTS:%=install-%): install-%:
 	"$(PYTHON)" tools/project_env.py $*

@@ -194,7 +194,9 @@ def _run_stage(stage: str, run: Run, command: str, started: datetime, clock: flo
             f"floor without a network: {floor['plain']:.4f} with plain features, "
             f"{floor['engineered']:.4f} with engineered ones"
         )
-        log.finish("prepare", {"floor": floor, "seconds": time.monotonic() - begun})
+        log.finish(
+            "prepare", {"floor": floor, "seconds": time.monotonic() - begun, "command": command}
+        )
     elif stage == "backbone":
         train_backbone(run)
     elif stage == "distil":
@@ -206,6 +208,7 @@ def _run_stage(stage: str, run: Run, command: str, started: datetime, clock: flo
         measured, drawn = evaluate_run(run, floor=floor)
         seconds = sum(result["seconds"] for result in log.stages.values() if "seconds" in result)
         seconds += time.monotonic() - begun
+        command = (log.done("prepare") or {}).get("command", command)  # of the whole run
         record = write_record(run, measured, command=command, started=started, seconds=seconds)
         write_report(run, record, drawn)
         _say_result(run, measured)

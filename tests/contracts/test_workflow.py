@@ -114,3 +114,27 @@ def test_an_unfit_python_is_one_clear_line(tmp_path):
         ["make", "-B", "-n", "setup", f"PYTHON={fake}"], cwd=REPO, capture_output=True, text=True
     )
     assert f'"{fake}" -m venv' in done.stdout  # quoted: a path with a space stays one word
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_the_tests_of_a_project_name_folders_that_exist(project):
+    done = subprocess.run(
+        ["make", "-n", f"test-{project}"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    (line,) = [line for line in done.stdout.splitlines() if "pytest" in line]
+    folders = [word for word in line.split() if word.startswith("tests/")]
+    assert "tests/contracts" in folders
+    assert all((REPO / folder).is_dir() for folder in folders), line
+    assert (REPO / "tests" / project).is_dir() == (f"tests/{project}" in folders)
+
+
+def test_every_target_that_needs_the_environment_makes_it_first():
+    """With no environment, each such target's plan begins by making one."""
+    for target in ("test", "lint", "doctor", "ledger", "bench", "constraints", "mlflow",
+                   "repro-gfnet-aid", "repro-gfnet-ucm", *(f"test-{p}" for p in PROJECTS)):  # fmt: skip
+        done = subprocess.run(
+            ["make", "-n", "READY=.none/.ready", target],
+            cwd=REPO, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "pip install" in done.stdout, target
+        assert done.stdout.index("pip install") < done.stdout.rindex(".venv/bin/python"), target
