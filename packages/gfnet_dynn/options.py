@@ -129,6 +129,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument("--barely_train", action="store_true", help="stop epochs after 21 batches")
     g.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=0)
+    g.add_argument(
+        "--threads",
+        type=_COUNT,
+        default=0,
+        help="of the CPU that compute; 0 = torch's choice. A resumed run keeps the number it began "
+        "with: another one rounds differently",
+    )
 
     g = p.add_argument_group("data")
     g.add_argument(

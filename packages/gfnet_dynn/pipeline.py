@@ -69,9 +69,11 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
             f"nothing to evaluate: {args.output} holds no run, and no model is named by "
             "--checkpoint-path"
         )
-    if resume and args.checkpoint is None and not args.eval:  # the model that it started from
-        stored = json.loads(config_file.read_text(encoding="utf-8")).get("checkpoint")
-        args.checkpoint = None if stored is None else Path(stored)
+    stored = json.loads(config_file.read_text(encoding="utf-8")) if resume else {}
+    if stored.get("checkpoint") and args.checkpoint is None and not args.eval:
+        args.checkpoint = Path(stored["checkpoint"])  # the model that the run started from
+    args.threads = args.threads or stored.get("threads") or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
     plain = {key: _plain(value) for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     folder = RunFolder.create(args.output, plain, resume=resume, may_differ=MAY_DIFFER)
     tracker = _tracker(args, folder)

@@ -386,3 +386,23 @@ def test_same_flags_and_another_number_of_threads_change_nothing(tmp_path, tiny,
     done = command(*tiny(tmp_path / "run", *words, "--num_workers", "0"))
     assert done.code == 0
     assert trace(tmp_path / "run") == base
+
+
+def test_a_resumed_run_computes_with_the_threads_it_began_with(tmp_path, tiny, command):
+    """Another number of threads adds in another order: the end would differ in its last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    words = tiny(tmp_path / "run", "--stage", "prepare")
+    place = words.index("--threads")
+    del words[place : place + 2]
+    try:
+        assert command(*words, "--threads", "3").code == 0
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["threads"] == 3
+        torch.set_num_threads(1)
+        assert command(*words, "--resume").code == 0
+        assert torch.get_num_threads() == 3
+        done = command(*words, "--resume", "--threads", "2")
+        assert done.code == 1 and "started with threads=3, this command says 2" in done.err
+    finally:
+        torch.set_num_threads(before)
