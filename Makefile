@@ -23,8 +23,6 @@ READY := .venv/.ready
 # Threads that hardly spin while they wait: on a busy machine the default makes training many
 # times slower.
 export GOMP_SPINCOUNT ?= 1000
-# Fewer page faults in training on a CPU: large arrays stay with the process.
-REPRO_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 .PHONY: help setup test lint format doctor ledger bench constraints mlflow clean repro \
 	$(PROJECTS:%=install-%) $(PROJECTS:%=test-%) test-shared $(GFNET_SETS:%=repro-gfnet-%)
@@ -86,7 +84,7 @@ constraints: $(READY) ## renew constraints.txt
 	$(PY) tools/constraints.py
 
 $(GFNET_SETS:%=repro-gfnet-%): repro-gfnet-%: $(READY)
-	$(REPRO_ENV) $(PY) packages/gfnet_dynn/main.py --data-set $* --data-root "$(DATA_ROOT)" --scale "$(SCALE)" \
+	$(PY) packages/gfnet_dynn/main.py --data-set $* --data-root "$(DATA_ROOT)" --scale "$(SCALE)" \
 		$(if $(FRESH),--fresh,--continue) $(EXTRA)
 
 repro-gfnet-aid: ## GFNet on AID: fine-tune, distil, exits, evaluate (also -nasc -nwpu -patternnet -ucm)

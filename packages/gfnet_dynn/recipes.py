@@ -61,6 +61,7 @@ SHORT: dict[str, Any] = {
 # COMMAND  make repro-gfnet-aid SCALE=rehearsal
 # Under 3 minutes on two cores, on built-in scenes. Every stage runs as at the other scales.
 REHEARSAL: dict[str, Any] = {
+    "threads": 1,  # fastest for nets this small
     "backbone_arch": "gfnet-xs",
     "backbone_dim": 64,
     "student_arch": "gfnet-xs",
