@@ -69,7 +69,7 @@ REHEARSAL: dict[str, Any] = {
     "patch_size": 8,
     "input_size": 64,
     "builtin_classes": 6,
-    "builtin_images": 500,
+    "builtin_images": 440,
     "backbone_epochs": 5,
     "student_epochs": 5,
     "backbone_lr": 1e-3,
