@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> argpar
     unset = object()  # argparse leaves alone what the namespace holds already
     marks = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marks).items() if value is not unset}
+    args.threads_given = "threads" in given
     args.scale = chosen or "full"
     args.wanted_data = first.data_set or (str(first.data_path) if first.data_path else "AID")
     args.data_set = canonical(first.data_set, first.data_path)

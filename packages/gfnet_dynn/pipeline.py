@@ -44,7 +44,7 @@ MAY_DIFFER = (
     "save_every",
     "data_root",
 )
-NOT_IN_CONFIG = ("output", "resume", "go_on", "fresh")
+NOT_IN_CONFIG = ("output", "resume", "go_on", "fresh", "threads_given")
 TRACKER_FILE = "mlflow-run.json"
 
 
@@ -72,7 +72,9 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
     stored = json.loads(config_file.read_text(encoding="utf-8")) if resume else {}
     if stored.get("checkpoint") and args.checkpoint is None and not args.eval:
         args.checkpoint = Path(stored["checkpoint"])  # the model that the run started from
-    args.threads = args.threads or stored.get("threads") or torch.get_num_threads()
+    if not args.threads_given:  # the run's own number comes before the recipe's
+        args.threads = stored.get("threads", args.threads)
+    args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
     plain = {key: _plain(value) for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     folder = RunFolder.create(args.output, plain, resume=resume, may_differ=MAY_DIFFER)
