@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gfnet_dynn.run_log import RunLog
-from gfnet_dynn.run_state import Best, StageState
 from shared_core.datasets.mixing import Mix, draw_cutmix, draw_mixup
 from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.losses import soft_cross_entropy
 from shared_core.for_torch.mixing import cutmix, mix_targets, mixup, one_hot
 from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.run_state import Best, StageState
 from shared_core.runs import derive_seed, progress
 
 BARELY_TRAIN = 21  # batches of an epoch under --barely_train

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,15 +17,15 @@ import torch
 from gfnet_dynn.config import parse
 from gfnet_dynn.data_loader_helper import prepare_data
 from gfnet_dynn.evaluation import evaluate_run
-from gfnet_dynn.floor import floor_accuracy
 from gfnet_dynn.model_files import choose_device, choose_precision
 from gfnet_dynn.run_log import RunLog
 from gfnet_dynn.run_report import headline, write_record, write_report
 from gfnet_dynn.stages import Run, distil_student, train_backbone, train_exits
 from gfnet_dynn.tracking import Tracker
 from shared_core.checkpoints import atomic_write
+from shared_core.metrics.floor import floor_accuracy
 from shared_core.runs import RunFolder, UsageError
-from shared_core.runs.folder import CONFIG_FILE
+from shared_core.runs.folder import CONFIG_FILE, remove_run
 from shared_core.runs.progress import format_seconds
 
 # What does not change a run's result, so that a resumed run may say something else.
@@ -45,6 +44,7 @@ MAY_DIFFER = (
     "data_root",
 )
 NOT_IN_CONFIG = ("output", "resume", "go_on", "fresh", "threads_given")
+RUN_KEYS = ("scale", "ce_ic_tradeoff", "wanted_data")  # what tells a run of this command
 TRACKER_FILE = "mlflow-run.json"
 
 
@@ -56,8 +56,8 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
     device = choose_device(args.device)
     if args.pin_mem and device.type == "cpu":
         raise UsageError("--pin-mem: page-locked batches are for a GPU, this run is on a CPU")
-    if args.fresh and args.output.exists():
-        _remove_run(args.output)
+    if args.fresh:
+        remove_run(args.output, keys=RUN_KEYS)
     started = datetime.now(timezone.utc)
     config_file = args.output / CONFIG_FILE
     exists = config_file.exists()
@@ -86,24 +86,6 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
     finally:
         tracker.close(failed=failed)
     return 0
-
-
-def _remove_run(folder: Path) -> None:
-    """Delete an earlier run, and nothing that is not one."""
-    if any(folder.iterdir()) and not _is_run(folder):
-        raise UsageError(
-            f"--fresh: {folder} holds no run, expected one to replace; nothing deleted"
-        )
-    shutil.rmtree(folder)
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether ``folder`` was made by this command; many programs write a ``config.json``."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and {"scale", "ce_ic_tradeoff", "wanted_data"} <= config.keys()
 
 
 def _plain(value: Any) -> Any:

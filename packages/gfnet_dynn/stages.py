@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gfnet_dynn.data_loader_helper import Data, eval_loader, train_loader
+from gfnet_dynn.deep_supervision import DeepSupervision
 from gfnet_dynn.distillation import (
     DistillationLoss,
     class_centres,
@@ -20,7 +21,7 @@ from gfnet_dynn.distillation import (
     freeze_teacher,
     matched_blocks,
 )
-from gfnet_dynn.finetune import BARELY_TRAIN, cross_entropy_losses, fine_tune
+from gfnet_dynn.finetune import BARELY_TRAIN, Losses, cross_entropy_losses, fine_tune
 from gfnet_dynn.learning_helper import Alternation, optimizer_groups, phases_of
 from gfnet_dynn.model_files import PLAIN, load_model, load_pretrained, save_model
 from gfnet_dynn.models.build import build_gfnet
@@ -35,10 +36,10 @@ from gfnet_dynn.our_train_helper import (
     warm_up_epoch,
 )
 from gfnet_dynn.run_log import RunLog
-from gfnet_dynn.run_state import Best, StageState
 from gfnet_dynn.warmup import WarmUp, warmup_folder
 from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.run_state import Best, StageState
 from shared_core.for_torch.seeds import seed_all
 from shared_core.runs import derive_seed, progress
 
@@ -145,11 +146,33 @@ def distil_student(run: Run) -> dict[str, Any]:
     return _fine_tune_and_save(run, "distil", student, losses, criterion)
 
 
+def _with_deep_supervision(
+    run: Run, model: GFNet, losses: Losses, helper: nn.Module | None
+) -> tuple[Losses, nn.Module | None]:
+    """Losses at the exits as well, when ``--deep-supervision`` asks for them; their heads learn."""
+    args = run.args
+    if not args.deep_supervision:
+        return losses, helper
+    deep = DeepSupervision(
+        model.embed_dim,
+        len(run.data.classes),
+        args.exits or tuple(range(model.depth - 1)),
+        weight=args.deep_supervision,
+        kd=args.deep_kd,
+        temperature=args.deep_temperature,
+        smoothing=args.smoothing,
+    ).to(run.device)
+    helpers = nn.ModuleList([deep] if helper is None else [helper, deep])
+    return deep.added_to(losses, model), helpers
+
+
 def _fine_tune_and_save(
-    run: Run, stage: str, model: GFNet, losses: Any, helper: torch.nn.Module | None
+    run: Run, stage: str, model: GFNet, losses: Losses, helper: nn.Module | None
 ) -> dict[str, Any]:
     args, data = run.args, run.data
     name = "backbone" if stage == "backbone" else "student"
+    if name == "student" or args.no_distil:  # what the exits will stand on
+        losses, helper = _with_deep_supervision(run, model, losses, helper)
     loader = train_loader(
         data, args, stage=stage, batch_size=args.finetune_batch, device=run.device
     )

@@ -24,6 +24,7 @@ from shared_core.datasets.image_set import ImageSet
 from shared_core.datasets.loader import Batch, BatchLoader
 from shared_core.datasets.manifest import Manifest
 from shared_core.datasets.order import EpochOrder
+from shared_core.datasets.prepared import PreparedData, prepare_data
 from shared_core.datasets.quarantine import read_quarantine, write_quarantine
 from shared_core.datasets.scan import Listing, Sample, find, require, scan
 from shared_core.datasets.specs import DatasetSpec, get, names, register
@@ -42,6 +43,7 @@ __all__ = [
     "ImageSet",
     "Listing",
     "Manifest",
+    "PreparedData",
     "Sample",
     "SmallView",
     "TrainView",
@@ -58,6 +60,7 @@ __all__ = [
     "make_scenes",
     "make_split",
     "names",
+    "prepare_data",
     "read_quarantine",
     "register",
     "render_scene",

@@ -9,12 +9,14 @@ from shared_core.runs.progress import progress
 from shared_core.runs.record import RecordError, check_record, read_result, write_result
 from shared_core.runs.report import Report
 from shared_core.runs.seeds import derive_seed, seed_python_numpy
+from shared_core.runs.stage_log import StageLog
 
 __all__ = [
     "MetricLog",
     "RecordError",
     "Report",
     "RunFolder",
+    "StageLog",
     "UsageError",
     "check_record",
     "derive_seed",

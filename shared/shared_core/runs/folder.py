@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from shared_core.checkpoints.atomic import atomic_write
+from shared_core.runs.command import UsageError
 
 CONFIG_FILE = "config.json"
 
@@ -65,3 +68,31 @@ class RunFolder:
         path = self.path.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def remove_run(path: str | Path, *, keys: Collection[str]) -> None:
+    """Delete an earlier run, and nothing that is not one; without a folder nothing happens.
+
+    Args:
+        path: the run's folder.
+        keys: keys that the run's ``config.json`` must have; many programs write such a file.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not _is_run(folder, keys):
+        raise UsageError(
+            f"--fresh: {folder} holds no run, expected one to replace; nothing deleted"
+        )
+    shutil.rmtree(folder)
+
+
+def _is_run(folder: Path, keys: Collection[str]) -> bool:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and set(keys) <= config.keys()

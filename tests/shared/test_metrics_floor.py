@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from gfnet_dynn.floor import engineered_features, floor_accuracy, plain_features
+from shared_core.metrics.floor import engineered_features, floor_accuracy, plain_features
 
 
 def write(folder, images):

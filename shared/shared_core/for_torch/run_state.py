@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gfnet_dynn.run_log import RunLog
 from shared_core.for_torch.checkpoints import Stateful, load_run_state, save_run_state
+from shared_core.runs.stage_log import StageLog
 
 
 class Best:
@@ -42,7 +42,7 @@ class Best:
 class StageState:
     """Saves and restores the parts of one stage with its counters, log position and clock."""
 
-    def __init__(self, stage: str, parts: Mapping[str, Stateful], log: RunLog) -> None:
+    def __init__(self, stage: str, parts: Mapping[str, Stateful], log: StageLog) -> None:
         self.path: Path = log.folder / "state" / f"{stage}.pth"
         self.parts, self.log = parts, log
         self.counters: dict[str, Any] = {}

@@ -1,0 +1,204 @@
+"""From a folder of images, or built-in scenes, to a verified split that is written down."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared_core.datasets.builtin import make_scenes
+from shared_core.datasets.decode import decode
+from shared_core.datasets.errors import DatasetError
+from shared_core.datasets.image_set import ImageSet
+from shared_core.datasets.layout_split import from_layout
+from shared_core.datasets.manifest import Manifest
+from shared_core.datasets.quarantine import load_quarantine, write_quarantine
+from shared_core.datasets.scan import Listing, scan
+from shared_core.datasets.spec_check import describe
+from shared_core.datasets.spec_type import DatasetSpec
+from shared_core.datasets.split import make_split
+from shared_core.datasets.verify import verify
+
+SPLIT_FILE, VERIFY_FILE, QUARANTINE_FILE = "split.json", "verify.json", "quarantine.txt"
+SPLITS = ("train", "calibration", "test")
+FRACTIONS = (("train", 0.8), ("calibration", 0.1), ("test", 0.1))
+BUILTIN_NAME = "built-in scenes"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A data set that is ready to train on.
+
+    Attributes:
+        name: as records call it.
+        kind: "real", "subset" (not all the images that the set is known to have) or "built-in".
+        root: the folder that the manifest's paths start from.
+        manifest: the split.
+        notes: what differs from the published data set.
+    """
+
+    name: str
+    kind: str
+    root: Path
+    manifest: Manifest
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return self.manifest.classes
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether the images are drawn by the program."""
+        return self.kind == "built-in"
+
+    def image_side(self) -> int:
+        """The short side of the first image, pixels."""
+        height, width = decode(self.root / self.manifest.entries[0].path).shape[:2]
+        return int(min(height, width))
+
+    def image_set(self, split: str) -> ImageSet:
+        """The images of ``train``, ``calibration`` or ``test``.
+
+        Raises:
+            DatasetError: the split has no image.
+        """
+        items = self.manifest.subset(split)
+        if not items:
+            raise DatasetError(f"{self.root}: the {split} split is empty, expected images")
+        return ImageSet(
+            [self.root / item.path for item in items],
+            [item.label for item in items],
+            [item.key for item in items],
+        )
+
+    def facts(self, pixels: int) -> dict[str, Any]:
+        """What a record says of the data; ``pixels`` is the side of the network's input."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "images": len(self.manifest.entries),
+            "pixels": int(pixels),
+            "split_hash": self.manifest.hash,
+            "splits": {split: len(self.manifest.subset(split)) for split in self.manifest.splits},
+            "notes": list(self.notes),
+        }
+
+
+def prepare_data(
+    output: str | Path,
+    *,
+    root: str | Path | None,
+    name: str | None = None,
+    spec: DatasetSpec | None = None,
+    num_classes: int | None = None,
+    fractions: Sequence[tuple[str, float]] = FRACTIONS,
+    split_seed: int = 0,
+    quarantine: str | Path | None = None,
+    workers: int = 0,
+    scenes: Mapping[str, Any] | None = None,
+) -> PreparedData:
+    """Find or make the images, look at every file once, split them, and write it all down.
+
+    A file that cannot be read is left out and listed in ``quarantine.txt``; copies and near copies
+    stay in one split. A folder of ``train``, ``val`` and ``test`` folders is split as it stands.
+    When ``output`` holds a split already, that one is read and checked.
+
+    Args:
+        output: the run's folder; the split and the findings are written there.
+        root: folder of class folders; None draws ``scenes`` into ``output``.
+        name: as records call the set; the spec's name or the folder's own when None.
+        spec: facts of the published set; a folder of another number of classes is refused, fewer
+            images make it a "subset".
+        num_classes: refuse another number.
+        fractions: pairs of part and share for a folder without parts of its own.
+        split_seed: what the split is seeded with.
+        quarantine: a list of files to leave out.
+        workers: processes that verify; 0 or 1 does it in this one.
+        scenes: arguments of :func:`make_scenes`: ``num_classes``, ``image_size`` (pixels),
+            ``images_per_class``, ``seed``.
+
+    Raises:
+        DatasetError, FileNotFoundError: no images, too few, or other classes than expected.
+    """
+    output = Path(output)
+    notes: list[str] = []
+    if root is None:
+        if scenes is None:
+            raise ValueError("root is None and no scenes are given: expected one of them")
+        listing = make_scenes(output / "data" / "scenes", **scenes)
+        kind, name = "built-in", name or BUILTIN_NAME
+    else:
+        listing = scan(root)
+        kind = "real"
+        name = name or (spec.name if spec else Path(root).resolve().name or "images")
+        if spec is not None:
+            if len(listing.classes) != spec.num_classes:
+                raise DatasetError(
+                    f"{root} has {len(listing.classes)} class folders, {spec.name} has "
+                    f"{spec.num_classes}: name it otherwise to use it all the same"
+                )
+            notes = describe(listing, spec)
+    _check_classes(listing, num_classes)
+    split_file = output / SPLIT_FILE
+    if split_file.exists():
+        manifest = Manifest.read(split_file, root=listing.root)
+    else:
+        manifest = _split(
+            listing, output, spec, fractions, split_seed, quarantine, workers if workers > 1 else 0
+        )
+        manifest.write(split_file)
+    if spec is not None and spec.num_images and len(manifest.entries) < spec.num_images:
+        kind = "subset"
+    data = PreparedData(name, kind, Path(listing.root), manifest, tuple(notes))
+    for split in manifest.splits:
+        data.image_set(split)  # an empty one is told now, not after an hour
+    return data
+
+
+def _check_classes(listing: Listing, num_classes: int | None) -> None:
+    if len(listing.classes) < 2:
+        raise DatasetError(
+            f"{listing.root} has one class, {listing.classes[0]!r}: expected two or more folders"
+        )
+    if num_classes and num_classes != len(listing.classes):
+        raise DatasetError(
+            f"{listing.root} has {len(listing.classes)} classes, --num_classes says {num_classes}"
+        )
+
+
+def _split(
+    listing: Listing,
+    output: Path,
+    spec: DatasetSpec | None,
+    fractions: Sequence[tuple[str, float]],
+    seed: int,
+    quarantine_file: str | Path | None,
+    workers: int,
+) -> Manifest:
+    """Verify every file and make the split."""
+    report = verify(listing, spec=spec, workers=workers)
+    report.write(output / VERIFY_FILE)
+    quarantine = report.quarantine() | load_quarantine(listing.root, quarantine_file)
+    if quarantine:
+        write_quarantine(output / QUARANTINE_FILE, quarantine)
+        path, reason = next(iter(quarantine.items()))
+        print(
+            f"left out {len(quarantine)} files ({path}: {reason}); "
+            f"all are in {output / QUARANTINE_FILE}",
+            file=sys.stderr,
+        )
+    if listing.layout == "split":
+        return from_layout(listing, seed=seed, quarantine=quarantine)
+    return make_split(
+        listing,
+        fractions=fractions,
+        seed=seed,
+        duplicates=report.duplicates,
+        quarantine=quarantine,
+        keys=report.keys,
+        gaps="fill",
+    )
