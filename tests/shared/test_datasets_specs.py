@@ -18,6 +18,8 @@ HAND_TABLE = {
     "ImageNet-1k": (1_000, 1_331_167, None, {}),
     "garbage-4": (4, 64_000, None, {"Harmful": 16_000}),
     "TrashNet": (6, 2_527, None, {"glass": 501, "trash": 137}),
+    "clothing-10": (10, None, None, {}),
+    "Omniglot": (50, 32_460, 105, {}),
 }
 
 
@@ -53,6 +55,9 @@ def test_facts_equal_the_hand_table(name):
         ("ilsvrc2012", "ImageNet-1k"),
         ("data101031", "garbage-4"),
         ("trashnet", "TrashNet"),
+        ("garbage4_255", "garbage4_255"),
+        ("clothing10_256", "clothing-10"),
+        ("omniglot_small", "Omniglot"),
     ],
 )
 def test_get_knows_any_spelling(spelling, name):

@@ -78,6 +78,9 @@ _UCM_NAMES = tuple(
 
 _CIFAR10_NAMES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
+_CLOTHING_NAMES = tuple(
+    "dress hat longsleeve outwear pants shirt shoes shorts skirt t-shirt".split()
+)
 _GARBAGE_NAMES = ("Harmful", "Kitchen", "Other", "Recyclable")
 
 _TRASHNET_COUNTS = MappingProxyType(
@@ -228,7 +231,7 @@ SPECS: tuple[DatasetSpec, ...] = (
             "images_per_class": _equal(_GARBAGE_NAMES, 16_000),
             "licence": "none stated",
             "homepage": "https://aistudio.baidu.com/datasetdetail/101031",
-            "aliases": ("data101031", "garbage4", "garbage4_255", "garbage"),
+            "aliases": ("data101031", "garbage4", "garbage"),
             "layout": "data101031/{Harmful,Kitchen,Other,Recyclable}/*.jpg",
         },
     ),
@@ -245,6 +248,49 @@ SPECS: tuple[DatasetSpec, ...] = (
             "homepage": "https://github.com/garythung/trashnet",
             "aliases": ("trashnet150", "dataset-resized", "trashnet-resized"),
             "layout": "TrashNet/<class>/*.jpg",
+        },
+    ),
+    # Other photographs under the same four class names: no edition of garbage-4.
+    _spec(
+        "garbage4_255",
+        "its folder; who took the photographs is not stated",
+        {
+            "num_classes": 4,
+            "num_images": None,
+            "image_size": None,
+            "class_names": _GARBAGE_NAMES,
+            "licence": "none stated",
+            "homepage": "",
+            "aliases": (),
+            "layout": "garbage4_255/{Harmful,Kitchen,Other,Recyclable}/*.jpg",
+        },
+    ),
+    _spec(
+        "clothing-10",
+        "https://github.com/alexeygrigorev/clothing-dataset-small (README)",
+        {
+            "num_classes": 10,
+            "num_images": None,
+            "image_size": None,
+            "class_names": _CLOTHING_NAMES,
+            "licence": "CC0",
+            "homepage": "https://github.com/alexeygrigorev/clothing-dataset-small",
+            "aliases": ("clothing10_256", "clothing10", "clothing-dataset-small"),
+            "layout": "clothing-10/{train,validation,test}/<class>/*.jpg",
+        },
+    ),
+    _spec(
+        "Omniglot",
+        "https://github.com/brendenlake/omniglot (README)",
+        {
+            "num_classes": 50,  # alphabets, of 1,623 characters in all
+            "num_images": 32_460,
+            "image_size": 105,
+            "class_names": None,
+            "licence": "MIT",
+            "homepage": "https://github.com/brendenlake/omniglot",
+            "aliases": ("omniglot_small", "omniglot-py"),
+            "layout": "Omniglot/<alphabet>/<character>/*.png",
         },
     ),
 )
