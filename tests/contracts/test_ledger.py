@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import ledger_claims
+import ledger_evidence
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -72,7 +75,7 @@ class Checkout:
     def __init__(self, root):
         self.root = root
         (root / "docs/ledger/records").mkdir(parents=True)
-        for project in ledger.PROJECTS:
+        for project in ledger_claims.PROJECTS:
             self.claims([], project)
         self.record("aid.json", _run_record())
 
@@ -121,7 +124,7 @@ def test_this_repositorys_ledger_is_sound():
 
 
 def _recomputed():
-    claims, problems = ledger.load_claims(REPO)
+    claims, problems = ledger_claims.load_claims(REPO)
     assert not problems
     return {
         f"{project}-{claim['id']}": claim
@@ -135,8 +138,8 @@ def _recomputed():
 def test_claims_without_data_are_recomputed(name):
     pytest.importorskip("torchvision")
     claim = _recomputed()[name]
-    got = ledger.recompute(claim)
-    assert ledger._rounds_to(got, claim["measured"]["mean"]), got
+    got = ledger_evidence.recompute(claim)
+    assert ledger_evidence.rounds_to(got, claim["measured"]["mean"]), got
     assert claim["measured"].get("n", 1) == 1
 
 
