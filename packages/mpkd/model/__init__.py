@@ -1,0 +1,1 @@
+"""The networks: teacher, student, and low-rank adapters for either."""

@@ -1,0 +1,1 @@
+"""Quantization: fake quantisers, reconstruction, and the search for bit-widths."""
