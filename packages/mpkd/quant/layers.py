@@ -1,0 +1,218 @@
+"""Layers with quantisers, and a network whose convolutions and linear layers all have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpkd.quant.quantizers import ActivationQuantizer, WeightQuantizer
+
+FLOAT = 32  # "bits" of a part that is left as it is
+
+
+class QuantLayer(nn.Module):
+    """A convolution or linear layer that sees its weight and its input on grids.
+
+    Args:
+        base: ``nn.Conv2d`` or ``nn.Linear``; its parameters go on being trained.
+        w_bits, a_bits: 2 to 16, or 32 for none.
+        symmetric: weights (and signed inputs) without an offset.
+        method: how ranges are found, ``mse`` or ``minmax``.
+        learned: scales are trained (LSQ for weights, LSQ+ for inputs).
+    """
+
+    def __init__(
+        self,
+        base: nn.Conv2d | nn.Linear,
+        *,
+        w_bits: int,
+        a_bits: int = FLOAT,
+        symmetric: bool = True,
+        method: str = "mse",
+        learned: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, (nn.Conv2d, nn.Linear)):
+            raise ValueError(f"{type(base).__name__}, expected Conv2d or Linear")
+        self.base = base
+        self.weight_quantizer = (
+            None
+            if w_bits == FLOAT
+            else WeightQuantizer(
+                base.weight, bits=w_bits, symmetric=symmetric, method=method, learned=learned
+            )
+        )
+        self.input_quantizer = (
+            None
+            if a_bits == FLOAT
+            else ActivationQuantizer(bits=a_bits, symmetric=False, learned=learned)
+        )
+        self.enabled = True
+
+    @property
+    def w_bits(self) -> int:
+        """Bits a weight; 32 where it is not quantized."""
+        return self.weight_quantizer.bits if self.weight_quantizer else FLOAT
+
+    @property
+    def a_bits(self) -> int:
+        """Bits an input value; 32 where it is not quantized."""
+        return self.input_quantizer.bits if self.input_quantizer else FLOAT
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the layer uses it."""
+        if self.weight_quantizer is None or not self.enabled:
+            return self.base.weight
+        return self.weight_quantizer(self.base.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        if self.input_quantizer is not None and self.enabled:
+            x = self.input_quantizer(x)
+        return self.apply_weight(x, self.quantized_weight())
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer with another weight of the same shape."""
+        base = self.base
+        if isinstance(base, nn.Linear):
+            return F.linear(x, weight, base.bias)
+        return base._conv_forward(x, weight, base.bias)
+
+
+def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers by dotted name, in the order of the network."""
+    return {n: module for n, module in net.named_modules() if isinstance(module, QuantLayer)}
+
+
+def quantizable(net: nn.Module) -> list[str]:
+    """Dotted names of the convolutions and linear layers, in order."""
+    return [n for n, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+def bits_for(names: Iterable[str], bits: int, *, first_last: int | None = 8) -> dict[str, int]:
+    """The same bits for every layer, but ``first_last`` for the first and the last."""
+    names = list(names)
+    chosen = dict.fromkeys(names, bits)
+    if first_last is not None and names:
+        chosen[names[0]] = chosen[names[-1]] = max(first_last, bits)
+    return chosen
+
+
+def quantize_net(
+    net: nn.Module,
+    w_bits: Mapping[str, int],
+    a_bits: Mapping[str, int] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Put a ``QuantLayer`` around each named layer, in place.
+
+    Fold batch norms first (:func:`fold_batch_norms`) for post-training quantization.
+
+    Args:
+        w_bits: bits by layer name; layers that are not named stay as they are.
+        a_bits: bits of the inputs by layer name; None leaves all inputs as they are.
+        options: of :class:`QuantLayer`.
+
+    Raises:
+        ValueError: a name that is no convolution or linear layer of ``net``.
+    """
+    known = set(quantizable(net))
+    for name in [*w_bits, *(a_bits or {})]:
+        if name not in known:
+            raise ValueError(f"no layer {name!r} to quantize, expected one of {sorted(known)}")
+    for name, bits in w_bits.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = net.get_submodule(parent)
+        layer = QuantLayer(
+            getattr(owner, leaf), w_bits=bits, a_bits=(a_bits or {}).get(name, FLOAT), **options
+        )
+        setattr(owner, leaf, layer)
+    return net
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batches: Iterable[Tensor], *, method: str = "mse") -> None:
+    """Set the ranges of all inputs from images; the network runs unquantized meanwhile.
+
+    Args:
+        batches: images ``(N, 3, H, W)``, normalised as in training.
+        method: ``mse`` or ``minmax``.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    layers = [layer for layer in quant_layers(net).values() if layer.input_quantizer is not None]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, inputs: module.input_quantizer.observe(inputs[0])
+        )
+        for layer in layers
+    ]
+    training = net.training
+    net.eval()
+    try:
+        with unquantized(net):
+            for images in batches:
+                net(images)
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
+    for layer in layers:
+        layer.input_quantizer.set_range(method=method)
+
+
+@contextmanager
+def unquantized(net: nn.Module, names: Iterable[str] | None = None) -> Any:
+    """Within it the layers (``names``, or all) compute as if not quantized."""
+    layers = quant_layers(net)
+    chosen = [layers[name] for name in (layers if names is None else names)]
+    before = [layer.enabled for layer in chosen]
+    for layer in chosen:
+        layer.enabled = False
+    try:
+        yield net
+    finally:
+        for layer, enabled in zip(chosen, before, strict=True):
+            layer.enabled = enabled
+
+
+def fold_batch_norms(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` in evaluation mode, each batch norm folded into the convolution before it.
+
+    Raises:
+        ValueError: the network cannot be traced.
+    """
+    import copy
+
+    from torch.fx import symbolic_trace
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    net = copy.deepcopy(net).eval()
+    try:
+        graph = symbolic_trace(net).graph
+    except Exception as error:  # a tracer meets whatever a network's own code raises
+        raise ValueError(f"{type(net).__name__} cannot be traced: {error}") from None
+    modules = dict(net.named_modules())
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        source = node.args[0]
+        if source.op != "call_module" or not isinstance(modules[source.target], nn.Conv2d):
+            continue
+        if len(source.users) > 1:
+            continue  # someone else needs the convolution's own output
+        fused = fuse_conv_bn_eval(modules[source.target], modules[node.target])
+        _replace(net, source.target, fused)
+        _replace(net, node.target, nn.Identity())
+    return net
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(net.get_submodule(parent), leaf, module)
