@@ -1,0 +1,1 @@
+"""The search for bit-widths under a budget."""

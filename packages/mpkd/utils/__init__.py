@@ -1,0 +1,1 @@
+"""Small tools: configuration, logging, seeds, checkpoints."""

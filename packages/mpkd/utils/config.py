@@ -1,0 +1,208 @@
+"""The configuration: config.yaml, what the command line sets, and the refusal of anything else.
+
+The file that lies in this package is complete: it lists every key with its default, and its values
+say which type each key has. Any other file names only what it changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from shared_core.runs import UsageError
+
+DEFAULT_FILE = Path(__file__).resolve().parents[1] / "config.yaml"
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dataset.name": ("cifar10", "imagenet", "folder", "digits", "builtin"),
+    "model.stem": ("auto", "small", "standard"),
+    "teacher.mode": ("full", "head", "lora"),
+    "lora.target": ("teacher", "student"),
+    "distillation.mode": (
+        "teacher_only", "labels", "mixed", "apprentice_a", "apprentice_b", "apprentice_c",
+    ),
+    "distillation.loss": ("kl", "mse_logits", "js", "dkd", "dist"),
+    "mixed_precision.dtype": ("bf16", "fp16"),
+    "training.lr_scheduler": ("constant", "cosine", "step"),
+    "quantization.method": (
+        "none", "ptq", "qat", "brecq", "uniform", "sensitivity", "haq", "sdq", "mixquant",
+    ),
+    "quantization.budget_kind": ("size", "bops", "latency"),
+}  # fmt: skip
+
+# Lowest and highest value, both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "experiment.seed": (0, 2**32 - 1),
+    "experiment.epochs": (1, 100_000),
+    "experiment.batch_size": (1, 1_000_000),
+    "experiment.learning_rate": (1e-12, 1e3),
+    "experiment.weight_decay": (0, 10),
+    "experiment.threads": (0, 1024),
+    "dataset.image_size": (0, 4096),
+    "dataset.max_images": (0, math.inf),
+    "dataset.val_split": (0.01, 0.5),
+    "dataset.workers": (0, 256),
+    "model.num_classes": (0, 1_000_000),
+    "teacher.epochs": (1, 100_000),
+    "teacher.learning_rate": (1e-12, 1e3),
+    "lora.r": (1, 4096),
+    "lora.alpha": (1e-6, 1e6),
+    "lora.dropout": (0, 0.99),
+    "distillation.temperature": (1e-3, 1e3),
+    "distillation.alpha": (0, 1),
+    "distillation.views": (1, 1000),
+    "mixed_precision.init_scale": (1, 2.0**40),
+    "mixed_precision.growth_interval": (1, 10**9),
+    "training.gradient_accumulation_steps": (1, 100_000),
+    "training.clip": (0, math.inf),
+    "training.lr_step_size": (1, 100_000),
+    "training.lr_gamma": (1e-6, 1),
+    "training.lr_warmup_steps": (0, math.inf),
+    "training.max_train_steps": (0, math.inf),
+    "training.ema": (0, 0.999999),
+    "quantization.w_bits": (2, 32),
+    "quantization.a_bits": (2, 32),
+    "quantization.budget": (1e-6, 32),
+    "quantization.calib_samples": (1, math.inf),
+    "quantization.epochs": (1, 100_000),
+    "quantization.learning_rate": (1e-12, 1e3),
+    "logging.log_interval": (0, math.inf),
+}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def load_config(
+    path: str | Path | None = None,
+    settings: Sequence[str] = (),
+    *,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Defaults, then the file, then ``overrides``, then ``settings``.
+
+    Args:
+        path: a YAML file; None = the defaults alone.
+        settings: ``section.key=value`` as on the command line; the value is read as YAML.
+        overrides: values by dotted key, of a recipe.
+
+    Returns:
+        Values by dotted key, every one of the right type.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UsageError: an unknown key (the line names the nearest one), a wrong type, a value that is
+            none of the choices or out of range.
+    """
+    known = flatten(_read(DEFAULT_FILE))
+    config = copy.deepcopy(known)
+    if path is not None and Path(path).resolve() != DEFAULT_FILE:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file")
+        for key, value in flatten(_read(Path(path))).items():
+            config[_known_key(key, known, str(path))] = value
+    for key, value in (overrides or {}).items():
+        config[_known_key(key, known, "recipe")] = value
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: expected section.key=value")
+        config[_known_key(key.strip(), known, "--set")] = _parse(value, text)
+    for key, value in config.items():
+        config[key] = _checked(key, value, known[key])
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: {type(content).__name__}, expected sections with keys")
+    return content
+
+
+def _parse(value: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(value) if value.strip() else ""
+    except yaml.YAMLError:
+        raise UsageError(f"--set {text}: the value is not YAML") from None
+
+
+def _known_key(key: str, known: Mapping[str, Any], where: str) -> str:
+    if key in known:
+        return key
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        leaf = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == leaf]
+    hint = f", perhaps {near[0]}" if near else ""
+    raise UsageError(f"{where}: unknown key {key!r}: expected a key of config.yaml{hint}")
+
+
+def _checked(key: str, value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"{key} is {value!r}, expected true or false")
+    elif isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UsageError(f"{key} is {value!r}, expected a whole number{_number_hint(value)}")
+    elif isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UsageError(f"{key} is {value!r}, expected a number{_number_hint(value)}")
+        value = float(value)
+        if not math.isfinite(value):
+            raise UsageError(f"{key} is {value}, expected a finite number")
+    elif isinstance(default, list):
+        kind = str if key in ("dataset.unlabelled", "lora.target_modules") else int
+        if not isinstance(value, list) or not all(
+            isinstance(item, kind) and not isinstance(item, bool) for item in value
+        ):
+            wanted = "texts" if kind is str else "whole numbers"
+            raise UsageError(f"{key} is {value!r}, expected a list of {wanted}")
+    elif value is None:
+        value = ""
+    elif not isinstance(value, str):
+        raise UsageError(f"{key} is {value!r}, expected text")
+    if key in CHOICES and value not in CHOICES[key]:
+        near = get_close_matches(str(value), CHOICES[key], n=1, cutoff=0.5)
+        hint = f", perhaps {near[0]}" if near else ""
+        raise UsageError(f"{key} is {value!r}: expected one of {', '.join(CHOICES[key])}{hint}")
+    if key in RANGES:
+        low, high = RANGES[key]
+        if not low <= value <= high:
+            raise UsageError(f"{key} is {value}, expected {low:g} to {high:g}")
+    return value
+
+
+def _number_hint(value: Any) -> str:
+    """YAML reads 1e-4 as text; say how to write it."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    mantissa, _, exponent = value.lower().partition("e")
+    if not exponent or not math.isfinite(number):
+        return ""
+    return f": YAML reads {value} as text, write {float(mantissa)}e{int(exponent):+d}"
