@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: use this checkout, whatever is installed
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch; see main.py
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
-if __name__ == "__main__":  # before torch: threads that wait without spinning
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
@@ -23,6 +22,8 @@ from numpy.typing import NDArray
 
 from gfnet_dynn import analysis_plots as plots
 from gfnet_dynn.analysis import analyse_outputs
+from gfnet_dynn.analysis_lines import blocks_text, summary_lines
+from gfnet_dynn.evaluation import ALPHAS, BUDGETS, CONFIDENCE
 from gfnet_dynn.exit_evaluation import ExitLogits
 from gfnet_dynn.model_files import EXITS, load_model
 from gfnet_dynn.models.custom_modules.exit_policy import KINDS
@@ -31,8 +32,6 @@ from shared_core.checkpoints import atomic_write
 from shared_core.runs import Report, run_command
 
 FOLDER = "analysis"
-ALPHAS = (0.01, 0.05, 0.1)
-BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--confidence",
         type=_fraction,
-        default=0.9,
+        default=CONFIDENCE,
         metavar="P",
         help="how sure the risk control has to be (default 0.9)",
     )
@@ -138,74 +137,6 @@ def overheads_of(folder: Path, outputs: ExitLogits) -> tuple[NDArray | None, str
             return exit_overheads(model), ""
     reason = "holds no model" if not files else "holds no model with these exits"
     return None, f"{folder / 'checkpoint' / 'best'} {reason}"
-
-
-def _cost(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
-
-
-def summary_lines(result: dict[str, Any], *, confidence: float) -> list[str]:
-    """The findings in a few lines."""
-    kind = result["kind"]
-    lines = [
-        f"{result['samples']['calibration']} calibration and {result['samples']['test']} test "
-        f"samples; final head {result['final_accuracy']:.4f} on test"
-    ]
-    for name, rows in result["wishes"].items():
-        row = rows["balanced"]
-        lines.append(
-            f"{name}{', used' if name == kind else ''}: balanced threshold "
-            f"{row['threshold']:.4g}: {row['test']['accuracy']:.4f} at "
-            f"{_cost(row['test']['cost_fraction'])}"
-        )
-    for row in result["budgets"]:
-        if row["kind"] == kind:
-            lines.append(f"budget {_cost(row['budget'])}, {kind}: " + _budget(row))
-    for row in result["conformal"]:
-        lines.append(
-            f"conformal, alpha {row['alpha']:g}, {row['family']}: "
-            f"{row['mean_set_size']:.2f} classes, coverage {row['coverage']:.4f}"
-        )
-    for row in result["risk"]:
-        if row["kind"] == kind:
-            lines.append(f"risk {row['level']:g} at confidence {confidence:g}: " + _risk(row))
-    for row in _free(result["placement"]):
-        if row["blocks"] is not None:
-            lines.append(
-                f"exits worth keeping at {_cost(row['budget'])}: {_blocks(row)}: "
-                f"{row['test']['accuracy']:.4f} at {_cost(row['test']['cost_fraction'])}"
-            )
-    return lines
-
-
-def _budget(row: dict[str, Any]) -> str:
-    if row["threshold"] is None:
-        return "not even leaving at the first exit is that cheap"
-    return (
-        f"threshold {row['threshold']:.4g}: {row['test']['accuracy']:.4f} at "
-        f"{_cost(row['test']['cost_fraction'])}"
-    )
-
-
-def _risk(row: dict[str, Any]) -> str:
-    if row["num_accepted"] < 2:
-        return f"no early exit can be promised from {row['num_samples']} samples"
-    return (
-        f"threshold {row['threshold']:.4g}: test risk {row['test_risk']:.4f} at "
-        f"{_cost(row['test']['cost_fraction'])}"
-    )
-
-
-def _blocks(row: dict[str, Any]) -> str:
-    return (
-        "final head only" if not row["blocks"] else "blocks " + ", ".join(map(str, row["blocks"]))
-    )
-
-
-def _free(rows: list[dict] | None) -> list[dict]:
-    """The rows whose number of exits is not limited."""
-    most = max((row["max_exits"] for row in rows or []), default=0)
-    return [row for row in rows or [] if row["max_exits"] == most]
 
 
 def write_report(
@@ -292,7 +223,7 @@ def write_report(
                 + (
                     [None, None, None]
                     if row["blocks"] is None
-                    else [_blocks(row), row["test"]["accuracy"], row["test"]["cost_fraction"]]
+                    else [blocks_text(row), row["test"]["accuracy"], row["test"]["cost_fraction"]]
                 )
                 for row in result["placement"]
             ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gfnet_dynn.plots import COLOURS, _save
+from gfnet_dynn.plots import COLOURS, save_figure
 from gfnet_dynn.threshold_helper import Sweep
 
 
@@ -47,7 +47,7 @@ def rules(folder: Path, result: Mapping[str, Any], curves: Mapping[str, Sweep]) 
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
 
-    return _save(folder, "rules", draw, size=(7.5, 4.8))
+    return save_figure(folder, "rules", draw, size=(7.5, 4.8))
 
 
 def budget_curves(folder: Path, result: Mapping[str, Any]) -> Path:
@@ -112,7 +112,7 @@ def budget_curves(folder: Path, result: Mapping[str, Any]) -> Path:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
 
-    return _save(folder, "budgets", draw, size=(10.5, 4.4))
+    return save_figure(folder, "budgets", draw, size=(10.5, 4.4))
 
 
 def conformal_sets(folder: Path, result: Mapping[str, Any]) -> Path:
@@ -141,7 +141,7 @@ def conformal_sets(folder: Path, result: Mapping[str, Any]) -> Path:
             axis.grid(alpha=0.3, axis="y")
         figure.legend(loc="outside lower center", ncols=len(families) + 1, fontsize=8)
 
-    return _save(folder, "conformal", draw, size=(10, 4))
+    return save_figure(folder, "conformal", draw, size=(10, 4))
 
 
 def risk_control(folder: Path, result: Mapping[str, Any], *, confidence: float) -> Path:
@@ -170,4 +170,4 @@ def risk_control(folder: Path, result: Mapping[str, Any], *, confidence: float) 
             axis.grid(alpha=0.3, axis="y")
         figure.legend(loc="outside lower center", ncols=len(kinds) + 1, fontsize=8)
 
-    return _save(folder, "risk", draw, size=(10, 4))
+    return save_figure(folder, "risk", draw, size=(10, 4))

@@ -104,6 +104,16 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         (args.no_distil, STUDENT, "--no-distil leaves the student out"),
         (args.pretrained is None, ("resolution_transfer",), "there is no --pretrained file"),
         (args.checkpoint is not None, ("pretrained",), "--checkpoint-path takes its place"),
+        (
+            not args.deep_supervision,
+            ("deep_kd", "deep_temperature"),
+            "--deep-supervision is 0",
+        ),
+        (
+            args.checkpoint is not None,
+            ("deep_supervision",),
+            "--checkpoint-path leaves no network below the exits to train",
+        ),
     ):
         for name in names:
             if without and name in given:

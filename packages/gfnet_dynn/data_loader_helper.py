@@ -65,13 +65,24 @@ def normalizer(device: object) -> Normalizer:
 
 
 def train_loader(
-    data: Data, args: argparse.Namespace, *, stage: str, batch_size: int, device: object
+    data: Data,
+    args: argparse.Namespace,
+    *,
+    stage: str,
+    batch_size: int,
+    device: object,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TorchLoader:
-    """Shuffled, augmented training batches; a view is decided by seed, stage, image and epoch."""
+    """Shuffled, augmented training batches; a view is decided by seed, stage, image and epoch.
+
+    With several processes each gets its share of every batch: ``batch_size`` is that of one.
+    """
     images = data.image_set("train")
-    if len(images) < batch_size:
+    if len(images) < batch_size * world_size:
         raise datasets.DatasetError(
-            f"{len(images)} training images make no batch of {batch_size}: expected at least one"
+            f"{len(images)} training images make no batch of {batch_size * world_size}: expected "
+            "at least one"
         )
     seed = derive_seed(args.seed, stage, "views")
     view = datasets.TrainView(
@@ -87,7 +98,13 @@ def train_loader(
         seed=seed,
         method=METHOD[args.train_interpolation],
     )
-    order = datasets.EpochOrder(len(images), seed=derive_seed(args.seed, stage, "order"))
+    order = datasets.EpochOrder(
+        len(images),
+        seed=derive_seed(args.seed, stage, "order"),
+        rank=rank,
+        world_size=world_size,
+        uneven="keep" if world_size == 1 else "drop",
+    )
     loader = datasets.BatchLoader(
         images,
         view=view,
@@ -100,15 +117,32 @@ def train_loader(
 
 
 def eval_loader(
-    data: Data, split: str, args: argparse.Namespace, *, device: object, batch_size: int = 128
+    data: Data,
+    split: str,
+    args: argparse.Namespace,
+    *,
+    device: object,
+    batch_size: int = 128,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TorchLoader:
-    """Every image of a split once, in order, resized and cut as ``--crop-pct`` says."""
+    """Every image of a split once, in order, resized and cut as ``--crop-pct`` says.
+
+    Of several processes number r gets images r, r + ``world_size``, ...
+    """
     view = datasets.EvalView(
         data.input_size,
         resize_ratio=1.0 / args.crop_pct,
         method=METHOD[args.train_interpolation],
     )
+    images = data.image_set(split)
+    if len(images) < world_size:
+        raise datasets.DatasetError(
+            f"{len(images)} images of the {split} split for {world_size} processes: expected one "
+            "for each at least"
+        )
+    order = datasets.EpochOrder(len(images), shuffle=False, rank=rank, world_size=world_size)
     loader = datasets.BatchLoader(
-        data.image_set(split), view=view, batch_size=batch_size, threads=args.num_workers
+        images, view=view, batch_size=batch_size, order=order, threads=args.num_workers
     )
     return TorchLoader(loader, normalizer(device))

@@ -7,6 +7,7 @@ whatever the run trained in, as ``predict.py`` computes.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from gfnet_dynn.data_loader_helper import eval_loader
-from gfnet_dynn.exit_evaluation import ExitLogits, collect, exit_rates_per_class, summarise
+from gfnet_dynn.exit_evaluation import (
+    ExitLogits,
+    collect,
+    exit_rates_per_class,
+    never_leaves,
+    summarise,
+)
 from gfnet_dynn.model_files import load_model
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
@@ -32,6 +39,9 @@ from gfnet_dynn.threshold_helper import (
 
 HALF_COST = 0.5  # mean cost of the "fast" point, share of a run to the final head
 TIMED_IMAGES, ROUNDS = 256, 5
+ALPHAS = (0.01, 0.05, 0.1)  # share of conformal sets that may miss the class
+BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # mean costs, shares of a run to the final head
+CONFIDENCE = 0.9  # of the risk control
 COMPARED = ("gate", "jei", "max_prob", "entropy", "margin")  # patience has no curve of scores
 
 
@@ -169,6 +179,21 @@ def evaluate_run(
             f"{file} knows the classes {', '.join(facts['class_names'][:3])}..., "
             f"the data has {', '.join(data.classes[:3])}..."
         )
+    if model.backbone.img_size != (data.input_size, data.input_size):
+        raise ValueError(
+            f"{file} takes images of {model.backbone.img_size[0]} pixels, this run has "
+            f"{data.input_size}: expected --input-size {model.backbone.img_size[0]}"
+        )
+    if facts["split_hash"] != data.manifest.hash:
+        print(
+            f"warning: {file} was trained on split {facts['split_hash'][:12]}, this one is "
+            f"{data.manifest.hash[:12]}: images it has learned from may be among those it is "
+            "judged by",
+            file=sys.stderr,
+        )
+        measured_on = {"split_of_model": facts["split_hash"]}
+    else:
+        measured_on = {}
     model = model.to(run.device)
     outputs = {
         split: collect(
@@ -193,12 +218,12 @@ def evaluate_run(
     measured: dict[str, Any] = {} if floor is None else {"floor": floor}
     for name, network in networks.items():
         measured[name] = _plain_row(network, run)
-    images = _timed_images(run)
-    calls: dict[str, Callable[[Tensor], Any]] = {}
-
-    for name, network in networks.items():
-        calls[name] = network
+    images = timed_images(run)
+    calls: dict[str, Callable[[Tensor], Any]] = dict(networks)
     calls["without exits"] = model.backbone
+    for index in range(model.num_gates + 1):
+        leave = all_leave_at(index, policy, model.num_gates)
+        calls[f"exit {index}"] = lambda batch, p=leave: model.early_exit(batch, p)
     points: dict[str, Any] = {}
     real: dict[str, Any] = {}
     for name, chosen in policies.items():
@@ -236,14 +261,20 @@ def evaluate_run(
             row["ms_per_image"] = {label: times[name] for label, times in timed.items()}
     full = {label: times["without exits"] for label, times in timed.items()}
     measured["exits"] = {
+        "model": {"file": Path(file).name, "sha256": facts["sha256"], **measured_on},
         "policy": policy.kind,
         "temperatures": list(policy.temperatures),
         "final_accuracy": plain_accuracy(test),
         "parameters": sum(p.numel() for p in model.parameters()),
         "macs_per_exit": [float(c) for c in test.costs],
         "ms_per_image_without_exits": full,
+        "ms_per_image_at_exits": {
+            label: [times[f"exit {index}"] for index in range(model.num_gates + 1)]
+            for label, times in timed.items()
+        },
         "points": points,
         "policies": compare_policies(calibration, test, max_loss=args.max_accuracy_loss),
+        **findings(calibration, test, kind=kind, max_loss=args.max_accuracy_loss),
     }
     drawn = {
         "calibration": calibration,
@@ -270,6 +301,38 @@ def evaluate_run(
     return measured, drawn
 
 
+def all_leave_at(index: int, policy: ExitPolicy, num_gates: int) -> ExitPolicy:
+    """The rule, asked at every exit up to number ``index``, where everybody leaves."""
+    never = never_leaves(num_gates)
+    thresholds = [-1.0 if i == index else never for i in range(num_gates)]
+    return policy.with_thresholds(thresholds or never)
+
+
+def findings(
+    calibration: ExitLogits, test: ExitLogits, *, kind: str, max_loss: float
+) -> dict[str, Any]:
+    """Budgets, conformal sets and risk of the rule in use, as ``analyse.py`` finds them.
+
+    Empty lists where there are too few samples, or no exits, to say anything.
+    """
+    from gfnet_dynn.analysis import analyse_outputs  # which needs this module
+
+    names = ("budgets", "conformal", "risk")
+    if not test.exits or len(calibration.labels) < 4 or not 0 < max_loss < 1:
+        return {name: [] for name in names}
+    result, _ = analyse_outputs(
+        calibration,
+        test,
+        kind=kind,
+        max_accuracy_loss=max_loss,
+        confidence=CONFIDENCE,
+        alphas=ALPHAS,
+        shares=BUDGETS,
+        overheads=None,
+    )
+    return {name: [row for row in result[name] if row.get("kind", kind) == kind] for name in names}
+
+
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
@@ -284,7 +347,7 @@ def _best_file(run: Run) -> Path:
     return run.folder / "checkpoint" / "best" / str(done["file"])
 
 
-def _timed_images(run: Run) -> Tensor:
+def timed_images(run: Run) -> Tensor:
     """Up to ``TIMED_IMAGES`` test images, spread over the classes, decoded once."""
     images = [
         batch

@@ -24,17 +24,21 @@ from gfnet_dynn.models.gfnet_pyramid import GFNetPyramid
 from gfnet_dynn.onnx_chain import CHAIN_FILE, CHAIN_VERSION, OnnxEarlyExit, input_name, session
 from gfnet_dynn.quantization import QUANTIZATIONS, quantize_segments, quantize_student
 from shared_core.checkpoints import atomic_write
-from shared_core.for_torch.export import Difference, export_onnx
+from shared_core.for_torch.export import Difference, check_onnx
 
 __all__ = [
     "OnnxEarlyExit",
     "Segment",
+    "check_opset",
     "export_early_exit",
     "export_student",
     "portable",
     "quantize_student",
     "session",
 ]
+
+LEAST_OPSET = 13
+EXPORTED_FROM = 18  # from here on torch's newer exporter writes the opset that it is asked for
 
 
 class Segment(nn.Module):
@@ -79,23 +83,29 @@ def export_student(
         path: the file; its input is ``image (N, 3, H, W)``, normalised; its output ``logits``.
         filter: ``dft`` or ``dft-dense`` use nothing but matrix products, for any runtime; ``fft``
             writes DFT nodes, which need opset 20 and are slow in ONNX Runtime.
-        opset: None takes torch's default, with ``fft`` 20.
+        opset: 13 or more, with ``fft`` 20 or more; None takes torch's default, with ``fft`` 20.
         tolerance: largest relative difference of the logits.
 
     Raises:
-        ExportError: the file does not give torch's logits.
+        ExportError: the file does not give torch's logits; none is left.
+        ValueError: an opset that cannot be written.
     """
-    if filter == "fft":
-        opset = 20 if opset is None else opset
-        if opset < 20:
-            raise ValueError(f"opset: got {opset}, expected at least 20 for the fft filter")
-    return export_onnx(
-        portable(model, filter),
-        path,
-        input_size=(3, *model.img_size),
-        opset=opset,
-        tolerance=tolerance,
-    )
+    opset = check_opset(opset, filter)
+    model = portable(model, filter)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 3, *model.img_size, generator=generator) for n in (1, 3)]
+    with torch.no_grad():
+        expected = [[model(images).numpy()] for images in batches]
+    save = _writer(model, batches[1], "image", ["logits"], opset)
+    found = Difference(0.0, 0.0)
+
+    def write(path: Path) -> None:
+        nonlocal found
+        save(path)
+        found = check_onnx(path, [b.numpy() for b in batches], expected, tolerance=tolerance)
+
+    atomic_write(path, write)
+    return found
 
 
 def export_early_exit(
@@ -114,7 +124,7 @@ def export_early_exit(
         model: left as it is.
         folder: gets ``segment0.onnx`` ... and, last, ``chain.json``.
         policy: stored in the chain as the one to use by default.
-        opset: of ONNX; None takes torch's default.
+        opset: of ONNX, 13 or more; None takes torch's default.
         int8: ``static`` or ``dynamic`` quantize the linear layers inside the blocks.
         calibration: normalised images float32 ``(M, 3, H, W)``; needed for ``static``.
         tolerance: largest relative difference of the float32 chain's logits from torch's.
@@ -125,6 +135,7 @@ def export_early_exit(
     Raises:
         ValueError: a policy that does not fit, or a chain whose logits differ from torch's.
     """
+    opset = check_opset(opset)
     if policy is not None:
         policy.check(model.num_gates)
     if int8 is not None and int8 not in QUANTIZATIONS:
@@ -160,23 +171,45 @@ def export_early_exit(
     return folder / CHAIN_FILE
 
 
+def check_opset(opset: int | None, filter: str = "dft") -> int | None:
+    """The opset to write, or a ValueError that says why it cannot be.
+
+    13 is the least in which int8 layers have a scale for each channel; DFT nodes with an axis as
+    input, which the fft filter needs, came with 20.
+    """
+    if filter == "fft":
+        opset = 20 if opset is None else opset
+        if opset < 20:
+            raise ValueError(f"opset: got {opset}, expected at least 20 for the fft filter")
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f"opset: got {opset}, expected at least {LEAST_OPSET}")
+    return opset
+
+
 def _writer(module: nn.Module, example: Tensor, name: str, outputs: list[str], opset: int | None):
-    """What writes one segment to a given path."""
+    """What writes one network, batch size free, to a given path."""
+    module = module.eval()
 
     def write(path: Path) -> None:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):  # the exporter is chatty
             warnings.simplefilter("ignore")
+            common = {"input_names": [name], "output_names": outputs, "opset_version": opset}
+            if opset is not None and opset < EXPORTED_FROM:
+                # The newer exporter would write its own least opset instead of the one asked for.
+                free = {key: {0: "batch"} for key in (name, *outputs)}
+                torch.onnx.export(
+                    module, (example,), path, dynamo=False, dynamic_axes=free, **common
+                )
+                return
             torch.onnx.export(
-                module.eval(),
+                module,
                 (example,),
                 path,
                 dynamo=True,
-                input_names=[name],
-                output_names=outputs,
-                opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 external_data=False,
                 verbose=False,
+                **common,
             )
 
     return write

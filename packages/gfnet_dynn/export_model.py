@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: use this checkout, whatever is installed
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch; see main.py
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
-if __name__ == "__main__":  # before torch: threads that wait without spinning
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import dataclasses
@@ -25,7 +24,7 @@ import cv2
 import numpy as np
 import torch
 
-from gfnet_dynn.export import export_early_exit, export_student
+from gfnet_dynn.export import LEAST_OPSET, export_early_exit, export_student
 from gfnet_dynn.finished_model import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -81,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="images like those that will come; every second one is kept out of the calibration "
         "and judges. In class folders, accuracy is reported, too",
     )
-    p.add_argument("--opset", type=int, metavar="N", help="of ONNX, 18 or more (default: torch's)")
+    p.add_argument("--opset", type=int, metavar="N", help="of ONNX, 13 or more (default: torch's)")
     return p
 
 
@@ -242,8 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{missing[0]} is not installed: expected it for an export; "
             "pip install './packages/gfnet_dynn[export]'"
         )
-    if args.opset is not None and args.opset < 18:
-        raise UsageError(f"--opset {args.opset}: expected 18 or more, what torch's exporter writes")
+    if args.opset is not None and args.opset < LEAST_OPSET:
+        raise UsageError(
+            f"--opset {args.opset}: expected {LEAST_OPSET} or more, in which int8 layers have a "
+            "scale for each channel"
+        )
     if args.calibration is not None and not args.calibration.is_dir():
         raise FileNotFoundError(f"--calibration {args.calibration} is not a folder")
     if args.model.is_dir():

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gfnet_dynn.parallel import ALONE, SharedState, average_gradients, gather_count
 from gfnet_dynn.run_log import RunLog
 from shared_core.datasets.mixing import Mix, draw_cutmix, draw_mixup
 from shared_core.for_torch.data import TorchLoader
+from shared_core.for_torch.distributed import World
 from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.losses import soft_cross_entropy
 from shared_core.for_torch.mixing import cutmix, mix_targets, mixup, one_hot
 from shared_core.for_torch.precision import Precision
 from shared_core.for_torch.run_state import Best, StageState
+from shared_core.for_torch.seeds import seed_all
 from shared_core.runs import derive_seed, progress
 
 BARELY_TRAIN = 21  # batches of an epoch under --barely_train
@@ -101,8 +104,10 @@ def cross_entropy_losses(model: nn.Module, *, smoothing: float) -> Losses:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, loader: TorchLoader, precision: Precision) -> float:
-    """Top-1 accuracy, fraction in [0, 1]; the model's mode is put back."""
+def accuracy(
+    model: nn.Module, loader: TorchLoader, precision: Precision, world: World = ALONE
+) -> float:
+    """Top-1 accuracy over the shares of all processes, in [0, 1]; the model's mode is put back."""
     was_training = model.training
     model.eval()
     right = total = 0
@@ -112,6 +117,7 @@ def accuracy(model: nn.Module, loader: TorchLoader, precision: Precision) -> flo
         right += int((logits.argmax(dim=1) == batch.labels).sum())
         total += len(batch.labels)
     model.train(was_training)
+    right, total = gather_count(right, total, world)
     return right / total
 
 
@@ -130,6 +136,7 @@ def fine_tune(
     args: argparse.Namespace,
     log: RunLog,
     helper: nn.Module | None = None,
+    world: World = ALONE,
 ) -> tuple[Best, StageState]:
     """Train ``model`` for ``epochs`` and keep the weights that do best on ``validation``.
 
@@ -137,11 +144,16 @@ def fine_tune(
         stage: its name in logs, seeds and the state file.
         losses: see :data:`Losses`; the model is in training mode when it is called.
         helper: what learns with the model and is not part of it (a projector).
+        world: the processes that train together; metrics of the training are of this one's share.
 
     Returns:
         The best weights, with accuracy and epoch, and the stage's state for its clock.
     """
     modules = [model] if helper is None else [model, helper]
+    for module in modules:
+        average_gradients(module, world)
+    if world.rank:  # all began with the same weights; from here on each draws its own noise
+        seed_all(derive_seed(args.seed, stage, "rank", world.rank) % 2**32)
     groups = parameter_groups(*modules, weight_decay=args.finetune_wd)
     optimizer = torch.optim.AdamW(groups, lr=base_lr)
     ema = Ema(model, decay=args.ema) if args.ema else None
@@ -157,7 +169,7 @@ def fine_tune(
         parts["helper"] = helper
     if ema is not None:
         parts["ema"] = ema
-    state = StageState(stage, parts, log)
+    state = SharedState(stage, parts, log, world)
     steps_per_epoch = min(len(loader), BARELY_TRAIN) if args.barely_train else len(loader)
     schedule = Schedule(
         base_lr, epochs * steps_per_epoch, min(args.finetune_warmup, epochs - 1) * steps_per_epoch
@@ -206,11 +218,11 @@ def fine_tune(
         means = {name: value / steps_per_epoch for name, value in sums.items()}
         log.write(stage, "train", epoch, {**means, "lr": rate})
         if ema is None:
-            found = accuracy(model, validation, precision)
+            found = accuracy(model, validation, precision, world)
             best.offer(model, found, epoch)
         else:
             with ema.applied(model):
-                found = accuracy(model, validation, precision)
+                found = accuracy(model, validation, precision, world)
                 best.offer(model, found, epoch)
         log.write(stage, "val", epoch, {"acc": found})
         log.say(

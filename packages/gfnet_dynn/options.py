@@ -246,6 +246,21 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument("--nd-weight", type=_WEIGHT, default=2.0, help="norm and direction")
     g.add_argument("--spectrum-weight", type=_WEIGHT, default=0.0)
     g.add_argument("--kd-warmup", type=_SIZE, default=1, help="epochs of rising KD weight")
+    g.add_argument(
+        "--deep-supervision",
+        type=_WEIGHT,
+        default=0.0,
+        metavar="W",
+        help="weight of losses at --exits while the network below the exits learns; 0 = off",
+    )
+    g.add_argument(
+        "--deep-kd",
+        type=_WEIGHT,
+        default=1.0,
+        metavar="W",
+        help="share of the final head's answers in these losses",
+    )
+    g.add_argument("--deep-temperature", type=_POSITIVE, default=3.0, help="of these answers")
 
     g = p.add_argument_group("exits (the original's flags)")
     g.add_argument("--lr", type=_POSITIVE, default=1e-3, help="SGD, cosine")

@@ -29,6 +29,8 @@ from shared_core.for_torch.precision import Precision
 TRAINING_POLICY = ExitPolicy("jei", LEAVE_AT)
 BARELY_TRAIN, BARELY_EVALUATE = 21, 51  # batches under --barely_train
 
+Gather = Callable[[ExitLogits], ExitLogits]
+
 
 @dataclass
 class ExitTraining:
@@ -296,6 +298,7 @@ def evaluate(
     split_hash: str = "",
     max_batches: int | None = None,
     ece_scheme: str = "mass",
+    gather: Gather | None = None,
 ) -> tuple[dict[str, float], ExitLogits]:
     """All metrics of a split under the original's names, on their true scale, without prefix.
 
@@ -303,6 +306,9 @@ def evaluate(
     ``gated_acc``), ``gate_loss``, ``classifier_loss`` and ``loss``, the mean of the two. The same
     weights give the same numbers, whatever the batch size of ``batches`` divides the split into
     (up to float32 rounding), and nothing random is drawn.
+
+    Args:
+        gather: turns the outputs of this process' share into those of the whole split.
 
     Returns:
         The metrics, and the outputs that they were computed from.
@@ -315,6 +321,8 @@ def evaluate(
         max_batches=max_batches,
         precision=training.precision,
     )
+    if gather is not None:
+        outputs = gather(outputs)
     metrics = exit_metrics(outputs, policy, ece_scheme=ece_scheme)
     logits = list(torch.from_numpy(outputs.logits))
     gate_logits, labels = torch.from_numpy(outputs.gate_logits), torch.from_numpy(outputs.labels)
@@ -337,6 +345,7 @@ def warm_up_epoch(
     max_validation_batches: int | None = None,
     after_step: Callable[[Phase, dict], None] | None = None,
     split_hash: str = "",
+    gather: Gather | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One epoch of warm-up: train, evaluate on validation data, let patience decide.
 
@@ -348,7 +357,11 @@ def warm_up_epoch(
         training, train_batches, max_batches=max_batches, after_step=after_step
     )
     validated, outputs = evaluate(
-        training, validation_batches, max_batches=max_validation_batches, split_hash=split_hash
+        training,
+        validation_batches,
+        max_batches=max_validation_batches,
+        split_hash=split_hash,
+        gather=gather,
     )
     warm_up.update(
         training.model.exit_heads,

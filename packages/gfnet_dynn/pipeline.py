@@ -8,23 +8,30 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gfnet_dynn.analysis_lines import finding_lines
 from gfnet_dynn.config import parse
 from gfnet_dynn.data_loader_helper import prepare_data
 from gfnet_dynn.evaluation import evaluate_run
+from gfnet_dynn.exit_stage import train_exits
 from gfnet_dynn.model_files import choose_device, choose_precision
+from gfnet_dynn.parallel import QuietLog, join
 from gfnet_dynn.run_log import RunLog
 from gfnet_dynn.run_report import headline, write_record, write_report
-from gfnet_dynn.stages import Run, distil_student, train_backbone, train_exits
+from gfnet_dynn.stages import Run, distil_student, train_backbone
 from gfnet_dynn.tracking import Tracker
 from shared_core.checkpoints import atomic_write
+from shared_core.datasets import DatasetError, Manifest, content_key
+from shared_core.datasets.prepared import SPLIT_FILE
+from shared_core.for_torch.distributed import World, barrier, main_writes, stop
 from shared_core.metrics.floor import floor_accuracy
-from shared_core.runs import RunFolder, UsageError
+from shared_core.runs import RunFolder, RunLock, UsageError
 from shared_core.runs.folder import CONFIG_FILE, remove_run
 from shared_core.runs.progress import format_seconds
 
@@ -42,6 +49,8 @@ MAY_DIFFER = (
     "use_mlflow",
     "save_every",
     "data_root",
+    "data_path",  # the same images may lie elsewhere now: their contents decide
+    "wanted_data",
 )
 NOT_IN_CONFIG = ("output", "resume", "go_on", "fresh", "threads_given")
 RUN_KEYS = ("scale", "ce_ic_tradeoff", "wanted_data")  # what tells a run of this command
@@ -56,9 +65,61 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
     device = choose_device(args.device)
     if args.pin_mem and device.type == "cpu":
         raise UsageError("--pin-mem: page-locked batches are for a GPU, this run is on a CPU")
-    if args.fresh:
+    world = join(device)
+    _check_world(args, world)
+    try:
+        started = datetime.now(timezone.utc)
+        # Asked once, of the main process: another one may look when the folder is half made.
+        args.threads, checkpoint, plain, before = main_writes(lambda: _open(args), world)
+        args.checkpoint = None if checkpoint is None else Path(checkpoint)
+        torch.set_num_threads(args.threads)
+        lock = RunLock(args.output) if world.is_main else nullcontext()
+        with lock:
+            main_writes(lambda: _check_moved_data(before, args), world)
+            folder = RunFolder(args.output)
+            if not world.is_main:
+                log: RunLog = QuietLog(folder.path)
+                _run_stages(args, plain, log, command, started, world)
+                return 0
+            tracker = _tracker(args, folder)
+            failed = True
+            try:
+                log = RunLog(folder.path, tracker)
+                _run_stages(args, plain, log, command, started, world)
+                failed = False
+            finally:
+                tracker.close(failed=failed)
+    finally:
+        stop()
+    return 0
+
+
+def _check_world(args: argparse.Namespace, world: World) -> None:
+    """What several processes cannot do."""
+    if world.world_size == 1:
+        return
+    if args.classifier_loss == "single":
+        raise UsageError(
+            "--classifier_loss single gives some processes no gradient: expected another one "
+            "under torchrun"
+        )
+    if args.barely_train:
+        raise UsageError("--barely_train is for one process: expected a whole run under torchrun")
+
+
+def _open(
+    args: argparse.Namespace,
+) -> tuple[int, str | None, dict[str, Any], str | None]:
+    """Make or find the run's folder.
+
+    Returns:
+        The number of threads, the model to start from, the configuration, and where the images
+        lay when the run began (None: built-in ones, or a new run).
+    """
+    if args.fresh and args.output.is_dir():
+        with RunLock(args.output):
+            pass  # nobody works in it
         remove_run(args.output, keys=RUN_KEYS)
-    started = datetime.now(timezone.utc)
     config_file = args.output / CONFIG_FILE
     exists = config_file.exists()
     resume = exists and (bool(args.resume) or args.go_on or args.eval or args.stage != "all")
@@ -75,17 +136,35 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
     if not args.threads_given:  # the run's own number comes before the recipe's
         args.threads = stored.get("threads", args.threads)
     args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
     plain = {key: _plain(value) for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-    folder = RunFolder.create(args.output, plain, resume=resume, may_differ=MAY_DIFFER)
-    tracker = _tracker(args, folder)
-    failed = True
-    try:
-        _run_stages(args, plain, folder, tracker, command, started, device)
-        failed = False
-    finally:
-        tracker.close(failed=failed)
-    return 0
+    if stored and (stored.get("data_path") is None) != (args.data_path is None):
+        raise ValueError(
+            f"cannot resume {args.output}: it was started on "
+            f"{stored.get('data_path') or 'built-in scenes'}, this command says "
+            f"{args.data_path or 'built-in scenes'}"
+        )
+    RunFolder.create(args.output, plain, resume=resume, may_differ=MAY_DIFFER)
+    checkpoint = None if args.checkpoint is None else str(args.checkpoint)
+    return args.threads, checkpoint, plain, stored.get("data_path")
+
+
+def _check_moved_data(before: str | None, args: argparse.Namespace) -> None:
+    """A resumed run may find its images in another folder; they must be the same images.
+
+    Raises:
+        DatasetError: a file whose content is not that of the split.
+        DatasetNotFoundError: one that is not there.
+    """
+    split_file = args.output / SPLIT_FILE
+    if before is None or not split_file.exists() or args.data_path == Path(before):
+        return
+    manifest = Manifest.read(split_file, root=args.data_path)
+    for entry in manifest.entries:
+        if content_key(args.data_path / entry.path) != entry.key:
+            raise DatasetError(
+                f"{args.data_path / entry.path} is another image than the one that the run in "
+                f"{args.output} began with: expected the images of {before}"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -121,13 +200,11 @@ def _tracking_folder(output: Path) -> Path:
 def _run_stages(
     args: argparse.Namespace,
     plain: dict[str, Any],
-    folder: RunFolder,
-    tracker: Tracker,
+    log: RunLog,
     command: str,
     started: datetime,
-    device: torch.device,
+    world: World,
 ) -> None:
-    log = RunLog(folder.path, tracker)
     clock = time.monotonic()
     wanted = ["prepare", "backbone", "distil", "exits", "evaluate"]
     if args.no_distil:
@@ -138,8 +215,11 @@ def _run_stages(
         wanted = [stage for stage in wanted if stage not in ("backbone", "distil")]
     if args.stage != "all":
         _check_stage(args, log, wanted)
-    data = prepare_data(args, folder.path)
-    run = Run(args, plain, data, log, device, choose_precision(args.amp, device))
+    if world.world_size > 1:  # the main process writes the split, the others read it
+        main_writes(lambda: prepare_data(args, log.folder) and None, world)
+    data = prepare_data(args, log.folder)
+    device = world.device
+    run = Run(args, plain, data, log, device, choose_precision(args.amp, device), world)
     log.say(headline(run))
     for stage in wanted:
         if args.stage not in ("all", stage) and stage != "prepare":
@@ -147,7 +227,9 @@ def _run_stages(
         if log.done(stage) is not None and not (stage == "evaluate" and args.eval):
             log.say(f"{stage}: done before")
             continue
-        _run_stage(stage, run, command, started, clock)
+        if world.is_main or stage not in ("prepare", "evaluate"):
+            _run_stage(stage, run, command, started, clock)
+        barrier(world)  # the others may need what the main process wrote
     log.say(headline(run))
 
 
@@ -227,6 +309,17 @@ def _say_result(run: Run, measured: dict[str, Any]) -> None:
             f"with exits, {name}: {point['accuracy']:.4f} at "
             f"{100 * point['macs_fraction']:.1f} % of the MACs, " + _times(point["ms_per_image"])
         )
+    timed = exits["ms_per_image_at_exits"]
+    for index, row in enumerate(exits["points"]["balanced"]["exits"]):
+        here = "nobody" if row["accuracy"] is None else f"{row['accuracy']:.4f} right of them"
+        run.log.say(
+            f"balanced, {'final head' if row['block'] is None else 'exit ' + str(row['block'])}: "
+            f"{100 * row['rate']:.1f} % leave, {here}, {row['accuracy_all']:.4f} right of all, "
+            f"ECE {row['ece']:.4f}, {row['macs'] / 1e6:.1f} M MACs, "
+            + _times({label: times[index] for label, times in timed.items()})
+        )
+    for line in finding_lines(exits):
+        run.log.say(line)
     run.log.say(f"report: {run.folder / 'report.html'}")
 
 

@@ -14,7 +14,7 @@ COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#7b3294", "#e08214", "#35978f", "#5
 WISHES = {"careful": ("o", 15), "balanced": ("s", 10), "fast": ("^", 6)}
 
 
-def _save(
+def save_figure(
     folder: Path, name: str, draw: Callable[[Any], None], *, size: tuple[float, float]
 ) -> Path:
     """One figure with one axis grid, drawn by ``draw(figure)``."""
@@ -76,7 +76,7 @@ def accuracy_cost(
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
 
-    return _save(folder, "accuracy-cost", draw, size=(7.5, 4.8))
+    return save_figure(folder, "accuracy-cost", draw, size=(7.5, 4.8))
 
 
 def accuracy_time(folder: Path, measured: dict[str, Any], *, unit: str) -> Path:
@@ -123,7 +123,7 @@ def accuracy_time(folder: Path, measured: dict[str, Any], *, unit: str) -> Path:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
 
-    return _save(folder, "accuracy-time", draw, size=(5 * len(labels), 4.2))
+    return save_figure(folder, "accuracy-time", draw, size=(5 * len(labels), 4.2))
 
 
 def exit_rates(
@@ -157,7 +157,7 @@ def exit_rates(
             fontsize=8, ncols=min(5, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0)
         )
 
-    return _save(folder, "exit-rates", draw, size=(7.5, 1.6 + 0.22 * len(classes)))
+    return save_figure(folder, "exit-rates", draw, size=(7.5, 1.6 + 0.22 * len(classes)))
 
 
 def reliability(
@@ -189,7 +189,7 @@ def reliability(
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("accuracy")
 
-    return _save(folder, "reliability", draw, size=(2.3 * len(names) + 0.6, 2.9))
+    return save_figure(folder, "reliability", draw, size=(2.3 * len(names) + 0.6, 2.9))
 
 
 def samples_per_exit(
@@ -222,7 +222,7 @@ def samples_per_exit(
                     axis.text(0.5, 0.5, "nobody", ha="center", va="center", fontsize=8)
 
     height = sum(1.35 if row else 0.5 for row in images)
-    return _save(folder, "samples-per-exit", draw, size=(1.15 * columns + 0.9, height))
+    return save_figure(folder, "samples-per-exit", draw, size=(1.15 * columns + 0.9, height))
 
 
 def training_curves(folder: Path, lines: Sequence[dict[str, Any]], exits: Sequence[int]) -> Path:
@@ -262,4 +262,4 @@ def training_curves(folder: Path, lines: Sequence[dict[str, Any]], exits: Sequen
             if axis.lines:
                 axis.legend(fontsize=8)
 
-    return _save(folder, "training", draw, size=(11, 3.4))
+    return save_figure(folder, "training", draw, size=(11, 3.4))

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: use this checkout, whatever is installed
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch; see main.py
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
-if __name__ == "__main__":  # before torch: threads that wait without spinning
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import csv

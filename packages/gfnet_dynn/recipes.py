@@ -27,8 +27,13 @@ FULL: dict[str, Any] = {
 }
 
 # COMMAND  make repro-gfnet-aid DATA_ROOT=<folder holding AID/> SCALE=short
-# Under 30 minutes on two cores at 128 pixels. Small nets, few epochs, real images: it shows that
-# the method works on the data, not what it reaches.
+# Under 30 minutes on two quiet cores at 128 pixels. Small nets, few epochs, real images: it shows
+# that the method works on the data, not what it reaches.
+# deep_supervision: trained by its last head alone the student has weak exits (calibration split:
+# 0.50, 0.54, 0.60, 0.64 after blocks 3, 5, 7, 9 against 0.68 at the end), and no rule of leaving
+# came within a point of the end for 70 % of the MACs. With it the exits reach 0.58, 0.61, 0.65,
+# 0.67 against 0.67, and 64 % of the MACs lose nothing there. Its price: the end itself loses 1.5
+# points, so above 70 % of the MACs the student without it is the better one, below it the worse.
 SHORT: dict[str, Any] = {
     "backbone_arch": "gfnet-xs",
     "backbone_dim": 128,
@@ -42,6 +47,7 @@ SHORT: dict[str, Any] = {
     "finetune_batch": 32,
     "finetune_warmup": 1,
     "nd_weight": 0.5,
+    "deep_supervision": 1.0,
     "smoothing": 0.05,
     "aa": "none",
     "color_jitter": 0.0,

@@ -52,10 +52,29 @@ class Sweep:
         ]
 
 
+def between(below: NDArray | float, above: NDArray | float) -> NDArray:
+    """A threshold in the middle of two neighbouring scores, ``below < threshold <= above``.
+
+    Another runtime rounds scores a little differently. A threshold that is itself the score of a
+    calibration sample lets that sample, and those that tie with it, in or out by that rounding;
+    one in the middle of the gap does not. It is a float32 number, so that comparisons in float32
+    and float64 agree.
+    """
+    below, above = np.asarray(below, dtype=np.float64), np.asarray(above, dtype=np.float64)
+    middle = ((below + above) / 2).astype(np.float32).astype(np.float64)
+    return np.where((below < middle) & (middle <= above), middle, above)
+
+
 def breakpoints(scores: NDArray) -> NDArray:
-    """All thresholds at which a routing changes, rising, and one that nobody reaches."""
+    """One threshold for every routing there is, rising; nobody reaches the last one.
+
+    Routings change at scores; the thresholds stand in the middle of the gaps between them. The
+    first one, half the least score, lets all leave at the first exit.
+    """
     running = np.maximum.accumulate(np.asarray(scores, dtype=np.float64), axis=1)
-    return np.append(np.unique(running), never_leaves(scores.shape[1]))
+    values = np.unique(running)
+    below = np.append(np.minimum(0.0, values[:1]), values[:-1])
+    return np.append(between(below, values), never_leaves(scores.shape[1]))
 
 
 def sweep(
@@ -232,8 +251,8 @@ def budget_fractions(q: float, num_exits: int) -> NDArray:
 def budget_thresholds(scores: NDArray, fractions: NDArray) -> NDArray:
     """Per-exit thresholds that let about the given share of all samples leave at each exit.
 
-    Exit by exit, the ``floor(share * N)`` samples of highest score among those still in leave;
-    the threshold is the least of their scores, so that samples that tie with it leave too.
+    Exit by exit, the ``floor(share * N)`` samples of highest score among those still in leave, and
+    those that tie with the last of them; the threshold stands in the gap below.
 
     Args:
         scores: ``(N, G)`` on calibration data.
@@ -253,7 +272,8 @@ def budget_thresholds(scores: NDArray, fractions: NDArray) -> NDArray:
         wanted = min(int(np.floor(fractions[index] * n + 1e-9)), len(here))
         if wanted < 1:
             continue
-        thresholds[index] = np.partition(here, len(here) - wanted)[len(here) - wanted]
+        least = np.partition(here, len(here) - wanted)[len(here) - wanted]
+        thresholds[index] = _gap_below(least, here)
         inside &= scores[:, index] < thresholds[index]
     return thresholds
 
@@ -292,6 +312,12 @@ def budgeted_batch(
     return rows
 
 
+def _gap_below(score: float, scores: NDArray) -> float:
+    """The threshold between a score and the next lower one of ``scores``."""
+    lower = scores[scores < score]
+    return float(between(lower.max() if len(lower) else min(0.0, score), score))
+
+
 def thresholds_for_exit_accuracy(
     scores: NDArray,
     correct: NDArray,
@@ -327,6 +353,6 @@ def thresholds_for_exit_accuracy(
         last_of_equals = np.append(here[1:] != here[:-1], True)
         good = np.flatnonzero(reached & last_of_equals & (leaving >= min_leaving))
         if len(good):
-            thresholds[index] = here[good[-1]]
+            thresholds[index] = _gap_below(here[good[-1]], here)
             inside = inside[scores[inside, index] < thresholds[index]]
     return thresholds

@@ -70,6 +70,39 @@ def test_fft_form_writes_dft_nodes(model, tmp_path):
     assert graph.opset_import[0].version >= 20
 
 
+@pytest.mark.parametrize("opset", [13, 17, 18, 20])
+def test_any_opset_is_written_as_asked(model, images, tmp_path, opset):
+    export.export_student(model.backbone, tmp_path / "x.onnx", opset=opset)
+    graph = onnx.load(str(tmp_path / "x.onnx"))
+    assert [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")] == [opset]
+    with torch.no_grad():
+        truth = model.backbone(torch.from_numpy(images)).numpy()
+    (got,) = export.session(tmp_path / "x.onnx").run(None, {"image": images})
+    assert np.abs(got - truth).max() < 1e-5 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+def test_a_chain_of_an_old_opset_decides_alike(model, images, tmp_path, opset):
+    export.export_early_exit(model, tmp_path, opset=opset)
+    for index in range(3):
+        graph = onnx.load(str(tmp_path / f"segment{index}.onnx"))
+        assert [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")] == [opset]
+    for kind in ("gate", "margin"):
+        policy = quantile_policy(kind, model, images)
+        truth = model.early_exit(torch.from_numpy(images), policy)
+        logits, exit_index = export.OnnxEarlyExit(tmp_path).run(images, policy)
+        assert np.array_equal(exit_index, truth.exit_index.numpy())
+        assert np.abs(logits - truth.logits.numpy()).max() < 1e-4
+
+
+def test_opsets_that_cannot_be_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="opset: got 12, expected at least 13"):
+        export.export_student(model.backbone, tmp_path / "x.onnx", opset=12)
+    with pytest.raises(ValueError, match="opset: got 12, expected at least 13"):
+        export.export_early_exit(model, tmp_path, opset=12)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["static", "dynamic"])
 def test_int8_student(model, student, images, tmp_path, method):
     report = quantization.quantize_student(

@@ -260,7 +260,7 @@ def test_errors_are_one_line(files, images, tmp_path):
     for words, code, message in (
         ((files[1], tmp_path / "mine"), 2, "holds thesis.txt, which no export wrote"),
         ((files[1], files[0]), 2, "is a file, expected a folder"),
-        ((files[1], tmp_path / "x", "--opset", 17), 2, "expected 18 or more"),
+        ((files[1], tmp_path / "x", "--opset", 12), 2, "expected 13 or more"),
         ((files[1], tmp_path / "x", "--policy-point", "fast"), 2, "has no exits"),
         ((files[0], tmp_path / "x", "--policy-point", "fast"), 2, "no record of its run"),
         ((files[1], tmp_path / "x", "--calibration", tmp_path / "no"), 1, "is not a folder"),

@@ -69,6 +69,7 @@ def only_line(done, code: int = 1) -> str:
         (("--no-distil",), "--student-dim would have no effect: --no-distil"),
         (("--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", "0.4"), "--aa rand-m9"),
         (("--resolution-transfer", "spectrum"), "there is no --pretrained file"),
+        (("--deep-kd", "2"), "--deep-kd would have no effect: --deep-supervision is 0"),
         (("--stage", "distil"), "needs the backbone stage first"),
         (("--stage", "exits"), "needs the backbone stage first"),
     ],

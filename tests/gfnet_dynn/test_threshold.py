@@ -4,12 +4,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize_scalar
 
 from gfnet_dynn.exit_evaluation import ExitLogits, never_leaves
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
 from gfnet_dynn.threshold_helper import (
     SWEEP,
+    between,
     breakpoints,
     budget_fractions,
     budget_thresholds,
@@ -80,7 +82,7 @@ def test_sweep_with_many_equal_scores():
     scores = rng.integers(0, 4, (50, 3)) / 4
     correct = rng.uniform(size=(4, 50)) < 0.6
     got = sweep(scores, correct, COSTS)
-    assert got.thresholds.tolist() == [0.0, 0.25, 0.5, 0.75, 4.0]
+    assert got.thresholds.tolist() == [0.0, 0.125, 0.375, 0.625, 4.0]
     for i, threshold in enumerate(got.thresholds):
         exits = route(scores, threshold)
         assert got.accuracy[i] == pytest.approx(np.mean(correct[exits, np.arange(50)]))
@@ -102,6 +104,29 @@ def test_breakpoints_are_all_that_matters():
     routings = {tuple(route(scores, t)) for t in breakpoints(scores)}
     fine = {tuple(route(scores, t)) for t in np.unique(scores.astype(float))}
     assert fine <= routings
+
+
+def test_thresholds_stand_in_the_middle_of_the_gaps():
+    scores = np.array([[0.2, 0.5], [0.6, 0.1], [0.2, 0.7]], dtype=np.float32)
+    got = breakpoints(scores)  # running maxima: 0.2, 0.5, 0.6, 0.7
+    np.testing.assert_allclose(got, [0.1, 0.35, 0.55, 0.65, 3.0], atol=1e-6)
+    # Rounding errors of another runtime, up to a tenth of the least gap, change no routing.
+    rng = np.random.default_rng(0)
+    scores = rng.permutation(np.linspace(0.01, 0.99, 120)).reshape(40, 3)
+    noisy = scores + rng.uniform(-1e-3, 1e-3, scores.shape)
+    fractions = budget_fractions(1.0, 4)
+    for thresholds in [*breakpoints(scores), budget_thresholds(scores, fractions)]:
+        assert route(scores, thresholds) == route(noisy, thresholds)
+
+
+@pytest.mark.parametrize("first", [0.1, 0.5, 0.999, 1e-30])
+def test_a_threshold_between_neighbours_of_float32(first):
+    a = np.float32(first)
+    b = np.nextafter(a, np.float32(2))  # no float32 number lies between them
+    got = float(between(a, b))
+    assert np.float32(got) == got and a < got <= b
+    assert bool(torch.tensor(b) >= got) and not bool(torch.tensor(a) >= got)
+    assert float(between(0.2, 0.3)) == pytest.approx(0.25)
 
 
 def test_a_sweep_of_all_breakpoints_is_fast():
@@ -197,8 +222,10 @@ def test_budget_thresholds_equal_the_loop(q):
     scores = np.random.default_rng(7).uniform(size=(200, 3))
     fractions = budget_fractions(q, 4)
     got = budget_thresholds(scores, fractions)
-    assert got.tolist() == budget_reference(scores, fractions)
+    reference = budget_reference(scores, fractions)  # the least score of those who leave
     exits = np.array(route(scores, got))
+    assert exits.tolist() == route(scores, reference)
+    assert all(t < r or t == never_leaves(3) for t, r in zip(got, reference, strict=True))
     for e in range(3):
         assert (exits == e).sum() == int(fractions[e] * 200)
 
@@ -261,7 +288,10 @@ def test_thresholds_for_exit_accuracy_equal_the_loop(accuracy, ties):
         scores = np.round(scores, 1)
     got = thresholds_for_exit_accuracy(scores, outputs.correct, accuracy=accuracy)
     want = exit_accuracy_reference(scores, outputs.correct, accuracy, 10)
-    assert got.tolist() == want
+    assert route(scores, got) == route(scores, want)
+    for index, (threshold, least) in enumerate(zip(got, want, strict=True)):
+        assert threshold <= least
+        assert threshold == least or not np.any(scores[:, index] == threshold)
 
 
 def test_sweep_checks_shapes():

@@ -1,6 +1,7 @@
 """GFNet with early exits: heads and gates after some blocks, and a pass in which samples leave."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +105,7 @@ class GFNetDynn(nn.Module):
         """Run the blocks behind exit ``index - 1``, up to exit ``index`` (G: up to the last)."""
         first = self.exits[index - 1] + 1 if index else 0
         last = self.exits[index] + 1 if index < self.num_gates else self.backbone.depth
-        for block in self.backbone.blocks[first:last]:
+        for block in islice(self.backbone.blocks, first, last):  # a slice would build a module list
             tokens = block(tokens)
         return tokens
 

@@ -4,6 +4,7 @@ from shared_core.runs.benchmark import write_benchmark
 from shared_core.runs.command import UsageError, run_command
 from shared_core.runs.environment import environment
 from shared_core.runs.folder import RunFolder
+from shared_core.runs.lock import RunLock
 from shared_core.runs.log import MetricLog, read_metrics
 from shared_core.runs.progress import progress
 from shared_core.runs.record import RecordError, check_record, read_result, write_result
@@ -16,6 +17,7 @@ __all__ = [
     "RecordError",
     "Report",
     "RunFolder",
+    "RunLock",
     "StageLog",
     "UsageError",
     "check_record",

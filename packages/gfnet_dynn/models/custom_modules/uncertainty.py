@@ -8,7 +8,14 @@ FEATURE_NAMES = ("p_max", "entropy", "margin", "pow_entropy")
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats of the softmax of ``logits (N, K)``: ``(N,)``, in [0, ln K]."""
-    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+    return entropy_terms(torch.softmax(logits, dim=-1)).sum(dim=-1)
+
+
+def entropy_terms(p: Tensor) -> Tensor:
+    """``-p ln p``, 0 where p is 0."""
+    if torch.onnx.is_in_onnx_export():  # opsets before 18 are written by an exporter without entr
+        return -p * p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    return torch.special.entr(p)
 
 
 def uncertainty(logits: Tensor) -> Tensor:
@@ -30,7 +37,7 @@ def uncertainty(logits: Tensor) -> Tensor:
         logits = logits.float()
     log_p = torch.log_softmax(logits, dim=-1)  # at most 0: doubling it cannot overflow to +inf
     p = torch.softmax(torch.stack([log_p, log_p + log_p], dim=-2), dim=-1)  # (N, 2, K)
-    entropy, pow_entropy = torch.special.entr(p).sum(dim=-1).unbind(-1)
+    entropy, pow_entropy = entropy_terms(p).sum(dim=-1).unbind(-1)
     if p.shape[-1] == 1:
         p_max, second = p[..., 0, 0], torch.zeros_like(entropy)
     else:

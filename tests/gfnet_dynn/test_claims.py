@@ -1,0 +1,175 @@
+"""Trials of the claims on a tiny run: the grid, its numbers by hand, going on after a stop."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from gfnet_dynn.claim_report import summarise_claims
+from shared_core.runs import read_result, run_command
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory, finished, capture):
+    folder = tmp_path_factory.mktemp("claims") / "out"
+    words = (finished[0], folder, "--seeds", 0, 1, "--tradeoffs", 0, 5)
+    return folder, words, capture(*words)
+
+
+@pytest.fixture(scope="module")
+def capture():
+    import contextlib
+    import io
+
+    from gfnet_dynn import claims
+
+    def call(*words):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = run_command(claims.main, [str(word) for word in words])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return code, out.getvalue(), err.getvalue()
+
+    return call
+
+
+@pytest.mark.slow
+def test_grid_is_run_recorded_and_reported(tried, finished):
+    folder, _, (code, out, err) = tried
+    assert code == 0, err
+    record = read_result(folder / "result.json")
+    measured = record["measured"]
+    assert record["task"] == "gfnet_dynn/aid-claims" and record["seeds"] == [0, 1]
+    assert set(measured["settings"]) == {"lambda-0", "lambda-5", "few-exits", "all-exits"}
+    assert measured["varied_by_seed"] == "exits; backbone and student are one"
+    # One student under all of them; the seeds differ in the exits.
+    student = (finished[0] / "checkpoint/student_built-in-scenes.pth").read_bytes()
+    for cell in folder.glob("seed*/*/checkpoint/student_built-in-scenes.pth"):
+        assert cell.read_bytes() == student
+    rows = {
+        (p.parent.parent.name, p.parent.name): json.loads(p.read_text())
+        for p in folder.glob("seed*/*/cell.json")
+    }
+    assert len(rows) == 8
+    finals = {row["final_accuracy"] for row in rows.values()}
+    assert len(finals) == 1  # frozen below the exits
+    assert rows["seed0", "all-exits"]["exits"] == [0, 1, 2]
+    # The mean of the record is that of the cells, the deviation is the sample's.
+    values = [rows[f"seed{s}", "lambda-5"]["fixed"]["accuracy"] for s in (0, 1)]
+    found = measured["settings"]["lambda-5"]["fixed"]["accuracy"]
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.std(values, ddof=1)) and found["n"] == 2
+    # Dearer computing leaves earlier.
+    cost = [measured["settings"][f"lambda-{v}"]["fixed"]["macs_fraction"]["mean"] for v in (0, 5)]
+    assert cost[1] <= cost[0]
+    assert "claims.png" in (folder / "report.md").read_text()
+    assert "REHEARSAL" in (folder / "report.md").read_text()
+    assert "few exits" in out and "report: " in out
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
+    folder, words, _ = tried
+    before = read_result(folder / "result.json")["measured"]
+    cells = sorted(folder.glob("seed*/*/cell.json"))
+    stamps = {cell: cell.stat().st_mtime_ns for cell in cells[1:]}
+    lost = json.loads(cells[0].read_text())
+    cells[0].unlink()
+    assert capture(*words)[0] == 0
+    assert {cell: cell.stat().st_mtime_ns for cell in cells[1:]} == stamps  # not run again
+    again = json.loads(cells[0].read_text())
+
+    def accuracies(row):
+        return [row["fixed"], row["budgets"], row["final_accuracy"]]
+
+    assert accuracies(again) == accuracies(lost)
+    after = read_result(folder / "result.json")["measured"]
+    assert after["settings"]["lambda-5"]["fixed"] == before["settings"]["lambda-5"]["fixed"]
+
+
+@pytest.mark.slow
+def test_distilled_against_scratch_and_own_students(finished, capture, tmp_path):
+    words = (finished[0], tmp_path / "out", "--what", "distil", "exits", "--vary", "student")
+    code, out, err = capture(*words, "--seeds", 3, 4)
+    assert code == 0, err
+    record = read_result(tmp_path / "out/result.json")
+    assert record["measured"]["varied_by_seed"].startswith("student and exits")
+    claim = record["measured"]["claims"]["distilled beats from scratch"]
+    rows = [
+        [
+            json.loads((tmp_path / f"out/seed{s}/{name}/cell.json").read_text())["student"]
+            for s in (3, 4)
+        ]
+        for name in ("distilled", "from-scratch")
+    ]
+    gaps = [a["accuracy"] - b["accuracy"] for a, b in zip(*rows, strict=True)]
+    assert claim["distilled_minus_scratch"]["mean"] == pytest.approx(np.mean(gaps))
+    files = {
+        (s, name): (
+            tmp_path / f"out/seed{s}/{name}/checkpoint/student_built-in-scenes.pth"
+        ).read_bytes()
+        for s in (3, 4)
+        for name in ("distilled", "from-scratch", "few-exits")
+    }
+    assert files[3, "distilled"] != files[4, "distilled"] != files[4, "from-scratch"]
+    assert files[3, "few-exits"] == files[3, "distilled"]  # settings that train it alike share it
+
+
+def row_of(accuracy, cost, *, few=0.6, final=0.7):
+    point = {"accuracy": accuracy, "macs_fraction": cost}
+    speed = {"batch 1": 1.25, "batch 64": 1.5}
+    return {
+        "exits": [1],
+        "policy": "gate",
+        "final_accuracy": final,
+        "fixed": point,
+        "points": {"balanced": {**point, "speed_up": speed}},
+        "budgets": {"0.7": {"accuracy": few, "macs_fraction": 0.69}},
+    }
+
+
+def test_claims_by_hand():
+    rows = {
+        "lambda-10": [row_of(0.4, 0.3), row_of(0.5, 0.3)],
+        "lambda-2": [row_of(0.6, 0.5), row_of(0.55, 0.5)],
+        "few-exits": [row_of(0.65, 0.5, few=0.66), row_of(0.65, 0.8, few=0.64)],
+        "all-exits": [row_of(0.6, 0.5, few=0.63), row_of(0.6, 0.5, few=0.65)],
+    }
+    claims = summarise_claims(rows, seeds=[0, 1])["claims"]
+    falls = claims["accuracy falls as lambda grows"]  # in the order of numbers, not of words
+    assert falls["holds_in_the_mean"] and falls["holds_for_every_seed"]
+    assert falls["last_against_first"]["mean"] == pytest.approx((-0.2 - 0.05) / 2)
+    few = claims["few exits beat all exits"]
+    assert few["few_minus_all"]["mean"] == pytest.approx((0.03 - 0.01) / 2)
+    assert few["few_minus_all"]["wins"] == 1 and few["holds_in_the_mean"]
+    speed = claims["early exit is faster"]
+    assert speed["macs"]["mean"] == pytest.approx((1 / 0.5 + 1 / 0.8) / 2)
+    assert speed["time"]["batch 64"]["mean"] == 1.5
+    assert speed["accuracy_against_final_head"]["mean"] == pytest.approx(-0.05)
+    rows["lambda-2"][1]["fixed"]["accuracy"] = 0.45  # one seed rises, the mean still falls
+    falls = summarise_claims(rows, seeds=[0, 1])["claims"]["accuracy falls as lambda grows"]
+    assert falls["holds_in_the_mean"] and not falls["holds_for_every_seed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--seeds", 1, 1), 2, "expected different numbers"),
+        (("--tradeoffs", -1), 2, "expected numbers from 0"),
+        (("--what", "magic"), 2, "invalid choice"),
+    ],
+)
+def test_wrong_words(finished, capture, tmp_path, words, code, says):
+    got, _, err = capture(finished[0], tmp_path / "out", *words)
+    assert got == code and says in err and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_run_is_refused(finished, capture, tmp_path):
+    code, _, err = capture(tmp_path, tmp_path / "out")
+    assert code == 1 and "holds no run" in err
+    code, _, err = capture(finished[0], finished[0])
+    assert code == 2 and "is the run itself" in err
