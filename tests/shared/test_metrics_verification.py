@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shared_core import metrics
-from shared_core.metrics import verification
+from shared_core.metrics import verification, verification_radix, verification_scan
 
 REPO = Path(__file__).resolve().parents[2]
 TARGETS = (1.0, 0.5, 0.1, 0.03, 1e-2, 1e-3, 1e-5, 0.0)
@@ -143,9 +143,9 @@ def test_memory_does_not_grow_with_the_number_of_pairs():
     code = """
 import resource, numpy as np
 from shared_core import metrics
-from shared_core.metrics import verification
+from shared_core.metrics import verification, verification_radix, verification_scan
 f = np.random.default_rng(0).standard_normal((6000, 8), dtype=np.float32)
-metrics.verification_rate(f[:600], np.arange(600) // 10, block=256)
+metrics.verification_rate(f[:2000], np.arange(2000) // 10, block=256)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 metrics.verification_rate(f, np.arange(6000) // 10, block=256)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -190,21 +190,146 @@ def test_a_target_of_one_accepts_everything():
     assert got.rates == [1.0] and got.far == [1.0] and got.thresholds == [-np.inf]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_keys_order_as_scores_do_and_go_back(dtype):
+def test_keys_order_as_scores_do_and_go_back():
     rng = np.random.default_rng(6)
-    scores = np.concatenate([rng.normal(size=500), rng.normal(size=50) * 1e-40, [0.0, 1, -1]])
-    scores = np.sort(scores.astype(dtype))
-    keys = verification._keys(scores)
+    scores = np.concatenate([rng.normal(size=500), rng.normal(size=50) * 1e-310, [0.0, 1, -1]])
+    scores = np.sort(scores)
+    keys = verification_radix._keys(scores)
     np.testing.assert_array_equal(keys[1:] > keys[:-1], scores[1:] > scores[:-1])
-    zeros = verification._keys(np.array([-0.0, 0.0], dtype))
+    zeros = verification_radix._keys(np.array([-0.0, 0.0]))
     assert zeros[0] == zeros[1]
-    back = [verification._score(int(key), np.dtype(dtype)) for key in keys]
-    np.testing.assert_array_equal(back, scores.astype(np.float64))
+    back = [verification_radix._score(int(key)) for key in keys]
+    np.testing.assert_array_equal(back, scores)
 
 
 def test_allowed_false_accepts_are_the_floor_of_the_decimal_fraction():
     for text in ("0.29", "0.57", "0.1", "0.001", "1e-5", "0.333"):
         for impostors in (7, 100, 1000, 78_000, 708_535_000):
             expected = int(Fraction(text) * impostors)
-            assert verification._allowed(float(text), impostors) == expected, (text, impostors)
+            assert verification_radix.allowed(float(text), impostors) == expected, (text, impostors)
+
+
+# -- one sweep with brackets ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def scanning(monkeypatch):
+    """Small sets take the way of large ones; says whether the scan or the radix answered."""
+    monkeypatch.setattr(verification, "FEW_PAIRS", 0)
+    monkeypatch.setattr(verification_scan, "EXTRA", 4)
+    answered = []
+
+    def scan(*arguments, **named):
+        found = verification_scan.scan_search(*arguments, **named)
+        answered.append("radix" if found is None else "scan")
+        return found
+
+    monkeypatch.setattr(verification, "scan_search", scan)
+    return answered
+
+
+def _clusters(rng, classes, per_class, width):
+    labels = rng.permutation(np.repeat(np.arange(classes), per_class))
+    features = rng.normal(size=(classes, width))[labels] + rng.normal(size=(len(labels), width))
+    # As the metric keeps them: unit length in float64, then rounded.
+    features = features.astype(np.float32)
+    return features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True).astype(
+        np.float32
+    ), labels
+
+
+@pytest.mark.parametrize("block", [37, 128, 5000])
+@pytest.mark.parametrize("sample", [60, 200, 4096])
+def test_the_scan_gives_the_rates_of_float64_scores(scanning, monkeypatch, sample, block):
+    """Not one pair may be off, although the sweep is in float32."""
+    monkeypatch.setattr(verification_scan, "SAMPLE", sample)
+    features, labels = _clusters(np.random.default_rng(7), 60, 10, 48)
+    got = metrics.verification_rate(
+        features, labels, far_targets=TARGETS, block=block, normalize=False
+    )
+    rates, fars, thresholds = _brute(features, _pairs(labels), TARGETS)
+    assert scanning == ["scan"]
+    np.testing.assert_array_equal(got.rates, rates)
+    np.testing.assert_array_equal(got.far, fars)
+    np.testing.assert_allclose(got.thresholds, thresholds, rtol=1e-14)
+
+
+def test_scores_that_float32_cannot_tell_apart_are_ranked_by_float64(scanning):
+    """An impostor at 1 - 1e-9, genuine pairs beside it by less than float32 can hold."""
+    angles = np.array([0.0, 1.0, 1.0 + 3e-5, 3.0, 3.0 + 5e-5, 5.0, 5.0 + 4e-5])
+    labels = np.array([9, 1, 1, 2, 2, 3, 4])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    wide = features.astype(np.float64)
+    scores = wide @ wide.T
+    good = np.array([scores[1, 2], scores[3, 4]])
+    limit = scores[5, 6]
+    single = features @ features.T
+    got = metrics.verification_rate(features, labels, far_targets=(0.0,), normalize=False)
+    assert scanning == ["scan"]
+    assert got.rates[0] == np.mean(good > limit) and got.thresholds[0] == limit
+    assert len({single[1, 2], single[3, 4], single[5, 6]}) < 3  # float32 alone would see a tie
+
+
+@pytest.mark.parametrize("block", [16, 70, 1000])
+def test_the_scan_with_ties_masks_and_several_truths_equals_the_radix(scanning, block):
+    rng = np.random.default_rng(8)
+    features, fine = rng.integers(-3, 4, (300, 5)), rng.integers(0, 40, 300)
+    mask = metrics.PairMask(rng.integers(0, 2, 300 * 299 // 2))  # dense, and not transitive
+    truths = {"fine": fine, "coarse": fine // 8, "mask": mask}
+    got = metrics.verification_rates(
+        features, truths, far_targets=TARGETS, block=block, normalize=False
+    )
+    assert scanning == ["scan"]
+    genuine = {"fine": _pairs(fine), "coarse": _pairs(fine // 8), "mask": mask.values != 0}
+    for name, one in got.items():
+        rates, fars, thresholds = _brute(features, genuine[name], TARGETS)
+        np.testing.assert_array_equal(one.rates, rates)
+        np.testing.assert_array_equal(one.far, fars)
+        np.testing.assert_array_equal(one.thresholds, thresholds)
+
+
+@pytest.mark.parametrize("fault", ["brackets that miss", "too many pairs inside", "overflow"])
+def test_what_the_scan_cannot_settle_goes_the_slower_way(scanning, monkeypatch, fault):
+    rng = np.random.default_rng(9)
+    features, labels = rng.normal(size=(300, 8)).astype(np.float32), rng.integers(0, 30, 300)
+    if fault == "brackets that miss":
+        monkeypatch.setattr(verification_scan, "SAMPLE", 20)
+        monkeypatch.setattr(verification_scan, "SIGMAS", 0.0)
+        monkeypatch.setattr(verification_scan, "EXTRA", 0)
+    elif fault == "too many pairs inside":
+        monkeypatch.setattr(verification_scan, "MOST_KEPT", 100)
+    else:
+        features *= np.float32(1e19)  # squares exceed float32, not float64
+    got = metrics.verification_rate(
+        features, labels, far_targets=TARGETS, normalize=False, block=100
+    )
+    assert scanning == ["radix"]
+    rates, fars, _ = _brute(features, _pairs(labels), TARGETS)
+    np.testing.assert_array_equal(got.rates, rates)
+    np.testing.assert_array_equal(got.far, fars)
+
+
+def test_the_bound_of_the_sweep_holds_and_is_not_empty():
+    rng = np.random.default_rng(10)
+    worst = 0.0
+    for scale in (1e-3, 1.0, 50.0):
+        rows = (rng.lognormal(0, 2, (200, 64)) * scale).astype(np.float32)  # all of one sign
+        bound = verification_scan.score_error(rows)
+        wide = rows.astype(np.float64)
+        off = np.abs((rows @ rows.T).astype(np.float64) - wide @ wide.T).max()
+        assert off <= bound
+        worst = max(worst, off / bound)
+    assert worst > 1e-3
+    assert verification_scan.score_error(np.full((2, 4), 1e20, np.float32)) == np.inf
+
+
+def test_a_mask_in_a_file_is_read_without_holding_it(tmp_path, scanning):
+    rng = np.random.default_rng(11)
+    features, labels = rng.normal(size=(120, 6)), rng.integers(0, 9, 120)
+    np.save(tmp_path / "mask.npy", _pairs(labels).astype(np.uint8))
+    mapped = metrics.PairMask(np.load(tmp_path / "mask.npy", mmap_mode="r"))
+    by_mask = metrics.verification_rate(features, mapped, block=32, far_targets=TARGETS)
+    by_label = metrics.verification_rate(features, labels, block=50, far_targets=TARGETS)
+    np.testing.assert_array_equal(by_mask.rates, by_label.rates)
+    np.testing.assert_array_equal(by_mask.thresholds, by_label.thresholds)
+    assert scanning == ["scan", "scan"]
