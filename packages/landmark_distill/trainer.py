@@ -1,0 +1,360 @@
+"""Training, validation and test: one step function, exact resume, the best and the last kept."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from landmark_distill.config import plain, schedule_of
+from landmark_distill.data_loader import ViewLoader
+from landmark_distill.head_kd import KDSettings
+from landmark_distill.helpers import (
+    make_eval_loader,
+    make_train_loader,
+    prepare_optimizer,
+    prepare_student,
+    prepare_teacher,
+)
+from landmark_distill.knowledge_source import make_source
+from landmark_distill.landmark_data import LandmarkData
+from landmark_distill.model import EmbeddingModel, load_weights, parameter_counts
+from landmark_distill.model_files import (
+    TEACHER,
+    network_of,
+    read_model,
+    save_model,
+    student_weights,
+)
+from landmark_distill.objective import Objective
+from landmark_distill.optimizers import set_lr
+from landmark_distill.teacher import TeacherOutputs
+from landmark_distill.utils import BEST, STATE, Record, epoch_line, parameters_line
+from shared_core.for_torch.checkpoints import load_run_state, save_run_state
+from shared_core.for_torch.data import TorchBatch
+from shared_core.for_torch.distributed import (
+    World,
+    barrier,
+    gather_objects,
+    gather_samples,
+    main_writes,
+    wrap,
+)
+from shared_core.for_torch.losses import cross_entropy
+from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.seeds import capture_rng, seed_all
+from shared_core.runs import MetricLog, derive_seed, progress
+
+LAST = "last.pth"
+
+
+class StudentState:
+    """The weights that a run's state holds: the student's own, never a shared head."""
+
+    def __init__(self, model: EmbeddingModel) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Encoder, and head when it is the student's own."""
+        return student_weights(self.model)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put them back."""
+        with torch.no_grad():
+            own = student_weights(self.model)
+            if own.keys() != state.keys():
+                raise ValueError(f"{len(state)} weights, expected {len(own)}")
+            for name, value in own.items():
+                value.copy_(state[name])
+
+
+class Trainer:
+    """One run: makes everything it needs from the options, trains, and says what came of it.
+
+    Args:
+        args: of :func:`landmark_distill.config.parse`.
+        folder: the run's.
+        data: of the run.
+        world: this process among how many.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, data: LandmarkData, world: World
+    ) -> None:
+        self.args, self.folder, self.data, self.world = args, folder, data, world
+        self.record = Record(folder, quiet=not world.is_main)
+        self.log = MetricLog(folder / "metrics.jsonl")
+        if data.train is None or data.calibration is None:
+            raise ValueError("no training images: expected a run that trains")
+        seed_all(derive_seed(args.seed, "student") % 2**32)
+        self.teacher = prepare_teacher(args, world) if args.is_distill else None
+        self.model = prepare_student(args, data, world, self.teacher)
+        self.optimizer = prepare_optimizer(args, self.model)
+        self.precision = Precision(world.device, args.amp)
+        self.loader = make_train_loader(args, data.train, world)
+        self.validation = make_eval_loader(args, data.calibration, world)
+        self.source = make_source(args, self.teacher, data, world)
+        self.schedule = schedule_of(args)
+        objective = Objective(
+            self.model,
+            kd_loss=args.kd_loss if args.is_distill else None,
+            teacher_head=self.teacher.head if self.teacher else None,
+            kd_weight=args.kd_weight,
+            ce_weight=args.ce_weight,
+            kd=KDSettings(args.kd_variant, args.kd_temperature),
+            processes=world.world_size,
+        )
+        self.objective = wrap(objective, world)
+        self.epoch, self.max_acc, self.best_epoch = 0, -1.0, -1
+        self.sums = _zeros()
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training, that of processes before a resume included."""
+        return self._seconds + time.monotonic() - self._since
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def train_step(self, batch: TorchBatch) -> dict[str, Tensor]:
+        """One update of the student. Returns its losses."""
+        images = batch.images
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        outputs = self.source.outputs(batch) if self.source else TeacherOutputs()
+        with self.precision.autocast():
+            losses = self.objective(images, batch.labels, outputs)
+        self.precision.backward_step(
+            losses["loss"], self.optimizer, clip=self.args.clip_grad or None
+        )
+        return {name: value.detach() for name, value in losses.items()}
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """From the saved state, or from the start, to the last epoch.
+
+        Returns:
+            ``max_acc`` (fraction), ``best_epoch`` (from 1), ``seconds``.
+        """
+        try:
+            self._run_epochs()
+        finally:
+            if self.source is not None:
+                self.source.close()
+        self._write_model(self.folder / LAST)
+        barrier(self.world)
+        return {
+            "max_acc": self.max_acc,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+        }
+
+    def _run_epochs(self) -> None:
+        self._start()
+        while self.epoch < self.args.max_epoch:
+            self._train_epoch()
+            last = self.epoch == self.args.max_epoch
+            if last or self.epoch % self.args.eval_interval == 0:
+                self._close_epoch(*self.evaluate())
+            else:
+                self._close_epoch(None, None)
+            self.save()
+
+    def _train_epoch(self) -> None:
+        steps = len(self.loader)
+        order = self.loader.loader.order
+        step = -(-order.position // self.loader.loader.batch_size)
+        self.objective.train()
+        label = f"epoch {self.epoch + 1}/{self.args.max_epoch}"
+        batches = progress(self.loader, total=steps, label=label, done=step)
+        for batch in batches if self.world.is_main else self.loader:
+            self.lr = self.schedule.at(self.epoch, step, steps)
+            set_lr(self.optimizer, self.lr)
+            losses = self.train_step(batch)
+            step += 1
+            count = len(batch.labels)
+            self.sums["seen"] += count
+            self.sums["correct"] += int(losses["correct"])
+            for name in ("ce", "kd", "loss"):
+                value = float(losses[name])
+                if value != value:
+                    raise ValueError(
+                        f"the loss is not a number in epoch {self.epoch + 1}, step {step}: "
+                        f"expected a smaller --lr than {self.args.lr:g}, or another --amp"
+                    )
+                self.sums[name] += value * count
+            if step % self.args.log_interval == 0 and self.world.is_main:
+                values = {name: float(losses[name]) for name in ("loss", "ce", "kd")}
+                number = self.epoch * steps + step
+                self.log.write({"split": "step", "step": number, "lr": self.lr, **values})
+            if self.args.save_every and step < steps and step % self.args.save_every == 0:
+                self.save()
+        self.epoch += 1
+
+    def _close_epoch(self, eval_loss: float | None, eval_acc: float | None) -> None:
+        """Say and log what the epoch brought, and keep the student if it is the best so far."""
+        sums = [gathered for gathered in gather_objects(self.sums, self.world)]
+        total = {name: sum(one[name] for one in sums) for name in self.sums}
+        seen = max(total["seen"], 1)
+        means = {name: total[name] / seen for name in ("loss", "ce", "kd")}
+        train_acc = total["correct"] / seen
+        self.sums = _zeros()
+        values = {"lr": self.lr, "acc": train_acc, **means}
+        if self.world.is_main:
+            self.log.write({"split": "train", "step": self.epoch, **values})
+        if eval_acc is None or eval_loss is None:
+            return
+        if self.world.is_main:
+            self.log.write({"split": "val", "step": self.epoch, "loss": eval_loss, "acc": eval_acc})
+            line = epoch_line(
+                self.epoch,
+                self.lr,
+                train_acc=train_acc,
+                eval_loss=eval_loss,
+                eval_acc=eval_acc,
+                eval_count=len(self.validation.loader.image_set),
+                ce_loss=means["ce"],
+                kd_loss=means["kd"],
+            )
+            self.record.write(line)
+        if eval_acc > self.max_acc:
+            self.max_acc, self.best_epoch = eval_acc, self.epoch
+            self._write_model(self.folder / BEST)
+
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss (nats) and accuracy (fraction) on the calibration images, without margin."""
+        total = len(self.validation.loader.image_set)
+        rows = evaluate_rows(self.model, self.validation, self.precision)
+        values = gather_samples(rows[0], rows[1], self.world, total=total).double()
+        return float(values[:, 0].mean()), float(values[:, 1].mean())
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "student": StudentState(self.model),
+            "optimizer": self.optimizer,
+            "loader": self.loader,
+            "precision": self.precision,
+        }
+
+    def save(self) -> None:
+        """Write ``checkpoint.pth.tar``: everything that an exact continuation needs."""
+        rng = gather_objects(capture_rng(), self.world)
+        counters = {
+            "epoch": self.epoch,
+            "max_acc": self.max_acc,
+            "best_epoch": self.best_epoch,
+            "sums": gather_objects(self.sums, self.world),
+            "seconds": self.seconds,
+            "log_position": self.log.position(),
+            "record_position": self.record.position(),
+        }
+        main_writes(
+            lambda: save_run_state(self.folder / STATE, self._parts(), counters=counters, rng=rng),
+            self.world,
+        )
+
+    def _start(self) -> None:
+        """Go on where ``checkpoint.pth.tar`` stands, or begin; say what the run is made of."""
+        path = self.folder / STATE
+        found = path.exists()
+        if found:
+            counters = load_run_state(path, self._parts(), rank=self.world.rank)
+            self.epoch, self.max_acc = counters["epoch"], counters["max_acc"]
+            self.best_epoch, self.sums = counters["best_epoch"], counters["sums"][self.world.rank]
+            self._seconds, self._since = counters["seconds"], time.monotonic()
+        barrier(self.world)
+        self.lr = self.args.lr
+        if not self.world.is_main:
+            return
+        self.log.cut(counters["log_position"] if found else 0)
+        self.record.cut(counters["record_position"] if found else 0)
+        for line in self._opening(found):
+            self.record.write(line)
+        if found:
+            self.record.write(
+                f"--resume from epoch:{self.epoch} max_acc:{self.max_acc}, {path.name} fits"
+            )
+
+    def _opening(self, found: bool) -> list[str]:
+        args, test = self.args, -(-len(self.data.test) // self.args.batch_size)
+        student = parameter_counts(self.model)
+        teacher = parameter_counts(self.teacher.model) if self.teacher else None
+        return [
+            "path exist!" if found else "path not exist!",
+            f"num_device: {self.world.world_size}",
+            f"num_workers: {args.num_workers}",
+            f"len(train_loader): {len(self.loader)}",
+            f"len(val_loader): {len(self.validation)}",
+            f"len(test_loader): {test}",
+            f"torch.cuda.is_available(): {torch.cuda.is_available()}",
+            f"device: {self.world.device}",
+            parameters_line(
+                (student["trainable"], student["all"]),
+                (teacher["trainable"], teacher["all"]) if teacher else None,
+            ),
+        ]
+
+    def _write_model(self, path: Path) -> None:
+        """The student alone; with ``--save_all`` its head and the teacher as well."""
+        if not self.world.is_main:
+            return
+        weights = student_weights(self.model, whole=self.args.save_all)
+        if self.args.save_all and self.teacher is not None:
+            state = self.teacher.model.encoder.state_dict()
+            weights |= {f"{TEACHER}encoder.{name}": value for name, value in state.items()}
+        save_model(
+            path,
+            weights,
+            network=network_of(self.args),
+            class_names=list(self.data.class_names),
+            epoch=self.epoch,
+            metrics={"max_acc": self.max_acc},
+            split_hash=self.data.split_hash,
+            config=plain(self.args),
+            bgr=self.args.bgr,
+            resize=self.args.resize,
+        )
+
+    def best_student(self) -> EmbeddingModel:
+        """The network with the weights of ``max_acc.pth``, in eval mode."""
+        weights, _ = read_model(self.folder / BEST)
+        load_weights(self.model.encoder, weights, source=BEST)
+        return self.model.eval()
+
+
+def _zeros() -> dict[str, float]:
+    return {"seen": 0, "correct": 0, "ce": 0.0, "kd": 0.0, "loss": 0.0}
+
+
+def evaluate_rows(
+    model: EmbeddingModel, loader: ViewLoader, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """Loss and whether the label was met, ``(n, 2)``, and the indices of this process' images."""
+    model.eval()
+    rows, indices = [], []
+    head: nn.Module | None = model.head
+    if head is None:
+        raise ValueError("the network has no head, expected one to evaluate")
+    with torch.no_grad():
+        for batch in loader:
+            with precision.autocast():
+                features = model.embed(batch.images)
+            logits = head(features.float())
+            losses = torch.stack(
+                [cross_entropy(z[None], y[None]) for z, y in zip(logits, batch.labels, strict=True)]
+            )
+            met = (logits.argmax(dim=1) == batch.labels).float()
+            rows.append(torch.stack([losses.float(), met], dim=1))
+            indices.append(batch.indices)
+    loader.loader.order.set_epoch(0)
+    device = loader.normalizer.device
+    if not rows:
+        return torch.zeros(0, 2, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.cat(rows), torch.cat(indices).to(device)

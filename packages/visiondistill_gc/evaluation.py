@@ -1,0 +1,117 @@
+"""After the folds: every image judged by the model that never saw it, and the folds together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_core.checkpoints import atomic_write
+from shared_core.metrics import Confusion, classification_report, summarize
+from shared_core.metrics.calibration import ece, nll
+from shared_core.metrics.predictions import load_predictions, save_predictions
+from visiondistill_gc.run_context import Run, accuracy, predict
+from visiondistill_gc.stages import load_teacher
+from visiondistill_gc.utils.model_files import load_model
+from visiondistill_gc.utils.prediction import softmax
+
+
+def _text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def write_tables(folder: Path, name: str, matrix: np.ndarray, classes: Sequence[str]) -> str:
+    """Confusion matrix as CSV and report as text and JSON; the text.
+
+    Args:
+        matrix: counts ``(C, C)``, rows are the true classes.
+    """
+    rows = [",".join(["true \\ predicted", *classes])]
+    rows += [",".join([c, *map(str, row)]) for c, row in zip(classes, matrix.tolist(), strict=True)]
+    _text(folder / f"{name}_confusion.csv", "\n".join(rows) + "\n")
+    text = classification_report(matrix, classes, digits=4)
+    _text(folder / f"{name}_report.txt", text)
+    table = classification_report(matrix, classes, output_dict=True)
+    _text(folder / f"{name}_report.json", json.dumps(table, indent=1) + "\n")
+    return text
+
+
+def _confusion(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    confusion = Confusion(probs.shape[1])
+    confusion.update(probs, labels)
+    return confusion.result()
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    found = summarize(list(values))
+    return {"mean": found.mean, "std": found.std, "runs": found.n, "values": list(values)}
+
+
+def out_of_fold(run: Run) -> dict[str, Any]:
+    """Summary over the folds that were run, from the predictions they left."""
+    classes, folder = run.data.classes, run.folder / "predictions"
+    parts = [load_predictions(folder / f"fold{fold}.npz") for fold in run.args.folds]
+    probs = np.concatenate([part.probs for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    keys = [key for part in parts for key in part.keys]
+    save_predictions(folder / "out_of_fold.csv", probs, labels, keys, class_names=classes)
+    matrix = _confusion(probs, labels)
+    text = write_tables(run.folder / "tables", "out_of_fold", matrix, classes)
+    for fold, part in zip(run.args.folds, parts, strict=True):
+        own = _confusion(part.probs, part.labels)
+        write_tables(run.folder / "tables", f"fold{fold}", own, classes)
+    run.log.say(f"out of fold:\n{text}")
+    by_fold = [float((p.probs.argmax(axis=1) == p.labels).mean()) for p in parts]
+    return {
+        "folds": list(run.args.folds),
+        "accuracy": _summary(by_fold),
+        "pooled_accuracy": float((probs.argmax(axis=1) == labels).mean()),
+        "images": len(labels),
+        "confusion": matrix.tolist(),
+        "nll": nll(probs, labels),
+        "ece": ece(probs, labels),
+    }
+
+
+def held_out(run: Run) -> dict[str, Any] | None:
+    """The models of all folds, their mean, and their teachers, on images that no fold saw."""
+    images = run.data.test
+    if images is None:
+        return None
+    alone, tables = [], []
+    for fold in run.args.folds:
+        outputs = predict(run, load_model(run.student_file(fold)).net, images)
+        alone.append(accuracy(outputs))
+        tables.append(softmax(outputs.logits))
+    labels = outputs.labels
+    mean = np.mean(tables, axis=0)
+    matrix = _confusion(mean, labels)
+    text = write_tables(run.folder / "tables", "ensemble", matrix, run.data.classes)
+    save_predictions(
+        run.folder / "predictions" / "ensemble_test.npz",
+        mean,
+        labels,
+        [Path(p).name for p in images.paths or []],
+        class_names=run.data.classes,
+    )
+    run.log.say(f"ensemble of {len(alone)} folds on held-out images:\n{text}")
+    found: dict[str, Any] = {
+        "images": len(labels),
+        "students": _summary(alone),
+        "ensemble": {
+            "accuracy": float((mean.argmax(axis=1) == labels).mean()),
+            "nll": nll(mean, labels),
+            "ece": ece(mean, labels),
+        },
+        "confusion": matrix.tolist(),
+    }
+    if run.args.alpha != 1 and run.args.teacher_knowledge is None:
+        folds = run.args.folds[:1] if run.args.teacher_weights else run.args.folds
+        found["teachers"] = _summary(
+            [accuracy(predict(run, load_teacher(run, fold).net, images)) for fold in folds]
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The networks: a teacher of any architecture that Paddle has, and the small student."""

@@ -1,0 +1,128 @@
+"""Model files of this project: weights with the facts that rebuild the network and its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paddle import nn
+
+from shared_core import checkpoints
+from shared_core.checkpoints import CheckpointError
+from shared_core.for_paddle.checkpoints import fit_into, load_checkpoint, save_checkpoint, unwrap
+from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD
+from visiondistill_gc.models.student_model import build_student
+from visiondistill_gc.models.teacher_model import build_teacher
+
+PROJECT = "visiondistill_gc"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in eval mode and what its file says of it."""
+
+    net: nn.Layer
+    class_names: tuple[str, ...]  # in the order of the logits
+    input_size: int  # side of the square input, pixels
+    mean: tuple[float, ...]  # RGB, fractions of 255
+    std: tuple[float, ...]
+    facts: dict[str, Any]
+
+
+def save_model(
+    path: str | Path,
+    net: nn.Layer,
+    *,
+    class_names: Sequence[str],
+    architecture: str,
+    input_size: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    weights: Mapping[str, Any] | None = None,
+    epoch: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    split_hash: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Write a network that :mod:`visiondistill_gc.models` built, with all that using it needs.
+
+    Args:
+        path: usually ``best_model_fold0.pdparams``; ``.safetensors`` writes that format.
+        net: from ``build_student`` or ``build_teacher``, wrapped or not.
+        class_names: in the order of the logits.
+        architecture: what to call it in messages: ``mobilenet_v2``, ``resnet50``.
+        input_size: side of the square input, pixels.
+        mean, std: of the normalisation, RGB, fractions of 255.
+        weights: instead of the network's own.
+        epoch, metrics, split_hash, config, more: further facts.
+
+    Returns:
+        The facts as written, with the ``sha256`` of the weights.
+    """
+    plain = unwrap(net)
+    facts = checkpoints.make_facts(
+        project=PROJECT,
+        architecture=architecture,
+        class_names=class_names,
+        framework="paddle",
+        input_size=(3, input_size, input_size),
+        mean=mean,
+        std=std,
+        epoch=epoch,
+        metrics=metrics,
+        split_hash=split_hash,
+        config=config,
+        model=plain.built_from,
+        **more,
+    )
+    return save_checkpoint(path, plain.state_dict() if weights is None else weights, facts)
+
+
+def load_model(path: str | Path, *, categories: Sequence[str] | None = None) -> LoadedModel:
+    """Rebuild the network of a file and fill it, in eval mode.
+
+    Args:
+        path: what :func:`save_model` wrote.
+        categories: the classes that the caller believes it has, in order; None takes the file's.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: damaged, hostile, of another project, or weights that do not fit.
+        ValueError: other categories than the file's.
+        ImportError: a network of paddleclas without that package.
+    """
+    weights, facts = load_checkpoint(path, project=PROJECT)
+    names = tuple(facts["class_names"])
+    check_categories(path, names, categories)
+    try:
+        recipe = dict(facts["model"])
+        build = {"student": build_student, "teacher": build_teacher}[recipe.pop("kind")]
+        net = build(**recipe)
+        size = int(facts["input_size"][1])
+        mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: no network is described there: {reason}") from error
+    fit_into(net, weights, path=path)
+    net.eval()
+    return LoadedModel(net, names, size, mean, std, facts)
+
+
+def check_categories(
+    path: str | Path, names: Sequence[str], categories: Sequence[str] | None
+) -> None:
+    """Refuse categories that contradict those a model was trained with.
+
+    Raises:
+        ValueError: another number, other names, or another order; both lists are named.
+    """
+    if categories is None or list(categories) == list(names):
+        return
+    what = "in another order" if sorted(categories) == sorted(names) else "other classes"
+    raise ValueError(
+        f"categories are {' '.join(categories)}, expected those of {path}: {' '.join(names)} "
+        f"({what}); leave them out to take the model's own"
+    )
