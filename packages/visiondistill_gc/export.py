@@ -132,12 +132,12 @@ def _check(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--{name} {folder} is not a folder")
     if args.model.is_dir():
         raise UsageError(f"{args.model} is a folder, expected a .pdparams file")
+    if args.output.exists() and not args.output.is_dir():
+        raise UsageError(f"{args.output} is a file, expected a folder")
 
 
 def _prepare(folder: Path) -> None:
     """Make the folder, or empty it of an earlier export and of nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(folder.iterdir(), key=lambda path: path.name)
     if foreign := [path.name for path in present if not OURS.fullmatch(path.name)]:
@@ -209,8 +209,8 @@ def split_images(
 
 def logits_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Logits ``(N, K)``, a batch at a time."""
-    parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-    return np.concatenate([classifier.logits(part) for part in parts])
+    starts = range(0, len(images), BATCH)
+    return np.concatenate([classifier.logits(images[i : i + BATCH]) for i in starts])
 
 
 def own_rounding(net: Any, images: NDArray[np.float32]) -> float:
@@ -225,8 +225,7 @@ def own_rounding(net: Any, images: NDArray[np.float32]) -> float:
     """
     network, rng = dygraph_network(net), np.random.default_rng(0)
     expected = network(images)
-    kept = {name: value.numpy() for name, value in net.state_dict().items()}
-    kept = {name: value for name, value in kept.items() if value.dtype == np.float32}
+    kept = {k: v.numpy() for k, v in net.state_dict().items() if "float32" in str(v.dtype)}
 
     def nudged(values: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.nextafter(values, rng.choice(ENDS, values.shape))
@@ -286,9 +285,8 @@ def export_model(
     if "paddle" in formats:
         export_inference(model.net, folder / "student", input_size=shape)
     if "onnx" in formats:
-        # Checked below, on pictures; the tolerance is the same.
-        (onnx_file,) = FILES["onnx"]
-        export_onnx(model.net, folder / onnx_file, input_size=shape, opset=opset, check_batches=())
+        path = folder / FILES["onnx"][0]  # checked below, on pictures
+        export_onnx(model.net, path, input_size=shape, opset=opset, check_batches=())
     facts: dict[str, Any] = {"format": FORMAT, **description.as_dict()}
     facts["opset"] = opset if "onnx" in formats else None
     facts["source"] = {
@@ -318,8 +316,7 @@ def export_model(
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """``model.json``."""
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    target = folder / DESCRIPTION_FILE
-    atomic_write(target, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    atomic_write(folder / DESCRIPTION_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def quantize(

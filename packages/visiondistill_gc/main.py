@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe: full when the data set is found, rehearsal otherwise. Returns the exit code."""
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from visiondistill_gc.deploy_model import import_paddle
+
+    import_paddle()  # once here, without its warning about a compiler cache
     from visiondistill_gc.pipeline import run_main
 
     return run_main(argv, prog="main.py")

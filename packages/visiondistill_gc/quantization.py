@@ -22,6 +22,7 @@ from shared_core.checkpoints import atomic_write
 
 METHODS = ("minmax", "percentile")
 INPUT = "image"
+BATCH = 16  # most images of a calibration step
 
 
 def quantize_static(
@@ -30,7 +31,6 @@ def quantize_static(
     images: NDArray[np.float32],
     *,
     method: str = "minmax",
-    batch: int = 16,
 ) -> int:
     """Write an int8 version of an exported student.
 
@@ -40,7 +40,6 @@ def quantize_static(
         images: normalised calibration images float32 ``(M, 3, H, W)``.
         method: how a range is found: ``minmax`` takes all values, ``percentile`` leaves out the
             largest 0.001 %.
-        batch: images a calibration step.
 
     Returns:
         How many operators became int8.
@@ -60,6 +59,9 @@ def quantize_static(
         "minmax": q.CalibrationMethod.MinMax,
         "percentile": q.CalibrationMethod.Percentile,
     }[method]
+
+    # Equal batches, or ONNX Runtime cannot gather their histograms.
+    batch = max(size for size in range(1, BATCH + 1) if len(images) % size == 0)
 
     def write(scratch: Path) -> None:
         with TemporaryDirectory() as folder:

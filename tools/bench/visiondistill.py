@@ -1,0 +1,280 @@
+"""The exported student against dygraph; the training step with knowledge against a live teacher.
+
+Everything is visiondistill_gc's own: MobileNetV2 student with the improved head, ResNet50 teacher,
+4 classes, 224 pixels, random weights (times do not depend on them; the int8 agreement does, so it
+is not a measure of accuracy). One thread, timed by the CPU time of the process, interleaved.
+
+- exported student: ONNX Runtime, Paddle Inference with oneDNN, int8 in ONNX Runtime, against the
+  same student in dygraph, in batches of 1 and 8;
+- teacher: Paddle Inference with oneDNN against dygraph;
+- training step: what the original does (live dygraph teacher, everything learns) against a step
+  with stored answers and 14 frozen blocks, and against a live teacher in Paddle Inference.
+
+    python tools/bench/visiondistill.py [--quick] [--rounds N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:1] = [str(REPOSITORY / "packages"), str(REPOSITORY / "shared")]
+
+import numpy as np
+import paddle
+
+from shared_core.for_paddle.export import export_inference, export_onnx
+from shared_core.for_paddle.losses import cross_entropy, kd_kl
+from shared_core.runs import write_benchmark
+from visiondistill_gc.deploy_model import Network, dygraph_network, onnx_network, paddle_network
+from visiondistill_gc.models.student_model import build_student
+from visiondistill_gc.models.teacher_model import build_teacher, freeze
+from visiondistill_gc.quantization import quantize_static
+
+PIXELS, CLASSES = 224, 4
+EXPORTED, STEP, TEACHER = 7.0, 5.5, 4.0  # goals, as ratios
+CLOSE = 1e-4  # relative, of logits
+TEMPERATURE, ALPHA = 4.0, 0.5
+
+
+def images(count: int, *, seed: int = 1) -> np.ndarray:
+    """Normalised noise float32 ``(N, 3, 224, 224)``."""
+    values = np.random.default_rng(seed).standard_normal((count, 3, PIXELS, PIXELS))
+    return values.astype(np.float32)
+
+
+def settled_student(**options: Any) -> paddle.nn.Layer:
+    """A student whose batch-norm statistics are those of data: its logits do not vanish."""
+    net = build_student(num_classes=CLASSES, **options)
+    norms = [layer for layer in net.sublayers() if hasattr(layer, "_momentum")]
+    before = [norm._momentum for norm in norms]
+    for norm in norms:
+        norm._momentum = 0.0
+    net.train()
+    for layer in net.sublayers(include_self=False):
+        layer.train()
+    with paddle.no_grad():
+        net(paddle.to_tensor(images(8, seed=2)))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm._momentum = momentum
+    net.eval()
+    return net
+
+
+def measure(
+    runs: dict[str, Callable[[], Any]], rounds: int, *, repeats: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of this process a call, by name, round by round; one round more warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            for _ in range(repeats):
+                run()
+            if number:
+                times[name].append((time.process_time() - start) / repeats)
+    return times
+
+
+def row(name: str, ours: list[float], theirs: list[float], **rest: Any) -> dict[str, Any]:
+    """One line of the table; milliseconds."""
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    median, goal = round(statistics.median(ratios), 3), rest.pop("goal")
+    result = {
+        "name": name,
+        "ours": round(statistics.median(ours) * 1e3, 3),
+        "theirs": round(statistics.median(theirs) * 1e3, 3),
+        "unit": "ms",
+        "ratio_median": median,
+        "ratio_min": round(ratios[0], 3),
+        "ratio_max": round(ratios[-1], 3),
+        "goal": goal,
+        "met": None if goal is None else median >= goal,
+        "skipped": None,
+        **rest,
+    }
+    verdict = "" if goal is None else f"  goal {goal:g}: {'met' if result['met'] else 'not met'}"
+    print(
+        f"{name:<58}{result['ours']:>10.2f}{result['theirs']:>10.2f} ms  {median:6.2f}x "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}){verdict}",
+        flush=True,
+    )
+    return result
+
+
+def skipped(name: str, goal: float | None, reason: str) -> dict[str, Any]:
+    """A line that was not measured."""
+    print(f"{name:<58} skipped: {reason}", flush=True)
+    nothing = dict.fromkeys(("ours", "theirs", "ratio_median", "ratio_min", "ratio_max", "met"))
+    return {"name": name, **nothing, "goal": goal, "skipped": reason, "equal": None}
+
+
+def difference(network: Network, expected: np.ndarray, data: np.ndarray) -> float:
+    """Relative difference of logits."""
+    return float(np.abs(network(data) - expected).max() / np.abs(expected).max())
+
+
+def compare_exported(folder: Path, batches: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """The exported student in three runtimes against dygraph."""
+    net = settled_student()
+    export_inference(net, folder / "student", input_size=(3, PIXELS, PIXELS))
+    dygraph = dygraph_network(net)
+    networks = {
+        "Paddle Inference, oneDNN": paddle_network(
+            folder / "student.json", folder / "student.pdiparams"
+        )
+    }
+    names = {
+        "ONNX Runtime": EXPORTED,
+        "Paddle Inference, oneDNN": None,
+        "ONNX Runtime int8": EXPORTED,
+    }
+    missing = [p for p in ("paddle2onnx", "onnx", "onnxruntime") if find_spec(p) is None]
+    if not missing:
+        export_onnx(net, folder / "student.onnx", input_size=(3, PIXELS, PIXELS), tolerance=CLOSE)
+        quantize_static(folder / "student.onnx", folder / "int8.onnx", images(16, seed=3))
+        networks["ONNX Runtime"] = onnx_network(folder / "student.onnx")
+        networks["ONNX Runtime int8"] = onnx_network(folder / "int8.onnx")
+    data = images(max(batches))
+    expected = dygraph(data)
+    equal = {}
+    for name, network in networks.items():
+        worst = difference(network, expected, data)
+        if name.endswith("int8"):
+            same = (network(data).argmax(1) == expected.argmax(1)).mean()
+            equal[name] = f"relative error {worst:.3f}, same class {same:.2f} on noise"
+        elif worst > CLOSE:
+            raise ValueError(f"{name}: logits differ by {worst:.1e} relative")
+        else:
+            equal[name] = f"logits within {worst:.0e}"
+    rows = []
+    for size in batches:
+        part = data[:size]
+        runs = {name: partial(n, part) for name, n in {"dygraph": dygraph, **networks}.items()}
+        times = measure(runs, rounds, repeats=5 if size == 1 else 1)
+        for name, goal in names.items():
+            line = f"student, batch {size}: {name} against dygraph"
+            if name in networks:
+                rows.append(row(line, times[name], times["dygraph"], goal=goal, equal=equal[name]))
+            else:
+                rows.append(skipped(line, goal, f"{missing[0]} is not installed"))
+    return rows
+
+
+class Step:
+    """One training step: student forward, loss against a teacher's logits, backward, Adam."""
+
+    def __init__(self, *, frozen: int) -> None:
+        paddle.seed(0)
+        self.net = build_student(num_classes=CLASSES, frozen=frozen, dropout=0.0)
+        self.net.train()
+        learn = [p for p in self.net.parameters() if not p.stop_gradient]
+        self.optimizer = paddle.optimizer.Adam(1e-4, parameters=learn, weight_decay=1e-4)
+
+    def __call__(self, data: paddle.Tensor, labels: paddle.Tensor, teacher: paddle.Tensor) -> float:
+        logits = self.net(data)
+        hard = cross_entropy(logits, labels)
+        soft = kd_kl(logits, teacher, temperature=TEMPERATURE)
+        loss = ALPHA * hard + (1 - ALPHA) * soft
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.clear_grad()
+        return loss.item()
+
+
+def compare_steps(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Teacher engines alone, then whole steps."""
+    paddle.seed(0)
+    net = freeze(build_teacher("resnet50", num_classes=CLASSES))
+    export_inference(net, folder / "teacher", input_size=(3, PIXELS, PIXELS))
+    dygraph = dygraph_network(net)
+    engine = paddle_network(folder / "teacher.json", folder / "teacher.pdiparams")
+    data = images(batch)
+    expected = dygraph(data)
+    worst = difference(engine, expected, data)
+    if worst > CLOSE:
+        raise ValueError(f"the teacher in Paddle Inference differs by {worst:.1e} relative")
+    # Logits of a random ResNet50 are of no scale: what a loss makes of them is the same for all.
+    scale = np.float32(3 / np.abs(expected).max())
+    pixels = paddle.to_tensor(data)
+    labels = paddle.to_tensor(np.arange(batch) % CLASSES)
+    stored = paddle.to_tensor(expected * scale)
+    steps = {name: Step(frozen=n) for name, n in (("all", 0), ("live", 0), ("frozen", 14))}
+    first: dict[str, float] = {}
+
+    def run(name: str, kind: str, teacher: Callable[[], paddle.Tensor]) -> Callable[[], None]:
+        def one() -> None:
+            loss = steps[kind](pixels, labels, teacher())
+            first.setdefault(name, loss)
+
+        return one
+
+    def live(network: Network) -> Callable[[], paddle.Tensor]:
+        return lambda: paddle.to_tensor(network(data) * scale)
+
+    runs = {
+        "original": run("original", "all", live(dygraph)),
+        "live, Inference": run("live, Inference", "live", live(engine)),
+        "stored, frozen": run("stored, frozen", "frozen", lambda: stored),
+        "teacher dygraph": lambda: dygraph(data),
+        "teacher Inference": lambda: engine(data),
+    }
+    times = measure(runs, rounds)
+    if abs(first["live, Inference"] - first["original"]) > 1e-4 * abs(first["original"]):
+        raise ValueError(f"the first losses differ: {first}")
+    equal = f"first loss {first['live, Inference']:.6f}, original {first['original']:.6f}"
+    where = f"batch {batch}"
+    return [
+        row(
+            f"teacher ResNet50, {where}: Paddle Inference, oneDNN against dygraph",
+            times["teacher Inference"],
+            times["teacher dygraph"],
+            goal=TEACHER,
+            equal=f"logits within {worst:.0e}",
+        ),
+        row(
+            f"training step, {where}: live teacher in Inference against dygraph",
+            times["live, Inference"],
+            times["original"],
+            goal=None,
+            equal=equal,
+        ),
+        row(
+            f"training step, {where}: stored answers, frozen blocks against live dygraph",
+            times["stored, frozen"],
+            times["original"],
+            goal=STEP,
+            equal="same teacher logits; the frozen blocks use their statistics, so losses differ",
+        ),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 whether goals are met or not, for the machine decides that, too."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller batches, fewer rounds")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 7; quick 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    options = parser.parse_args(argv)
+    rounds = options.rounds or (3 if options.quick else 7)
+    paddle.set_device("cpu")
+    with tempfile.TemporaryDirectory(prefix="bench-visiondistill-") as place:
+        rows = compare_exported(Path(place), (1,) if options.quick else (1, 8), rounds)
+        rows += compare_steps(Path(place), 2 if options.quick else 8, rounds)
+    if options.json:
+        write_benchmark(options.json, topic="visiondistill", rows=rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
