@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 PROJECTS := gfnet_dynn landmark_distill visiondistill_gc torch_cls_zoo mpkd
 GFNET_SETS := aid nasc nwpu patternnet ucm
+LANDMARK_RECIPES := resnet12 swin-tiny
+ZOO_TABLES := models criteria augment distill curriculum
 
 # Which Python makes the environment: `make setup PYTHON=python3.12`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
@@ -24,11 +26,14 @@ READY := .venv/.ready
 # times slower.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test lint format doctor ledger bench constraints mlflow clean repro \
-	$(PROJECTS:%=install-%) $(PROJECTS:%=test-%) test-shared $(GFNET_SETS:%=repro-gfnet-%)
+REPROS := $(GFNET_SETS:%=repro-gfnet-%) $(LANDMARK_RECIPES:%=repro-landmark-%) \
+	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%)
+
+.PHONY: help setup test lint format doctor ledger bench constraints mlflow visualdl tensorboard \
+	clean repro $(PROJECTS:%=install-%) $(PROJECTS:%=test-%) test-shared $(REPROS)
 
 help: ## list the targets
-	@grep -hE '^[a-z][a-zA-Z_%<>-]*:.*?## ' $(firstword $(MAKEFILE_LIST)) | \
+	@grep -hE '^[a-z][a-zA-Z0-9_%<>-]*:.*?## ' $(firstword $(MAKEFILE_LIST)) | \
 		awk -F ':.*?## ' '{printf "  make %-26s %s\n", $$1, $$2}'
 	@echo "  make install-<project>          install one project into its own environment and try it"
 	@echo "  make test-<project>             the tests of one project"
@@ -40,8 +45,9 @@ $(READY): constraints.txt tools/requirements-dev.in shared/pyproject.toml $(PROJ
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("error: $(PYTHON) is Python %d.%d, expected 3.10 to 3.13" % v)'
 	test -x $(PY) || "$(PYTHON)" -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r tools/requirements-dev.in \
-		-e 'packages/gfnet_dynn[mlflow,export]' -e packages/landmark_distill -e packages/visiondistill_gc \
-		-e packages/torch_cls_zoo -e packages/mpkd
+		-e 'packages/gfnet_dynn[mlflow,export]' -e 'packages/landmark_distill[export,faiss]' \
+		-e 'packages/visiondistill_gc[export,serve,notebook]' -e 'packages/torch_cls_zoo[export]' \
+		-e packages/mpkd
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e shared
 	@touch $(READY)
 
@@ -83,16 +89,35 @@ bench: $(READY) ## run the benchmarks and write docs/benchmarks.md
 constraints: $(READY) ## renew constraints.txt
 	$(PY) tools/constraints.py
 
+# What every reproduction has in common; FRESH, DATA_ROOT, SCALE and EXTRA come from the caller.
+ON := --data-root "$(DATA_ROOT)" --scale "$(SCALE)" $(if $(FRESH),--fresh,--continue) $(EXTRA)
+
 $(GFNET_SETS:%=repro-gfnet-%): repro-gfnet-%: $(READY)
-	$(PY) packages/gfnet_dynn/main.py --data-set $* --data-root "$(DATA_ROOT)" --scale "$(SCALE)" \
-		$(if $(FRESH),--fresh,--continue) $(EXTRA)
+	$(PY) packages/gfnet_dynn/main.py --data-set $* $(ON)
+
+$(LANDMARK_RECIPES:%=repro-landmark-%): repro-landmark-%: $(READY)
+	$(PY) packages/landmark_distill/reproduce.py --recipe $* $(ON)
+
+repro-visiondistill-garbage: $(READY) ## MobileNetV2 taught by ResNet50 on garbage, K folds (Paddle)
+	$(PY) packages/visiondistill_gc/main.py $(ON)
+
+$(ZOO_TABLES:%=repro-zoo-%): repro-zoo-%: $(READY)
+	$(PY) packages/torch_cls_zoo/reproduce.py $* $(ON)
 
 repro-gfnet-aid: ## GFNet on AID: fine-tune, distil, exits, evaluate (also -nasc -nwpu -patternnet -ucm)
+repro-landmark-resnet12: ## ResNet12 through its teacher's frozen head, unseen classes (also -swin-tiny)
+repro-zoo-criteria: ## hard-example losses side by side (also -models -augment -distill -curriculum)
 
-repro: $(GFNET_SETS:%=repro-gfnet-%) ## every reproduction target
+repro: $(REPROS) ## every reproduction target
 
 mlflow: $(READY) ## open the MLflow pages of the runs on http://localhost:5000
 	$(PY) -m mlflow ui --backend-store-uri "sqlite:///runs/mlflow.db"
+
+visualdl: $(READY) ## open the VisualDL pages of the Paddle runs on http://localhost:8040
+	$(PY) packages/visiondistill_gc/visualdl_page.py $(EXTRA)
+
+tensorboard: $(READY) ## open the TensorBoard pages of the runs on http://localhost:6006
+	$(PY) -m tensorboard.main --logdir runs --port 6006 $(EXTRA)
 
 clean: ## remove the environments and caches; runs/ and data/ stay
 	rm -rf .venv .envs .cache .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -32,6 +32,19 @@ def gfnet_giga_macs(arch: str, img_size: int = 224, num_classes: int = 1000) -> 
     return total_macs(layer_costs(model, images), elementwise=True) / 1e9
 
 
+def landmark_parameters(name: str) -> int:
+    """Parameters of a landmark network without its head, as published: 1,024 features."""
+    import torch
+
+    from landmark_distill.model import build_model
+    from shared_core.for_torch.cost import count_params
+
+    with torch.device("meta"):
+        model = build_model(name)
+    head = 0 if model.head is None else count_params(model.head)
+    return count_params(model) - head
+
+
 def zoo_mega_parameters(name: str, num_classes: int = 6) -> float:
     """Parameters of a torchvision net in units of 1e6."""
     from shared_core.for_torch.cost import count_params
