@@ -1,8 +1,8 @@
-"""An image-classification zoo: many nets, hard-example losses, knowledge files, curriculum, CAM."""
+"""torch_cls_zoo: train, evaluate, distil, look at and convert a classifier; see ``--help``."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +14,13 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
 from shared_core.runs import run_command
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options; none but ``--help`` yet."""
-    return argparse.ArgumentParser(prog="torch_cls_zoo", description=__doc__)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Say that this project is not built yet. Returns 2."""
-    parser().parse_args(argv)
-    print(
-        "error: torch_cls_zoo is not built yet; see its README for what it will do", file=sys.stderr
-    )
-    return 2
+    """Do what the options ask for. Returns the exit code."""
+    # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from torch_cls_zoo.applications.dispatch import run_main
+
+    return run_main(argv, prog="main.py")
 
 
 if __name__ == "__main__":

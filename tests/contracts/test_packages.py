@@ -16,7 +16,7 @@ except ImportError:  # Python 3.10
 
 REPO = Path(__file__).resolve().parents[2]
 PROJECTS = ("gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo", "mpkd")
-NOT_BUILT = ("torch_cls_zoo", "mpkd")
+NOT_BUILT = ("mpkd",)
 
 
 def run(*command, cwd=REPO, env=None):

@@ -1,0 +1,143 @@
+"""One epoch of training: the batch, its targets, the step; and the sums that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared_core.for_torch.data import TorchBatch, TorchLoader
+from shared_core.for_torch.distributed import World
+from shared_core.for_torch.precision import Precision
+from torch_cls_zoo.criterions import Criterion
+from torch_cls_zoo.dataloader.batch_ops import BatchOps, mixed_targets, permuted
+
+
+@dataclass
+class Targets:
+    """What the training learns from, by number of the image."""
+
+    soft: Tensor | None = None  # float (N, C) of teachers; None for the labels
+    weights: Tensor | None = None  # float (N,) of a curriculum; None for 1
+
+
+@dataclass
+class Sums:
+    """What an epoch adds up; exact whole numbers and float64, so that a resumed one goes on."""
+
+    loss: float = 0.0  # times images
+    hits: int = 0
+    images: int = 0
+    batches: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, loss: float, hits: int, images: int) -> None:
+        """One batch."""
+        self.loss += loss * images
+        self.hits += hits
+        self.images += images
+        self.batches += 1
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dict(vars(self))
+
+    def mean_loss(self) -> float:
+        """Nats an image."""
+        return self.loss / max(self.images, 1)
+
+    def accuracy(self) -> float:
+        """Fraction in [0, 1], against the labels (of the larger share where batches are mixed)."""
+        return self.hits / max(self.images, 1)
+
+
+@dataclass
+class Learner:
+    """Everything that one training step touches."""
+
+    model: nn.Module  # wrapped where there are several processes
+    criterion: Criterion
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    ops: BatchOps
+    targets: Targets
+    world: World
+    num_classes: int
+    mix_targets: bool = False
+
+    def step(self, batch: TorchBatch, number: int) -> tuple[float, int]:
+        """One update from batch ``number`` of the run.
+
+        Returns:
+            Its loss in nats, and the images that were right before the update.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        plan = self.ops.draw(number, len(batch.labels), rank=self.world.rank)
+        images = self.ops.apply(batch.images, plan)
+        goals = self._goals(batch)
+        weights = self._weights(batch)
+        with self.precision.autocast():
+            logits = self.model(images)
+            if plan.mix is None:
+                loss = self.criterion(logits, goals, sample_weights=weights)
+            elif self.mix_targets:
+                mixed = mixed_targets(goals, plan.mix, num_classes=self.num_classes)
+                loss = self.criterion(logits, mixed, sample_weights=weights)
+            else:
+                other = permuted(goals, plan.mix)
+                own = self.criterion(logits, goals, sample_weights=weights)
+                theirs = self.criterion(logits, other, sample_weights=weights)
+                loss = plan.mix.lam * own + (1 - plan.mix.lam) * theirs
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} at batch {number}, expected a finite one: lower --lr or use "
+                "--amp bf16 or fp32"
+            )
+        labels = batch.labels
+        if plan.mix is not None and plan.mix.lam < 0.5:
+            labels = permuted(labels, plan.mix)
+        hits = int((logits.detach().argmax(dim=1) == labels).sum())
+        self.precision.backward_step(loss, self.optimizer)
+        return value, hits
+
+    def _goals(self, batch: TorchBatch) -> Tensor:
+        if self.targets.soft is None:
+            return batch.labels
+        return self.targets.soft[batch.indices].to(self.world.device)
+
+    def _weights(self, batch: TorchBatch) -> Tensor | None:
+        if self.targets.weights is None:
+            return None
+        return self.targets.weights[batch.indices].to(self.world.device)
+
+
+def run_epoch(
+    learner: Learner,
+    loader: TorchLoader,
+    sums: Sums,
+    *,
+    first_number: int,
+) -> Iterator[Sums]:
+    """The rest of the loader's epoch; yields the sums after each batch.
+
+    Args:
+        sums: of the epoch so far; added to.
+        first_number: number, in the run, of the epoch's first batch.
+    """
+    learner.model.train()
+    learner.criterion.train()
+    seen = len(loader.loader.skipped)
+    for batch in loader:
+        loss, hits = learner.step(batch, first_number + sums.batches)
+        sums.add(loss, hits, len(batch.labels))
+        new = loader.loader.skipped[seen:]
+        seen += len(new)
+        sums.unreadable += [item.name for item in new if item.name not in sums.unreadable]
+        yield sums

@@ -1,0 +1,1 @@
+"""Data: folders, letterboxed views, augmentation, batch mixing, knowledge and curriculum files."""

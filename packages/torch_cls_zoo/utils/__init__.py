@@ -1,0 +1,1 @@
+"""Tools of the zoo, one idea a file."""

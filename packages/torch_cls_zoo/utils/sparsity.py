@@ -1,0 +1,68 @@
+"""Network slimming: push the scales of BatchNorm to zero, so that channels can be cut off.
+
+Before each step every scale moves ``lr * strength`` towards 0: the subgradient of
+``strength * sum |gamma|``, taken outside the optimizer so that Adam does not rescale it.
+
+Source: Liu et al. 2017, arXiv:1708.06519, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+
+def scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The scale ``gamma`` of each BatchNorm layer that has one, by the layer's name."""
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.weight is not None
+    }
+
+
+def add_slimming(optimizer: Optimizer, model: nn.Module, strength: float = 5e-4) -> None:
+    """From now on each step of ``optimizer`` also slims ``model``.
+
+    Raises:
+        ValueError: a strength that is not positive, or a network without BatchNorm scales.
+    """
+    if not 0.0 < strength < float("inf"):
+        raise ValueError(f"--slim {strength}, expected a number above 0")
+    gammas = [gamma for gamma in scales(model).values() if gamma.requires_grad]
+    if not gammas:
+        raise ValueError("--sparsity: the network has no BatchNorm scale, expected one that has")
+    chosen = {id(gamma) for gamma in gammas}
+
+    @torch.no_grad()
+    def slim(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for group in stepped.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in chosen and parameter.grad is not None:
+                    parameter.sub_(parameter.sign(), alpha=group["lr"] * strength)
+
+    base = getattr(optimizer, "_base_optimizer", optimizer)  # inside timm's Lookahead
+    base.register_step_pre_hook(slim)
+
+
+def gamma_values(model: nn.Module) -> Tensor:
+    """All scales' absolute values in one vector, on the CPU; empty without BatchNorm."""
+    values = [gamma.detach().abs().flatten().float().cpu() for gamma in scales(model).values()]
+    return torch.cat(values) if values else torch.empty(0)
+
+
+def sparsity_facts(model: nn.Module, *, near: float = 1e-2) -> dict[str, float]:
+    """Share of scales below ``near``, their median and mean, for the log."""
+    values = gamma_values(model)
+    if not len(values):
+        return {"gammas": 0.0, "near_zero": 0.0, "median": 0.0, "mean": 0.0}
+    return {
+        "gammas": float(len(values)),
+        "near_zero": float((values < near).float().mean()),
+        "median": float(values.median()),
+        "mean": float(values.mean()),
+    }
