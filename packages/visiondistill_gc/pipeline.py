@@ -34,6 +34,7 @@ from visiondistill_gc.stages import (
     train_teacher,
 )
 from visiondistill_gc.utils.data_utils import prepare, train_view
+from visiondistill_gc.utils.precision import LeveledPrecision
 from visiondistill_gc.utils.prediction import Outputs
 from visiondistill_gc.utils.visual_log import VisualLog
 
@@ -72,6 +73,8 @@ def run_main(argv: Sequence[str] | None, *, prog: str) -> int:
     command = shlex.join([f"packages/visiondistill_gc/{prog}", *words])
     world = start(device=args.device)
     try:
+        # A level that this machine cannot do is told before anything is written.
+        LeveledPrecision(world.device, level=args.amp, dtype=args.amp_dtype)
         log, plain = main_writes(lambda: _open(args, world), world)
         args.threads = plain["threads"]
         log = RankLog(args.output, silent=not world.is_main)
@@ -85,7 +88,6 @@ def run_main(argv: Sequence[str] | None, *, prog: str) -> int:
         args.teacher_batch_size //= world.world_size
         data = main_writes(lambda: prepare(args, args.output), world)
         run = Run(args, plain, data, log, world)
-        run.precision()  # a level that this machine cannot do is told now
         log.say(headline(run))
         _stages(run, command)
         log.say(headline(run))
