@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from pathlib import Path
 
 from gfnet_dynn.recipes import SCALES
+from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
 
 STAGES = ("prepare", "backbone", "distil", "exits", "evaluate")
 SETS = ("AID", "NaSC", "NWPU", "PatternNet", "UCM")
@@ -47,30 +47,6 @@ def _yes_no(text: str) -> bool:
     if text.lower() in ("false", "no", "0", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
-
-
-def _number(kind: type, low: float, high: float, *, open_low: bool = False):  # type: ignore[no-untyped-def]
-    """A parser of numbers in a range, so that a bad one is refused with the range."""
-
-    def parse(text: str):  # type: ignore[no-untyped-def]
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {kind.__name__}") from None
-        inside = (low < value if open_low else low <= value) and value <= high
-        if not inside or not math.isfinite(value):
-            left, right = "(" if open_low else "[", "]" if math.isfinite(high) else ")"
-            raise argparse.ArgumentTypeError(f"{text}: expected {left}{low:g}, {high:g}{right}")
-        return value
-
-    return parse
-
-
-_POSITIVE = _number(float, 0, float("inf"), open_low=True)
-_WEIGHT = _number(float, 0, float("inf"))
-_FRACTION = _number(float, 0, 1)
-_COUNT = _number(int, 0, 10**9)
-_SIZE = _number(int, 1, 10**6)
 
 
 def _exits(text: str) -> tuple[int, ...]:
@@ -128,10 +104,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="resume if --output holds an unfinished run, start if it holds none",
     )
     g.add_argument("--barely_train", action="store_true", help="stop epochs after 21 batches")
-    g.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=0)
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     g.add_argument(
         "--threads",
-        type=_COUNT,
+        type=COUNT,
         default=0,
         help="of the CPU that compute; 0 = torch's choice. A resumed run keeps the number it began "
         "with: another one rounds differently",
@@ -157,21 +133,21 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--input-size",
         "--img_size",
         dest="input_size",
-        type=_SIZE,
+        type=SIZE,
         help="pixels (default: the data set's own)",
     )
-    g.add_argument("--num_classes", type=_SIZE, help="checked against the data")
+    g.add_argument("--num_classes", type=SIZE, help="checked against the data")
     g.add_argument(
         "--split_ratio",
         "--split-ratio",
-        type=_number(float, 0.01, 0.98),
+        type=number(float, 0.01, 0.98),
         default=0.8,
         help="training share; the rest is half calibration, half test",
     )
-    g.add_argument("--split-seed", type=_COUNT, default=0)
-    g.add_argument("--builtin-classes", type=_number(int, 2, 45), default=10)
-    g.add_argument("--builtin-images", type=_SIZE, default=200, help="images per class")
-    g.add_argument("--num_workers", type=_COUNT, default=2, help="decoding threads")
+    g.add_argument("--split-seed", type=COUNT, default=0)
+    g.add_argument("--builtin-classes", type=number(int, 2, 45), default=10)
+    g.add_argument("--builtin-images", type=SIZE, default=200, help="images per class")
+    g.add_argument("--num_workers", type=COUNT, default=2, help="decoding threads")
     g.add_argument(
         "--pin-mem",
         action="store_true",
@@ -182,7 +158,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g = p.add_argument_group("augmentation (training images)")
     g.add_argument(
         "--color-jitter",
-        type=_WEIGHT,
+        type=WEIGHT,
         default=0.4,
         help="only with --aa none, as in timm",
     )
@@ -190,20 +166,20 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear"))
     g.add_argument(
         "--crop-pct",
-        type=_number(float, 0.1, 1),
+        type=number(float, 0.1, 1),
         default=0.875,
         help="share of the resized image that evaluation sees (0.875 = 224 of 256)",
     )
-    g.add_argument("--reprob", type=_FRACTION, default=0.0, help="random erasing probability")
+    g.add_argument("--reprob", type=FRACTION, default=0.0, help="random erasing probability")
     g.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
-    g.add_argument("--recount", type=_SIZE, default=1)
-    g.add_argument("--crop-scale", type=_FRACTION, nargs=2, default=(0.08, 1.0))
+    g.add_argument("--recount", type=SIZE, default=1)
+    g.add_argument("--crop-scale", type=FRACTION, nargs=2, default=(0.08, 1.0))
     g.add_argument(
         "--vflip", type=_yes_no, default=False, help="vertical flips, for views from above"
     )
-    g.add_argument("--smoothing", type=_number(float, 0, 0.99), default=0.1)
-    g.add_argument("--mixup", type=_WEIGHT, default=0.8)
-    g.add_argument("--cutmix", type=_WEIGHT, default=1.0)
+    g.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1)
+    g.add_argument("--mixup", type=WEIGHT, default=0.8)
+    g.add_argument("--cutmix", type=WEIGHT, default=1.0)
 
     g = p.add_argument_group("model")
     g.add_argument(
@@ -213,12 +189,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="the model with exits; GFNet-xs-dynn insists on gfnet-xs under them",
     )
     g.add_argument("--backbone-arch", default="gfnet-xs", choices=ARCHS)
-    g.add_argument("--backbone-dim", type=_SIZE, help="width (default: the arch's)")
+    g.add_argument("--backbone-dim", type=SIZE, help="width (default: the arch's)")
     g.add_argument("--student-arch", default="gfnet-xs", choices=ARCHS)
-    g.add_argument("--student-dim", type=_SIZE, default=256, help="width")
-    g.add_argument("--depth", type=_SIZE, help="blocks (default: the arch's)")
-    g.add_argument("--patch-size", type=_SIZE, default=16)
-    g.add_argument("--drop-path", type=_number(float, 0, 0.99), default=0.0)
+    g.add_argument("--student-dim", type=SIZE, default=256, help="width")
+    g.add_argument("--depth", type=SIZE, help="blocks (default: the arch's)")
+    g.add_argument("--patch-size", type=SIZE, default=16)
+    g.add_argument("--drop-path", type=number(float, 0, 0.99), default=0.0)
     g.add_argument("--filter", default="auto", choices=("auto", "fft", "dft", "dft-dense"))
     g.add_argument("--pretrained", type=Path, help="official GFNet file for the backbone")
     g.add_argument("--resolution-transfer", default="official", choices=("official", "spectrum"))
@@ -233,47 +209,47 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
     g = p.add_argument_group("backbone and distillation")
     for who in ("backbone", "student"):
-        g.add_argument(f"--{who}-epochs", type=_SIZE, default=100)
-        g.add_argument(f"--{who}-lr", type=_POSITIVE, default=1e-3, help="AdamW, cosine")
-    g.add_argument("--finetune-batch", type=_SIZE, default=64)
-    g.add_argument("--finetune-wd", type=_WEIGHT, default=0.05)
-    g.add_argument("--finetune-warmup", type=_COUNT, default=5, help="epochs of rising rate")
-    g.add_argument("--clip-grad", type=_WEIGHT, default=1.0, help="0 = off")
-    g.add_argument("--ema", type=_number(float, 0, 0.99999), default=0.0, help="decay, 0 = off")
+        g.add_argument(f"--{who}-epochs", type=SIZE, default=100)
+        g.add_argument(f"--{who}-lr", type=POSITIVE, default=1e-3, help="AdamW, cosine")
+    g.add_argument("--finetune-batch", type=SIZE, default=64)
+    g.add_argument("--finetune-wd", type=WEIGHT, default=0.05)
+    g.add_argument("--finetune-warmup", type=COUNT, default=5, help="epochs of rising rate")
+    g.add_argument("--clip-grad", type=WEIGHT, default=1.0, help="0 = off")
+    g.add_argument("--ema", type=number(float, 0, 0.99999), default=0.0, help="decay, 0 = off")
     g.add_argument("--no-distil", action="store_true", help="give the backbone itself exits")
-    g.add_argument("--kd-weight", type=_WEIGHT, default=1.0)
-    g.add_argument("--kd-temperature", type=_POSITIVE, default=4.0)
-    g.add_argument("--nd-weight", type=_WEIGHT, default=2.0, help="norm and direction")
-    g.add_argument("--spectrum-weight", type=_WEIGHT, default=0.0)
-    g.add_argument("--kd-warmup", type=_SIZE, default=1, help="epochs of rising KD weight")
+    g.add_argument("--kd-weight", type=WEIGHT, default=1.0)
+    g.add_argument("--kd-temperature", type=POSITIVE, default=4.0)
+    g.add_argument("--nd-weight", type=WEIGHT, default=2.0, help="norm and direction")
+    g.add_argument("--spectrum-weight", type=WEIGHT, default=0.0)
+    g.add_argument("--kd-warmup", type=SIZE, default=1, help="epochs of rising KD weight")
     g.add_argument(
         "--deep-supervision",
-        type=_WEIGHT,
+        type=WEIGHT,
         default=0.0,
         metavar="W",
         help="weight of losses at --exits while the network below the exits learns; 0 = off",
     )
     g.add_argument(
         "--deep-kd",
-        type=_WEIGHT,
+        type=WEIGHT,
         default=1.0,
         metavar="W",
         help="share of the final head's answers in these losses",
     )
-    g.add_argument("--deep-temperature", type=_POSITIVE, default=3.0, help="of these answers")
+    g.add_argument("--deep-temperature", type=POSITIVE, default=3.0, help="of these answers")
 
     g = p.add_argument_group("exits (the original's flags)")
-    g.add_argument("--lr", type=_POSITIVE, default=1e-3, help="SGD, cosine")
-    g.add_argument("--gate-lr", type=_POSITIVE, help="of the gates (default: --lr)")
-    g.add_argument("--wd", type=_WEIGHT, default=5e-4)
-    g.add_argument("--min-lr", type=_WEIGHT, default=2e-4)
-    g.add_argument("--batch", type=_SIZE, default=64)
-    g.add_argument("--ce_ic_tradeoff", type=_WEIGHT, default=0.75, help="lambda: price of compute")
-    g.add_argument("--num_epoch", type=_SIZE, default=200, help="warm-up included")
-    g.add_argument("--max_warmup_epoch", type=_COUNT, default=10)
-    g.add_argument("--patience", type=_SIZE, default=2, help="warm-up epochs without gain")
+    g.add_argument("--lr", type=POSITIVE, default=1e-3, help="SGD, cosine")
+    g.add_argument("--gate-lr", type=POSITIVE, help="of the gates (default: --lr)")
+    g.add_argument("--wd", type=WEIGHT, default=5e-4)
+    g.add_argument("--min-lr", type=WEIGHT, default=2e-4)
+    g.add_argument("--batch", type=SIZE, default=64)
+    g.add_argument("--ce_ic_tradeoff", type=WEIGHT, default=0.75, help="lambda: price of compute")
+    g.add_argument("--num_epoch", type=SIZE, default=200, help="warm-up included")
+    g.add_argument("--max_warmup_epoch", type=COUNT, default=10)
+    g.add_argument("--patience", type=SIZE, default=2, help="warm-up epochs without gain")
     g.add_argument("--early_exit_warmup", type=_yes_no, default=True)
-    g.add_argument("--bilevel_batch_count", type=_SIZE, default=60)
+    g.add_argument("--bilevel_batch_count", type=SIZE, default=60)
     g.add_argument("--gate_objective", default="ce", choices=("ce", "zeroOne", "prob"))
     g.add_argument(
         "--classifier_loss", default="boosted", choices=("single", "weighted", "boosted", "legacy")
@@ -289,7 +265,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--max-accuracy-loss",
-        type=_FRACTION,
+        type=FRACTION,
         default=0.01,
         help="what the recommended threshold may lose on calibration data",
     )
@@ -298,7 +274,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     g.add_argument(
         "--save-every",
-        type=_COUNT,
+        type=COUNT,
         default=0,
         help="steps between saved states of backbone and student; 0 = after every epoch, "
         "as the exits always",

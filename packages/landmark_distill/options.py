@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from landmark_distill.data_loader import LIGHTING_ORDERS
@@ -11,6 +10,7 @@ from landmark_distill.optimizers import DECAY, OPTIMIZERS
 from landmark_distill.recipes import RECIPES
 from landmark_distill.schedules import COSINES, SCHEDULERS
 from landmark_distill.two_level import LAYOUTS
+from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
 
 BACKBONES = ("Swin_base", "Swin_tiny", "Resnet20", "Resnet12", "Resnet50")
 KD_LOSSES = ("KD", "global_KD", "cosine")
@@ -28,30 +28,6 @@ DISTILLING = (
     *("kd_temperature", "head_fixed", "knowledge", "knowledge_kind", "knowledge_top_k"),
     *("mapped_head", "head_dtype", "fill_knowledge"),
 )
-
-
-def number(kind: type, low: float, high: float, *, open_low: bool = False):  # type: ignore[no-untyped-def]
-    """A parser of numbers in a range, so that a bad one is refused with the range."""
-
-    def parse(text: str):  # type: ignore[no-untyped-def]
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {kind.__name__}") from None
-        inside = (low < value if open_low else low <= value) and value <= high
-        if not inside or not math.isfinite(value):
-            left, right = "(" if open_low else "[", "]" if math.isfinite(high) else ")"
-            raise argparse.ArgumentTypeError(f"{text}: expected {left}{low:g}, {high:g}{right}")
-        return value
-
-    return parse
-
-
-POSITIVE = number(float, 0, float("inf"), open_low=True)
-WEIGHT = number(float, 0, float("inf"))
-FRACTION = number(float, 0, 1)
-COUNT = number(int, 0, 10**9)
-SIZE = number(int, 1, 10**9)
 
 
 def _resume(text: str) -> str:
