@@ -8,6 +8,7 @@ PROJECTS := gfnet_dynn landmark_distill visiondistill_gc torch_cls_zoo mpkd
 GFNET_SETS := aid nasc nwpu patternnet ucm
 LANDMARK_RECIPES := resnet12 swin-tiny
 ZOO_TABLES := models criteria augment distill curriculum
+MPKD_SETS := cifar10 imagenet
 
 # Which Python makes the environment: `make setup PYTHON=python3.12`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
@@ -27,7 +28,7 @@ READY := .venv/.ready
 export GOMP_SPINCOUNT ?= 1000
 
 REPROS := $(GFNET_SETS:%=repro-gfnet-%) $(LANDMARK_RECIPES:%=repro-landmark-%) \
-	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%)
+	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%) $(MPKD_SETS:%=repro-mpkd-%)
 
 .PHONY: help setup test lint format doctor ledger bench constraints mlflow visualdl tensorboard \
 	clean repro $(PROJECTS:%=install-%) $(PROJECTS:%=test-%) test-shared $(REPROS)
@@ -47,7 +48,7 @@ $(READY): constraints.txt tools/requirements-dev.in shared/pyproject.toml $(PROJ
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r tools/requirements-dev.in \
 		-e 'packages/gfnet_dynn[mlflow,export]' -e 'packages/landmark_distill[export,faiss]' \
 		-e 'packages/visiondistill_gc[export,serve,notebook]' -e 'packages/torch_cls_zoo[export]' \
-		-e packages/mpkd
+		-e 'packages/mpkd[export]'
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e shared
 	@touch $(READY)
 
@@ -104,9 +105,14 @@ repro-visiondistill-garbage: $(READY) ## MobileNetV2 taught by ResNet50 on garba
 $(ZOO_TABLES:%=repro-zoo-%): repro-zoo-%: $(READY)
 	$(PY) packages/torch_cls_zoo/reproduce.py $* $(ON)
 
+$(MPKD_SETS:%=repro-mpkd-%): repro-mpkd-%: $(READY)
+	$(PY) packages/mpkd/reproduce.py $* $(ON)
+
 repro-gfnet-aid: ## GFNet on AID: fine-tune, distil, exits, evaluate (also -nasc -nwpu -patternnet -ucm)
 repro-landmark-resnet12: ## ResNet12 through its teacher's frozen head, unseen classes (also -swin-tiny)
 repro-zoo-criteria: ## hard-example losses side by side (also -models -augment -distill -curriculum)
+
+repro-mpkd-cifar10: ## precision x distillation x temperature, down to 2 bits (also -imagenet)
 
 repro: $(REPROS) ## every reproduction target
 

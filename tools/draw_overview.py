@@ -27,7 +27,7 @@ PROJECTS = (
     ("torch_cls_zoo", "torch · many networks", (0, 1, 2, 4)),
     ("mpkd", "torch · low precision", (0, 1, 2, 4)),
 )
-BUILT = {"gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo"}
+BUILT = {"gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo", "mpkd"}
 CORE = (
     ("datasets", "scan, check, split, decode"),
     ("knowledge", "teacher outputs on disk"),

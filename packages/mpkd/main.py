@@ -1,8 +1,8 @@
-"""Mixed precision, teacher-only distillation, LoRA and quantization, from fp32 down to 2 bits."""
+"""mpkd from images to a distilled student of few bits: what config.yaml says; see ``--help``."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,13 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
 from shared_core.runs import run_command
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options; none but ``--help`` yet."""
-    return argparse.ArgumentParser(prog="mpkd", description=__doc__)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Say that this project is not built yet. Returns 2."""
-    parser().parse_args(argv)
-    print("error: mpkd is not built yet; its README says what it will do", file=sys.stderr)
-    return 2
+    """Run the stages that are asked for. Returns the exit code."""
+    # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from mpkd.pipeline import run_main
+
+    return run_main(argv)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def test_help_names_every_public_target_and_the_variables():
     done = subprocess.run(["make"], cwd=REPO, capture_output=True, text=True, check=True)
     for word in (
         "setup", "install-<project>", "test", "test-<project>", "lint", "doctor", "ledger",
-        "bench", "constraints", "repro", "repro-gfnet-aid", "mlflow", "clean",
+        "bench", "constraints", "repro", "repro-gfnet-aid", "repro-landmark-resnet12",
+        "repro-visiondistill-garbage", "repro-zoo-criteria", "repro-mpkd-cifar10", "mlflow",
+        "visualdl", "tensorboard", "clean",
         "PYTHON", "DATA_ROOT", "SCALE", "EXTRA", *PROJECTS,
     ):  # fmt: skip
         assert word in done.stdout, word
@@ -130,8 +132,21 @@ def test_the_tests_of_a_project_name_folders_that_exist(project):
 
 def test_every_target_that_needs_the_environment_makes_it_first():
     """With no environment, each such target's plan begins by making one."""
-    chores = ("test", "lint", "doctor", "ledger", "bench", "constraints", "mlflow")
-    runs = ("repro-gfnet-aid", "repro-gfnet-ucm")
+    chores = (
+        "test",
+        "lint",
+        "doctor",
+        "ledger",
+        "bench",
+        "constraints",
+        "mlflow",
+        "visualdl",
+        "tensorboard",
+    )
+    runs = (
+        "repro-gfnet-aid", "repro-gfnet-ucm", "repro-landmark-swin-tiny",
+        "repro-visiondistill-garbage", "repro-zoo-distill", "repro-mpkd-cifar10",
+    )  # fmt: skip
     for target in (*chores, *runs, *(f"test-{project}" for project in PROJECTS)):
         done = subprocess.run(
             ["make", "-n", "READY=.none/.ready", target],

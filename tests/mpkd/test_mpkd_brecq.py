@@ -56,10 +56,10 @@ def test_the_regulariser_is_zero_when_all_is_decided():
     rounding = LearnedRounding(QuantLayer(nn.Linear(6, 3), w_bits=4))
     with torch.no_grad():
         rounding.alpha.copy_(torch.where(torch.rand(3, 6) > 0.5, 10.0, -10.0))
-    assert float(rounding.regulariser(2.0)) == pytest.approx(0)
+    assert rounding.regulariser(2.0).item() == pytest.approx(0)
     with torch.no_grad():
         rounding.alpha.zero_()  # h = 1/2
-    assert float(rounding.regulariser(2.0)) == pytest.approx(18)
+    assert rounding.regulariser(2.0).item() == pytest.approx(18)
 
 
 def test_beta_falls_from_twenty_to_two_after_a_fifth():
@@ -96,7 +96,12 @@ def test_two_bits_come_much_closer_to_the_original(a_bits):
     nearest = output_error(quantized, images)
     generator = torch.Generator().manual_seed(0)
     found = reconstruct(
-        quantized, images.split(32), steps=300, learning_rate=1e-2, generator=generator
+        quantized,
+        images.split(32),
+        steps=300,
+        learning_rate=1e-2,
+        strength=1e-4,  # the outputs of this untrained net are a hundredth of a trained one's
+        generator=generator,
     )
     assert [one.name for one in found] == names
     assert all(one.after <= one.before * 1.02 for one in found)
@@ -106,7 +111,8 @@ def test_two_bits_come_much_closer_to_the_original(a_bits):
     if a_bits != 32:
         before = {n: layer.base.weight.clone() for n, layer in quant_layers(quantized).items()}
         scaled = learn_input_scales(quantized, images.split(32), steps=100, generator=generator)
-        assert len(scaled) == 3 and output_error(quantized, images) < 1.1 * learned
+        assert len(scaled) == 3 and all(one.after <= one.before for one in scaled)
+        assert output_error(quantized, images) < 0.3 * nearest
         for name, layer in quant_layers(quantized).items():
             assert torch.equal(layer.base.weight, before[name])
 

@@ -114,8 +114,9 @@ def _collect(net: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[Tens
     inputs, outputs = [], []
 
     def note(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs.append(args[0].detach())
-        outputs.append(output.detach())
+        # Copies: an in-place activation that follows would change what is kept.
+        inputs.append(args[0].detach().clone())
+        outputs.append(output.detach().clone())
 
     hook = net.get_submodule(name).register_forward_hook(note)
     try:
@@ -147,8 +148,8 @@ def reconstruct(
         steps: of Adam, for each block.
         batch_size: images a step.
         learning_rate: of the rounding variables.
-        strength: lambda, relative to the mean squared error of the block's output summed over its
-            channels and positions.
+        strength: lambda, relative to the squared error of the block's output summed over its
+            channels and averaged over images and positions.
         generator: chooses the images of each step.
         report: called after each block.
 
@@ -212,8 +213,8 @@ def _reconstruct_block(
     optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=learning_rate)
     for step in range(steps):
         index = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator)
-        # Summed over channels and positions, averaged over the images, as in the published code.
-        error = (unit(inputs[index]) - targets[index]).square().flatten(1).sum(dim=1).mean()
+        # Summed over the channels, averaged over images and positions, as in the published code.
+        error = (unit(inputs[index]) - targets[index]).square().sum(dim=1).mean()
         beta = beta_at(step, steps)
         if beta is not None:
             error = error + strength * sum(r.regulariser(beta) for r in roundings)
@@ -285,7 +286,7 @@ def learn_input_scales(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             index = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator)
-            error = (unit(inputs[index]) - targets[index]).abs().pow(2.4).flatten(1).sum(1).mean()
+            error = (unit(inputs[index]) - targets[index]).abs().pow(2.4).sum(dim=1).mean()
             optimizer.zero_grad()
             error.backward()
             optimizer.step()

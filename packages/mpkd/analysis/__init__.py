@@ -1,0 +1,1 @@
+"""What runs left, as curves, tables and one page."""

@@ -1,0 +1,1 @@
+"""The student for other runtimes: ONNX, int8 with Q/DQ nodes, OpenVINO, TensorRT."""

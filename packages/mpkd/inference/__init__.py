@@ -1,0 +1,1 @@
+"""A trained student on images: one, a folder, lines of paths, HTTP."""

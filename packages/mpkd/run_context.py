@@ -1,0 +1,201 @@
+"""What every stage of a run needs, and the trainings that stages have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mpkd.dataset import data_utils, views
+from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data
+from mpkd.trainer.knowledge import store_outputs
+from mpkd.trainer.metrics_logger import MetricsLogger
+from mpkd.trainer.objectives import LiveTeacher, Objective, StoredTeacher, TeacherSource
+from mpkd.trainer.settings import Settings, precision_from
+from mpkd.trainer.trainer import Job, Trainer
+from mpkd.utils.common import ALONE, Evaluation, evaluate
+from mpkd.utils.seed import seed_stage, stage_seed
+from shared_core.datasets import ImageSet
+from shared_core.for_torch.data import Normalizer, TorchLoader
+from shared_core.for_torch.distributed import World, main_writes
+from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.run_state import Best
+from shared_core.knowledge import KnowledgeStore
+from shared_core.runs import StageLog
+
+TEACHER_FILE, STUDENT_FILE = "teacher.pth", "student.pth"
+QUANTIZED_FILE, ADAPTER_FILE = "student_quantized.pth", "adapters.pth"
+
+
+@dataclass
+class Run:
+    """One run of the pipeline.
+
+    Attributes:
+        config: values by dotted key.
+        data: the images.
+        folder: the run's.
+        log, csv: what is said and measured.
+        device, world: where, and in how many processes.
+        scale: ``full``, ``short`` or ``rehearsal``.
+        command: as the user typed it.
+    """
+
+    config: dict[str, Any]
+    data: Data
+    folder: Path
+    log: StageLog
+    csv: MetricsLogger
+    device: torch.device
+    world: World = ALONE
+    scale: str = "full"
+    command: str = "packages/mpkd/main.py"
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
+        return int(self.config["experiment.seed"])
+
+    @property
+    def view_seed(self) -> int:
+        """Decides augmentation; the same for all seeds, so that they share a teacher's outputs."""
+        return stage_seed(0, "views")
+
+    def checkpoint(self, name: str) -> Path:
+        """A file among the run's checkpoints."""
+        return self.folder / "checkpoints" / name
+
+    def precision(self) -> Precision:
+        """A new state of mixed precision."""
+        return precision_from(self.config, self.device)
+
+    def begin(self, *purpose: str | int) -> None:
+        """Seed the global generators for what follows."""
+        seed_stage(self.seed, *purpose)
+
+    # -- loaders ----------------------------------------------------------------------------------
+
+    def training_loader(
+        self,
+        purpose: str,
+        images: ImageSet | None = None,
+        *,
+        batch_size: int | None = None,
+        replayed: int = 0,
+    ) -> TorchLoader:
+        """Shuffled, augmented training batches; views ``0 .. replayed - 1`` in turn if not 0."""
+        return data_utils.training_loader(
+            self.data, self.data.sets[TRAIN] if images is None else images,
+            batch_size=batch_size or self.config["experiment.batch_size"],
+            augment=self.config["dataset.augment"], seed=self.seed, view_seed=self.view_seed,
+            purpose=purpose, device=self.device, threads=self.config["dataset.workers"],
+            rank=self.world.rank, world_size=self.world.world_size,
+            view_of_epoch=(lambda epoch: epoch % replayed) if replayed else None,
+        )  # fmt: skip
+
+    def evaluation_loader(self, part: str = CALIBRATION, *, shared: bool = True) -> TorchLoader:
+        """Every image of a part once, in order; shared out among the processes if ``shared``."""
+        share = {"rank": self.world.rank, "world_size": self.world.world_size} if shared else {}
+        batch_size = max(64, self.config["experiment.batch_size"])
+        return data_utils.evaluation_loader(
+            self.data, self.data.sets[part], batch_size=batch_size,
+            device=self.device, threads=self.config["dataset.workers"], **share,
+        )  # fmt: skip
+
+    def evaluate(self, net: nn.Module, part: str = TEST) -> Evaluation:
+        """Answers in fp32 to a part, by all processes together."""
+        return evaluate(
+            net, self.evaluation_loader(part), world=self.world, total=len(self.data.sets[part])
+        )
+
+    def calibration_images(self, count: int | None = None) -> list[Tensor]:
+        """Batches of training images as evaluation sees them, on the device, without labels."""
+        wanted = int(count or self.config["quantization.calib_samples"])
+        images = self.data.sets[TRAIN]
+        step = max(1, len(images) // wanted)
+        rows = np.arange(0, len(images), step)[:wanted]
+        loader = data_utils.evaluation_loader(
+            self.data, images.subset(rows), batch_size=64, device=self.device,
+            threads=self.config["dataset.workers"],
+        )  # fmt: skip
+        return [batch.images.clone() for batch in loader]
+
+    # -- teachers ---------------------------------------------------------------------------------
+
+    def teacher_source(
+        self, teacher: nn.Module, teacher_hash: str, images: ImageSet
+    ) -> tuple[TeacherSource, int]:
+        """The teacher's logits for training, stored or live, and how many views are replayed."""
+        precision = Precision(self.device, self.config["mixed_precision.dtype"],
+                              enabled=self.config["mixed_precision.enabled"])  # fmt: skip
+        if not self.config["distillation.cache_teacher_logits"]:
+            return LiveTeacher(teacher, autocast=precision.autocast), 0
+        count = int(self.config["distillation.views"]) if self.config["dataset.augment"] else 1
+        folder = self.folder / "knowledge"
+        about: dict[str, Any] = {}
+
+        def fill() -> None:
+            store_outputs(
+                folder, teacher, self.data, images, views=count, teacher_hash=teacher_hash,
+                augment=self.config["dataset.augment"], seed=self.view_seed, device=self.device,
+                batch_size=max(64, self.config["experiment.batch_size"]),
+                threads=self.config["dataset.workers"], precision=precision,
+            )  # fmt: skip
+
+        main_writes(fill, self.world)
+        store = KnowledgeStore.open(folder, teacher_hash=teacher_hash, **about)
+        return StoredTeacher(store, [str(key) for key in images.keys], device=self.device), count
+
+    def reference(self, teacher: nn.Module) -> npt.NDArray[np.float32]:
+        """The teacher's logits for the calibration images."""
+        return self.evaluate(teacher, CALIBRATION).logits
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        stage: str,
+        net: nn.Module,
+        objective: Objective,
+        *,
+        settings: Settings,
+        loader: TorchLoader,
+        reference: npt.NDArray[np.float32] | None = None,
+        choose_by: str = "accuracy",
+        **more: Any,
+    ) -> tuple[Best, Trainer]:
+        """Train ``net`` and keep the best epoch's weights in it.
+
+        Args:
+            reference: a teacher's logits for the calibration images.
+            choose_by: ``accuracy``, or ``agreement`` with ``reference`` (no label is read).
+            more: further attributes of :class:`~mpkd.trainer.trainer.Job`.
+
+        Returns:
+            The best weights, and the trainer: call ``trainer.state.remove()`` when the stage's
+            result is written.
+        """  # fmt: skip
+        score = None
+        if choose_by == "agreement":
+            if reference is None:
+                raise ValueError("no teacher's logits to agree with, expected some")
+            score = lambda found: found.agreement(reference)  # noqa: E731
+        job = Job(
+            stage=stage, net=net, objective=objective, loader=loader,
+            validation=self.evaluation_loader(CALIBRATION), settings=settings,
+            precision=self.precision(), log=self.log, csv=self.csv, world=self.world,
+            reference=reference, score=score, **more,
+        )  # fmt: skip
+        trainer = Trainer(job)
+        best = trainer.run()
+        net.load_state_dict(best.weights)
+        return best, trainer
+
+    def normalizer(self) -> Normalizer:
+        """Of every network here."""
+        return Normalizer(views.MEAN, views.STD, device=self.device)

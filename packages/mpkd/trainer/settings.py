@@ -1,0 +1,146 @@
+"""The knobs of one training, taken from the configuration once and checked against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared_core.for_torch.precision import Precision
+from shared_core.runs import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one network is trained.
+
+    Attributes:
+        epochs: over the training images.
+        batch_size: images a process computes at once.
+        learning_rate: after the warm-up.
+        weight_decay: of matrices and filters (AdamW).
+        accumulation: batches whose gradients make one step.
+        clip: largest gradient norm; 0 = no limit.
+        scheduler: ``constant``, ``cosine`` or ``step``; by steps, not by epochs.
+        step_size, gamma: of ``step``: epochs between, and factor.
+        warmup_steps: of a straight rise from 0.
+        max_steps: stop there; 0 = never.
+        ema: decay of averaged weights; 0 = none.
+        channels_last: memory layout of network and images.
+        compile: torch.compile the network.
+        log_interval: steps between lines; 0 = epochs only.
+        save_seconds: least time between two states within an epoch.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 1e-4
+    accumulation: int = 1
+    clip: float = 0.0
+    scheduler: str = "cosine"
+    step_size: int = 10
+    gamma: float = 0.1
+    warmup_steps: int = 0
+    max_steps: int = 0
+    ema: float = 0.0
+    channels_last: bool = False
+    compile: bool = False
+    log_interval: int = 0
+    save_seconds: float = 60.0
+
+    def total_steps(self, batches: int) -> int:
+        """Optimizer steps of the whole training, for ``batches`` batches an epoch."""
+        steps = self.epochs * -(-batches // self.accumulation)
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    def rate(self, step: int, *, total: int, steps_per_epoch: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.scheduler == "cosine":
+            share = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        if self.scheduler == "step":
+            return self.learning_rate * self.gamma ** (step // steps_per_epoch // self.step_size)
+        return self.learning_rate
+
+
+def settings_from(config: Mapping[str, Any], **changes: Any) -> Settings:
+    """The student's settings; ``changes`` are those of another training (the teacher's).
+
+    Raises:
+        UsageError: knobs that contradict each other.
+    """
+    made = Settings(
+        epochs=config["experiment.epochs"],
+        batch_size=config["experiment.batch_size"],
+        learning_rate=config["experiment.learning_rate"],
+        weight_decay=config["experiment.weight_decay"],
+        accumulation=config["training.gradient_accumulation_steps"],
+        clip=config["training.clip"],
+        scheduler=config["training.lr_scheduler"],
+        step_size=config["training.lr_step_size"],
+        gamma=config["training.lr_gamma"],
+        warmup_steps=int(config["training.lr_warmup_steps"]),
+        max_steps=int(config["training.max_train_steps"]),
+        ema=config["training.ema"],
+        channels_last=config["training.channels_last"],
+        compile=config["training.compile"],
+        log_interval=int(config["logging.log_interval"]),
+    )
+    made = replace(made, **changes)
+    if made.accumulation > 1 and config["distillation.loss"] == "dist":
+        raise UsageError(
+            "distillation.loss dist compares the images of a batch with each other: expected "
+            f"training.gradient_accumulation_steps=1, got {made.accumulation}"
+        )
+    return made
+
+
+def precision_from(config: Mapping[str, Any], device: torch.device) -> Precision:
+    """fp32, bf16 or fp16 as ``mixed_precision.*`` says."""
+    return Precision(
+        device,
+        config["mixed_precision.dtype"],
+        enabled=config["mixed_precision.enabled"],
+        init_scale=config["mixed_precision.init_scale"],
+        growth_interval=int(config["mixed_precision.growth_interval"]),
+    )
+
+
+def parameter_groups(*nets: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and filters, not biases, norms and scales."""
+    decay, plain = [], []
+    for net in nets:
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                (plain if parameter.ndim <= 1 else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}]
+    return [*groups, {"params": plain, "weight_decay": 0.0}] if plain else groups
+
+
+def compiled(net: nn.Module, *, wanted: bool, example: torch.Tensor) -> nn.Module:
+    """``torch.compile`` of ``net`` when it is wanted, tried once on ``example``.
+
+    Raises:
+        ValueError: this machine cannot compile (no C++ compiler, say).
+    """
+    if not wanted:
+        return net
+    made = torch.compile(net)
+    training = net.training
+    try:
+        made.eval()
+        with torch.no_grad():
+            made(example)
+    except Exception as error:  # compilers and their backends raise what they like
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"training.compile: this machine cannot compile: {reason}") from error
+    finally:
+        net.train(training)
+    return made

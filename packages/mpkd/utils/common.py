@@ -1,0 +1,192 @@
+"""Checkpoints of this project, and the accuracy of a network on a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpkd.dataset import views
+from mpkd.model.student import build_student
+from mpkd.model.teacher import build_teacher
+from mpkd.quant.layers import FLOAT, fold_batch_norms, quant_layers, quantize_net
+from shared_core import checkpoints
+from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_checkpoint
+from shared_core.for_torch.data import TorchLoader
+from shared_core.for_torch.distributed import World, gather_samples
+from shared_core.for_torch.precision import Precision
+
+PROJECT = "mpkd"
+TEACHER_FACTOR = 4
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network's answers to a set of images.
+
+    Attributes:
+        logits: float32 ``(N, C)``, in the set's order.
+        labels: int64 ``(N,)``.
+    """
+
+    logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, in ``[0, 1]``."""
+        return float((self.logits.argmax(axis=1) == self.labels).mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        logits = torch.from_numpy(self.logits)
+        return float(F.cross_entropy(logits, torch.from_numpy(self.labels)))
+
+    def agreement(self, other: npt.NDArray[np.float32]) -> float:
+        """Share of the images on which the largest of ``other``'s logits is the same class."""
+        return float((self.logits.argmax(axis=1) == other.argmax(axis=1)).mean())
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    loader: TorchLoader,
+    *,
+    precision: Precision | None = None,
+    world: World = ALONE,
+    total: int | None = None,
+) -> Evaluation:
+    """Answers in evaluation mode; the network's mode is put back.
+
+    Args:
+        loader: every image once, in order; process r of W has images r, r + W, ...
+        precision: None computes in fp32.
+        total: images of all processes together, when there are several.
+    """  # fmt: skip
+    training = net.training
+    net.eval()
+    precision = precision or Precision(loader.normalizer.device, "fp32")
+    logits, labels, indices = [], [], []
+    for batch in loader:
+        with precision.autocast():
+            answer = net(batch.images)
+        logits.append(answer.float())
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+    net.train(training)
+    all_logits, all_labels = torch.cat(logits), torch.cat(labels)
+    if world.world_size > 1:
+        rows = torch.cat(indices).to(all_logits.device)
+        count = int(total or 0)
+        all_logits = gather_samples(all_logits, rows, world, total=count)
+        all_labels = gather_samples(all_labels, rows, world, total=count)
+    return Evaluation(all_logits.cpu().numpy(), all_labels.cpu().numpy())
+
+
+# -- networks and their files ---------------------------------------------------------------------
+
+
+def describe_net(role: str, config: Mapping[str, Any], *, image_size: int) -> dict[str, Any]:
+    """What rebuilds the ``teacher`` or the ``student`` of a configuration: plain JSON.
+
+    A teacher called ``simple_cnn`` is the student made ``TEACHER_FACTOR`` times as wide: for small
+    images on which a ResNet would only cost time.
+    """
+    name = config[f"model.{role}_model"]
+    factor = TEACHER_FACTOR if role == "teacher" else 1
+    widths = [factor * width for width in config["model.student_widths"]]
+    return {
+        "role": role, "name": name, "image_size": image_size, "stem": config["model.stem"],
+        "options": {"widths": widths} if name == "simple_cnn" else {},
+    }  # fmt: skip
+
+
+def build_net(about: Mapping[str, Any], *, num_classes: int) -> nn.Module:
+    """The network that :func:`describe_net` describes, with random weights.
+
+    Raises:
+        ValueError: unknown name or stem.
+    """
+    options = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in about.get("options", {}).items()
+    }
+    if about["name"] == "simple_cnn":
+        return build_student("simple_cnn", num_classes=num_classes, **options)
+    return build_teacher(
+        about["name"], num_classes=num_classes, image_size=about["image_size"],
+        stem=about["stem"], **options,
+    )  # fmt: skip
+
+
+def describe_quantization(net: nn.Module) -> dict[str, Any] | None:
+    """What rebuilds the quantized layers of ``net``; None when it has none."""
+    layers = quant_layers(net)
+    if not layers:
+        return None
+    first = next(iter(layers.values()))
+    norms = nn.modules.batchnorm._BatchNorm
+    folded = not any(isinstance(module, norms) for module in net.modules())
+    symmetric = first.weight_quantizer.symmetric if first.weight_quantizer else True
+    return {
+        "folded": folded,
+        "symmetric": symmetric,
+        "w_bits": {name: layer.w_bits for name, layer in layers.items()},
+        "a_bits": {name: layer.a_bits for name, layer in layers.items()},
+    }
+
+
+def rebuild_quantized(net: nn.Module, about: Mapping[str, Any]) -> nn.Module:
+    """``net`` with the layers that :func:`describe_quantization` describes, ranges not yet set."""
+    if about["folded"]:
+        net = fold_batch_norms(net)
+    w_bits = {name: int(bits) for name, bits in about["w_bits"].items()}
+    a_bits = {name: int(bits) for name, bits in about["a_bits"].items()}
+    bits = {n: a for n, a in a_bits.items() if a != FLOAT}
+    return quantize_net(net, w_bits, bits, symmetric=about["symmetric"], method="minmax")
+
+
+def save_net(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    classes: tuple[str, ...],
+    split_hash: str,
+    epoch: int,
+    metrics: Mapping[str, Any],
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write weights with everything that is needed to use them alone. Returns the facts."""
+    size = about["image_size"]
+    facts = checkpoints.make_facts(
+        project=PROJECT, architecture=about["name"], class_names=classes, framework="torch",
+        input_size=(3, size, size), mean=views.MEAN, std=views.STD, epoch=epoch, metrics=metrics,
+        split_hash=split_hash, config=config, net=dict(about),
+        quantization=None if quantization is None else dict(quantization),
+    )  # fmt: skip
+    return save_checkpoint(path, weights, facts)
+
+
+def load_net(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a file of this project, in evaluation mode, and the file's facts.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError, ValueError: of another project, damaged, or it does not fit.
+    """
+    weights, facts = load_checkpoint(path, project=PROJECT)
+    net = build_net(facts["net"], num_classes=len(facts["class_names"]))
+    if facts.get("quantization"):
+        net = rebuild_quantized(net, facts["quantization"])
+    fit_into(net, weights, path=path)
+    return net.eval(), facts

@@ -1,0 +1,198 @@
+"""The command: a whole run, its stages, its refusals, the teacher that knows nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mpkd.trainer.metrics_logger import read_metrics_csv
+from mpkd.utils.common import load_net
+from shared_core.for_torch.checkpoints import load_checkpoint
+from shared_core.runs import read_result
+
+
+def test_a_whole_run_leaves_everything(finished):
+    folder, done = finished
+    lines = done.out.strip().splitlines()
+    assert lines[0].startswith("REHEARSAL") and lines[0] == lines[-1]
+    assert "not a reproduction" in lines[0]
+    record = read_result(folder / "result.json")
+    assert record["scale"] == "rehearsal" and record["data"]["kind"] == "built-in"
+    measured = record["measured"]
+    assert set(measured) == {"prepare", "teacher", "distil", "quantize", "export", "analyze"}
+    student, facts = load_net(folder / "checkpoints" / "student.pth")
+    assert facts["metrics"]["test_accuracy"] == measured["distil"]["test_accuracy"]
+    assert facts["split_hash"] == record["data"]["split_hash"] and not student.training
+    share = measured["distil"]["parameters"] / measured["teacher"]["parameters"]
+    assert share < 0.1 and measured["teacher"]["test_accuracy"] > 0.15
+    (csv,) = (folder / "logs").glob("*.csv")
+    rows = read_metrics_csv(csv)
+    assert [r["stage"] for r in rows] == ["distil"] * 2  # the teacher was finished already
+    assert all(0 <= r["agreement"] <= 1 and r["run_id"] == csv.stem for r in rows)
+    assert "REHEARSAL" in csv.with_suffix(".log").read_text()
+
+
+def test_quantized_student_is_rebuilt_from_its_file(finished):
+    folder, _ = finished
+    stages = json.loads((folder / "stages.json").read_text())
+    net, facts = load_net(folder / "checkpoints" / "student_quantized.pth")
+    plain, _ = load_net(folder / "checkpoints" / "student.pth")
+    assert set(facts["quantization"]["w_bits"].values()) == {8}
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gap = (net(images) - plain(images)).abs().max() / plain(images).abs().max()
+    assert 0 < gap < 0.2  # eight bits: near, and not the same
+    assert abs(stages["quantize"]["test_accuracy"] - stages["distil"]["test_accuracy"]) <= 0.05
+
+
+def test_stages_alone_and_what_they_need(tmp_path, words, command, teacher_file):
+    folder = tmp_path / "run"
+    for stage, wanted in (("distil", "no teacher"), ("quantize", "no student"),
+                          ("export", "no student"), ("analyze", "no student")):  # fmt: skip
+        done = command(*words(folder, "--stage", stage, "--continue"))
+        assert done.code == 2 and wanted in done.err and done.err.count("\n") == 1
+    done = command(*words(folder, "--stage", "distil", "--continue", distillation__mode="labels"))
+    assert done.code == 1 and "distillation.mode=" in done.err  # another run's settings
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "code", "said"),
+    [
+        (["--set", "experiment.epoch=3"], {}, 2, "perhaps experiment.epochs"),
+        (["--set", "experiment.learning_rate=1e-4"], {}, 2, "write 1.0e-4"),
+        (["--resume", "--fresh"], {}, 2, "expected one of them"),
+        (["--config", "none.yaml"], {}, 1, "there is no such file"),
+        ([], {"experiment__device": "gpu"}, 2, "expected auto, cpu"),
+        ([], {"experiment__device": "cuda:7"}, 2, "no such GPU"),
+        ([], {"dataset__name": "cifar10"}, 2, "expected digits"),
+        ([], {"model__student_model": "resnet1"}, 1, "unknown network"),
+        ([], {"model__teacher_ckpt": "none.pth"}, 1, "none.pth"),
+        ([], {"teacher__mode": "head"}, 2, "expected model.teacher_ckpt"),
+        ([], {"distillation__loss": "dist", "training__gradient_accumulation_steps": 2}, 2, "dist"),
+        (["--resume"], {}, 1, "nothing to resume"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, words, command, more, changes, code, said):
+    monkeypatch.chdir(tmp_path)
+    changes = {"distillation__mode": "labels"} | changes if not changes else changes
+    done = command(*words(tmp_path / "run", *more, **changes))
+    assert done.code == code, done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and said in done.err
+
+
+def test_without_data_the_default_says_what_it_expects(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    done = command("--data-root", tmp_path)
+    assert done.code == 1 and "CIFAR-10 is not at" in done.err and "rehearsal" in done.err
+
+
+def test_a_teacher_that_knows_nothing_does_not_teach(tmp_path, words, command):
+    done = command(*words(tmp_path / "run", teacher__learning_rate="1.0e-9"))
+    assert done.code == 1 and "the teacher's validation accuracy" in done.err
+    assert not (tmp_path / "run" / "checkpoints" / "student.pth").exists()
+
+
+def test_a_student_that_is_no_student_is_refused(tmp_path, words, command, teacher_file):
+    done = command(*words(
+        tmp_path / "r", model__teacher_model="shufflenet_v2_x0_5", model__stem="standard",
+        model__student_widths="[128,256]",
+    ))  # fmt: skip
+    assert done.code == 1 and "expected at most 10%" in done.err
+
+
+@pytest.mark.parametrize("mode", ["labels", "mixed", "apprentice_a", "apprentice_b"])
+def test_other_modes_run(tmp_path, words, command, teacher_file, mode):
+    teacher = "" if mode == "apprentice_a" else teacher_file
+    more = {"quantization__method": "qat", "quantization__w_bits": 4, "quantization__a_bits": 4}
+    apprentice = mode.startswith("apprentice")
+    folder = tmp_path / "run"
+    done = command(*words(
+        folder, distillation__mode=mode, model__teacher_ckpt=teacher, quantization__epochs=1,
+        **(more if apprentice else {}),
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    _, facts = load_net(folder / "checkpoints" / "student.pth")
+    if apprentice:  # few bits from the start, 8 in the first and the last layer
+        assert sorted(set(facts["quantization"]["w_bits"].values())) == [4, 8]
+        assert "has its bits already" in done.out
+    else:
+        assert facts["quantization"] is None
+
+
+def test_apprentice_c_lowers_a_trained_student(tmp_path, words, command, teacher_file):
+    folder = tmp_path / "run"
+    done = command(*words(
+        folder, distillation__mode="apprentice_c", model__teacher_ckpt=teacher_file,
+        quantization__method="qat", quantization__w_bits=2, quantization__epochs=1,
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    stages = json.loads((folder / "stages.json").read_text())
+    assert list(stages).index("student_labels") < list(stages).index("distil")
+    first, facts = load_net(folder / "checkpoints" / "student_labels.pth")
+    _, lowered = load_net(folder / "checkpoints" / "student.pth")
+    assert facts["quantization"] is None and 2 in lowered["quantization"]["w_bits"].values()
+
+
+def test_lora_on_the_teacher_leaves_norms_as_they_are(tmp_path, words, command, teacher_file):
+    weights, _ = load_checkpoint(teacher_file)
+    torch.save(weights, tmp_path / "plain.pth")  # weights from elsewhere: to be fine-tuned
+    folder = tmp_path / "run"
+    done = command(*words(
+        folder, "--stage", "teacher", model__teacher_ckpt=tmp_path / "plain.pth",
+        teacher__mode="lora", lora__r=2, lora__target_modules="[classifier, features.1.0]",
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    tuned, _ = load_checkpoint(folder / "checkpoints" / "teacher.pth")
+    moved = {name for name in weights if not torch.equal(weights[name], tuned[name])}
+    assert moved == {"classifier.weight", "features.1.0.weight"}
+    adapters, _ = load_checkpoint(folder / "checkpoints" / "adapters.pth")
+    assert len(adapters) == 4
+
+
+def test_only_the_head_is_tuned_where_it_is_asked(tmp_path, words, command, teacher_file):
+    weights, _ = load_checkpoint(teacher_file)
+    torch.save(weights, tmp_path / "plain.pth")
+    folder = tmp_path / "run"
+    done = command(*words(
+        folder, "--stage", "teacher", model__teacher_ckpt=tmp_path / "plain.pth",
+        teacher__mode="head",
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    tuned, _ = load_checkpoint(folder / "checkpoints" / "teacher.pth")
+    moved = {name for name in weights if not torch.equal(weights[name], tuned[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+def test_lora_on_the_student(tmp_path, words, command, teacher_file):
+    folder = tmp_path / "run"
+    done = command(*words(
+        folder, model__teacher_ckpt=teacher_file, teacher__mode="lora", lora__target="student",
+        lora__r=2,
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    base, _ = load_checkpoint(folder / "checkpoints" / "student_base.pth")
+    student, _ = load_checkpoint(folder / "checkpoints" / "student.pth")
+    adapters, facts = load_checkpoint(folder / "checkpoints" / "adapters.pth")
+    assert set(base) == set(student) and facts["architecture"] == "adapters"
+    assert all(".lora_" in name for name in adapters)
+    for name, value in base.items():
+        adapted = f"{name.rpartition('.')[0]}.lora_a" in adapters and name.endswith("weight")
+        if not adapted:  # norms, their statistics and biases stay bit for bit
+            assert torch.equal(value, student[name]), name
+    a, b = adapters["classifier.lora_a"].double(), adapters["classifier.lora_b"].double()
+    merged = base["classifier.weight"].double() + 16.0 / 2 * (b @ a)
+    torch.testing.assert_close(student["classifier.weight"].double(), merged, rtol=0, atol=1e-5)
+
+
+def test_unlabelled_images_teach(tmp_path, words, command, teacher_file, image_folder):
+    extra = image_folder(tmp_path / "extra", ("x",), images=20, size=8)
+    done = command(*words(
+        tmp_path / "run", model__teacher_ckpt=teacher_file, dataset__unlabelled=f"[{extra}]"
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    record = read_result(tmp_path / "run" / "result.json")
+    assert record["data"]["splits"]["unlabelled"] == 20
+    (csv,) = (tmp_path / "run" / "logs").glob("*.csv")
+    assert all(row["train_acc"] is None for row in read_metrics_csv(csv))
