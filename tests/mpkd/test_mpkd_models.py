@@ -47,6 +47,8 @@ def test_small_images_get_the_small_stem():
         )
         net(torch.zeros(1, 3, 32, 32))
     assert seen == {"small": (4, 4), "standard": (1, 1)}
+    # Another net that has layers of these names keeps its own stem.
+    build_teacher("shufflenet_v2_x0_5", num_classes=10, image_size=32)
     with pytest.raises(ValueError, match="no ResNet stem"):
         build_teacher("mobilenet_v2", num_classes=10, image_size=32, stem="small")
 

@@ -47,7 +47,7 @@ def build_teacher(
     if stem not in ("auto", "small", "standard"):
         raise ValueError(f"stem {stem!r}: expected auto, small or standard")
     net = torchvision_net(name, num_classes=num_classes, **options)
-    resnet = hasattr(net, "conv1") and hasattr(net, "maxpool")
+    resnet = isinstance(getattr(net, "conv1", None), nn.Conv2d) and hasattr(net, "maxpool")
     if stem == "small" or (stem == "auto" and resnet and image_size <= CIFAR_SIZE):
         small_stem(net)
     return net
