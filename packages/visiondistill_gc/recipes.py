@@ -14,8 +14,9 @@ SCALES = ("full", "short", "rehearsal")
 FULL: dict[str, Any] = {}
 
 # COMMAND  make repro-visiondistill-garbage DATA_ROOT=<folder holding garbage4_255/> SCALE=short
-# Half an hour on two quiet cores at 64 pixels: other photographs than the original set. Nothing
-# starts from ImageNet, so nothing is frozen, nets are smaller and rates higher.
+# Half an hour of one core's time at 64 pixels: other photographs than the original set. Nothing
+# starts from ImageNet, so nothing is frozen, nets are smaller and rates higher. What to expect is
+# in docs/ledger.md (garbage4-255-short): below the floor of a linear classifier.
 SHORT: dict[str, Any] = {
     "data_set": "garbage4_255",
     "input_size": 64,
