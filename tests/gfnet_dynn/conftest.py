@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from command_tools import Done, Server, run_main
+
 # Three classes, 16 pixels, four blocks: every stage in a few seconds.
 SIZES = (
     *("--scale", "rehearsal", "--builtin-classes", "3", "--builtin-images", "40"),
@@ -33,96 +25,24 @@ SIZES = (
 # One thread: runs in this process and in forked ones must round alike.
 TINY = (*SIZES, "--use_mlflow", "false", "--threads", "1")
 
-# Forks a process for each line of its input, so that torch is imported once.
-SERVER = """
-import json, os, sys
+SETUP = """
 import matplotlib.backends.backend_agg, matplotlib.figure, sklearn.linear_model
-from gfnet_dynn import main, main_dynn
-from gfnet_dynn import pipeline
-from shared_core.runs import run_command
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        out = os.open(job["out"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        if not job["figures"]:
-            pipeline.write_report = lambda *words: None
-        if job["file_limit"]:
-            import resource, signal
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
-        os._exit(run_command(main.main, job["argv"]))
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
+from gfnet_dynn import main, main_dynn, pipeline
+def prepare(job):
+    if not job.get("figures", True):
+        pipeline.write_report = lambda *words: None
+    if job.get("file_limit"):
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
 """
-
-
-@dataclass
-class Done:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Server:
-    """Starts runs in processes of their own."""
-
-    def __init__(self) -> None:
-        path = os.pathsep.join([str(REPOSITORY / "packages"), str(REPOSITORY / "shared")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def run(
-        self,
-        argv: Sequence[str],
-        *,
-        out: Path,
-        kill: Callable[[float], bool] | None = None,
-        file_limit: int = 0,
-        figures: bool = True,
-    ) -> int:
-        """Exit code, or -9 when ``kill(seconds since the start)`` said so and it was killed."""
-        job = {"argv": list(argv), "out": str(out), "file_limit": file_limit}
-        job["figures"] = figures
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        pid, start = int(self.process.stdout.readline()), time.monotonic()
-        while kill is not None and _alive(pid):
-            if kill(time.monotonic() - start):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc")
-    started = Server()
+    started = Server(SETUP)
     yield started
     started.close()
 
@@ -141,17 +61,9 @@ def tiny() -> Callable[..., list[str]]:
 def command() -> Callable[..., Done]:
     """Run ``main.py`` (or ``main_dynn.py``) in this process as a shell would see it."""
     from gfnet_dynn import main, main_dynn
-    from shared_core.runs import run_command
 
     def call(*words: str | Path, entry: str = "main") -> Done:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                which = main if entry == "main" else main_dynn
-                code = run_command(which.main, [str(word) for word in words])
-            except SystemExit as stop:  # argparse
-                code = int(stop.code or 0)
-        return Done(code, out.getvalue(), err.getvalue())
+        return run_main((main if entry == "main" else main_dynn).main, words)
 
     return call
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+
+from command_tools import Done, run_main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A run of a second or two: small images, narrow nets, one thread (so that runs round alike).
@@ -22,15 +21,6 @@ LANDMARK_TINY = (
     *("--lr", "0.05", "--num_workers", "0", "--threads", "1", "--device", "cpu"),
     *("--builtin_classes", "8", "--builtin_images", "8", "--test_share", "0.3"),
 )
-
-
-@dataclass
-class Done:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -47,17 +37,9 @@ def landmark_tiny() -> Callable[..., list[str]]:
 def landmark() -> Callable[..., Done]:
     """Run ``main.py`` (or ``reproduce.py``) in this process as a shell would see it."""
     from landmark_distill import main, reproduce
-    from shared_core.runs import run_command
 
     def call(*words: str | Path, entry: str = "main") -> Done:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                which = main if entry == "main" else reproduce
-                code = run_command(which.main, [str(word) for word in words])
-            except SystemExit as stop:  # argparse
-                code = int(stop.code or 0)
-        return Done(code, out.getvalue(), err.getvalue())
+        return run_main((main if entry == "main" else reproduce).main, words)
 
     return call
 

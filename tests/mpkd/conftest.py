@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from command_tools import Done, Server, run_main
+
 # Digits at 8 pixels, a student of 1,000 weights, one thread: a stage in a second.
 SETTINGS = {
     "dataset.image_size": 8, "dataset.max_images": 160, "dataset.workers": 0,
@@ -30,75 +23,17 @@ SETTINGS = {
     "quantization.calib_samples": 64, "export.onnx": "false",
 }  # fmt: skip
 
-SERVER = """
-import json, os, sys
+SETUP = """
 import matplotlib.backends.backend_agg, matplotlib.figure
 from mpkd import main, pipeline
-from shared_core.runs import run_command
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        out = os.open(job["out"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        os._exit(run_command(main.main, job["argv"]))
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
 """
-
-
-@dataclass
-class Done:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Server:
-    """Starts runs in processes of their own; torch is imported once."""
-
-    def __init__(self) -> None:
-        path = os.pathsep.join([str(REPOSITORY / "packages"), str(REPOSITORY / "shared")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def run(self, argv: Sequence[str], *, out: Path, kill: Callable[[], bool] | None = None) -> int:
-        """Exit code, or -9 when ``kill()`` said so and it was killed."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"argv": list(argv), "out": str(out)}) + "\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        while kill is not None and _alive(pid):
-            if kill():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc")
-    started = Server()
+    started = Server(SETUP, env={"OMP_NUM_THREADS": "1"})
     yield started
     started.close()
 
@@ -128,16 +63,9 @@ def words() -> Callable[..., list[str]]:
 def command() -> Callable[..., Done]:
     """Run ``main.py`` (or another entry) in this process as a shell would see it."""
     from mpkd import main
-    from shared_core.runs import run_command
 
     def call(*argv: object, entry: Callable | None = None) -> Done:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = run_command(entry or main.main, [str(word) for word in argv])
-            except SystemExit as stop:  # argparse
-                code = int(stop.code or 0)
-        return Done(code, out.getvalue(), err.getvalue())
+        return run_main(entry or main.main, argv)
 
     return call
 

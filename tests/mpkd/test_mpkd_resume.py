@@ -95,7 +95,7 @@ def test_killed_again_and_again(tmp_path, server, words, teacher_file, digests):
     kills = 0
 
     def at_size(path, size):
-        return lambda: path.exists() and path.stat().st_size >= size
+        return lambda _seconds: path.exists() and path.stat().st_size >= size
 
     moments = [
         at_size(part / "knowledge" / "values.bin", 4000),

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+
+from command_tools import Done, Server, in_process, run_main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "packages" / "torch_cls_zoo"
@@ -31,27 +27,12 @@ TINY = (
 )
 
 # Forks a process for each line of its input, so that torch is imported once.
-SERVER = """
-import json, os, sys
+SETUP = """
 import timm, torchvision, tensorboard
 from torch.utils import tensorboard as _
 from torch_cls_zoo import main
 from torch_cls_zoo.applications import dispatch
-from shared_core.runs import run_command
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        out = os.open(job["out"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        os._exit(run_command(main.main, job["argv"]))
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
 """
-
-
-# An interpreter for shell scripts that needs no time to import torch: each connection is a script
-# to run in a forked process, with the caller's folder, environment and open files.
 FORKING = """
 import array, json, os, runpy, socket, sys
 import matplotlib.backends.backend_agg, onnx, onnxscript, timm, torchvision, tensorboard
@@ -101,64 +82,11 @@ with socket.socket(socket.AF_UNIX) as call:
 """
 
 
-@dataclass
-class Done:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Server:
-    """Starts runs in processes of their own, to be killed."""
-
-    def __init__(self) -> None:
-        path = os.pathsep.join([str(REPOSITORY / "packages"), str(REPOSITORY / "shared")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def run(
-        self, argv: Sequence[str], *, out: Path, kill: Callable[[float], bool] | None = None
-    ) -> int:
-        """Exit code, or -9 when ``kill(seconds since the start)`` said so."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        job = {"argv": [str(word) for word in argv], "out": str(out)}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        pid, start = int(self.process.stdout.readline()), time.monotonic()
-        while kill is not None and _alive(pid):
-            if kill(time.monotonic() - start):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
 @pytest.fixture(scope="session")
 def zoo_server() -> Iterator[Server]:
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc")
-    started = Server()
+    started = Server(SETUP)
     yield started
     started.close()
 
@@ -235,10 +163,9 @@ def zoo_words(zoo_data) -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def zoo_command() -> Callable[..., Done]:
     """Run ``main.py`` in this process as a shell would see it."""
-    from shared_core.runs import run_command
     from torch_cls_zoo import main
 
-    return lambda *words: in_process(lambda argv: run_command(main.main, argv), words)
+    return lambda *words: run_main(main.main, words)
 
 
 @pytest.fixture(scope="session")
@@ -248,16 +175,6 @@ def zoo_reproduce() -> Callable[..., Done]:
     from torch_cls_zoo import reproduce
 
     return lambda *words: in_process(lambda argv: run_command(reproduce.main, argv), words)
-
-
-def in_process(call: Callable[[list[str]], int], words: Sequence[object]) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = call([str(word) for word in words])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")
