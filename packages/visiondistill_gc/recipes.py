@@ -52,13 +52,14 @@ SHORT: dict[str, Any] = {
 }
 
 # COMMAND  make repro-visiondistill-garbage SCALE=rehearsal
-# Two minutes on two cores, on built-in scenes. Every stage runs as at the other scales.
+# Two to three minutes on two cores, on built-in scenes. Every stage runs as at the other scales;
+# the teachers learn, the students have hardly begun to when it ends.
 REHEARSAL: dict[str, Any] = {
     "input_size": 48,
     "test_share": 0.2,
     "n_splits": 2,
     "builtin_classes": 4,
-    "builtin_images": 160,
+    "builtin_images": 110,
     "num_workers": 1,
     "crop_padding": 4,
     "rotation": 0.0,
@@ -66,7 +67,7 @@ REHEARSAL: dict[str, Any] = {
     "jitter": (0.2, 0.2, 0.2, 0.0),
     "erasing": 0.0,
     "teacher": "resnet18",
-    "teacher_epochs": 6,
+    "teacher_epochs": 5,
     "teacher_lr": 1e-3,
     "teacher_batch_size": 16,
     "student_scale": 0.35,
@@ -82,7 +83,7 @@ REHEARSAL: dict[str, Any] = {
     "optimizer": "adamw",
     "weight_decay": 0.05,
     "ema": 0.9,
-    "compare_seeds": (0, 1, 2),
+    "compare_seeds": (0, 1),
     "compare_epochs": 1,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -72,7 +73,7 @@ while True:
     call.sendall(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
     call.close()
 """
-SHIM = """#!{python} -IS
+SHIM = """
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as call:
     call.connect({place!r})
@@ -95,7 +96,7 @@ def zoo_server() -> Iterator[Server]:
 def zoo_python(tmp_path_factory) -> Iterator[Path]:
     """What scripts may call as their Python; see ``FORKING``."""
     folder = tmp_path_factory.mktemp("python")
-    place, shim = str(folder / "socket"), folder / "python"
+    place, shim, caller = str(folder / "socket"), folder / "python", folder / "caller.py"
     if not hasattr(os, "fork") or len(place) > 100:
         yield Path(sys.executable)
         return
@@ -108,7 +109,10 @@ def zoo_python(tmp_path_factory) -> Iterator[Path]:
     )
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
-    shim.write_text(SHIM.format(python=sys.executable, place=place))
+    caller.write_text(SHIM.format(place=place))
+    # Not named on a first line of its own: such a line takes no path with a space.
+    words = shlex.join([sys.executable, "-IS", str(caller)])
+    shim.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
     shim.chmod(0o755)
     yield shim
     with socket.socket(socket.AF_UNIX) as call:
