@@ -21,23 +21,13 @@ from landmark_distill.feature_store import write_names
 from landmark_distill.features import extract_features
 from shared_core.datasets import ImageSet
 from shared_core.runs import UsageError, run_command
-
-
-def at_least(low: int):  # type: ignore[no-untyped-def]
-    """A parser of whole numbers."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
-        return int(text)
-
-    return parse
+from shared_core.runs.numbers import COUNT, SIZE
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How a network is run."""
-    parser.add_argument("--batch", type=at_least(1), default=32, help="images a batch (default 32)")
-    parser.add_argument("--num_workers", type=at_least(0), default=2, help="decoding threads")
+    parser.add_argument("--batch", type=SIZE, default=32, help="images a batch (default 32)")
+    parser.add_argument("--num_workers", type=COUNT, default=2, help="decoding threads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (model files)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (model files)")
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landmark_distill.compare_int8 import compare_features, lines
-from landmark_distill.embed import at_least
 from landmark_distill.embedder import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -48,6 +47,7 @@ from shared_core.checkpoints import atomic_write
 from shared_core.datasets import ImageSet
 from shared_core.for_torch.export import ExportError, export_onnx
 from shared_core.runs import UsageError, run_command
+from shared_core.runs.numbers import number
 
 FORMATS = ("onnx", "program")
 BATCH = 16
@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="images like those that will come, for --int8; every second one is kept out of it "
         "and judges. Class folders give verification rates and recall",
     )
-    p.add_argument("--most", type=at_least(4), default=1000, help="images of it to use (1000)")
+    p.add_argument(
+        "--most", type=number(int, 4, 10**9), default=1000, help="images of it to use (1000)"
+    )
     return p
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from landmark_distill.contact_sheet import Tile, write_sheet
-from landmark_distill.embed import add_model_options, at_least
+from landmark_distill.embed import add_model_options
 from landmark_distill.embedder import Embedder, choose_device, list_images, load_embedder
 from landmark_distill.feature_store import FeatureStore, open_store
 from landmark_distill.search_exact import ENGINES, ExactIndex
@@ -32,6 +32,7 @@ from landmark_distill.search_faiss import KINDS, FaissIndex
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import ImageSet
 from shared_core.runs import UsageError, run_command
+from shared_core.runs.numbers import SIZE
 
 SHEET_QUERIES, SHEET_NEIGHBOURS = 24, 8
 
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "query", type=Path, metavar="QUERY", help="an image, a folder, or features (.npy)"
     )
     p.add_argument("--model", type=Path, help="the network that made the gallery; for images")
-    p.add_argument("--k", type=at_least(1), default=10, help="neighbours (default 10)")
+    p.add_argument("--k", type=SIZE, default=10, help="neighbours (default 10)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the answers there as JSON")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write a row a neighbour there")
     p.add_argument("--sheet", type=Path, metavar="FILE", help="draw queries and neighbours, .png")
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="exact (default), or FAISS; ivf and hnsw are for large galleries and may miss some",
     )
     p.add_argument("--engine", choices=ENGINES, help="how the exact search scans (default: auto)")
-    p.add_argument("--probes", type=at_least(1), help="of ivf and hnsw: more finds more (16)")
+    p.add_argument("--probes", type=SIZE, help="of ivf and hnsw: more finds more (16)")
     add_model_options(p)
     return p
 

@@ -170,7 +170,7 @@ def load_weight_file(model: nn.Module, path: str | Path, **options) -> nn.Module
         raise FileNotFoundError(f"weights: got {path}, expected an existing file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # a damaged or hostile file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights: cannot read {path} as a file of tensors: {reason}") from error
     if not isinstance(state, Mapping):

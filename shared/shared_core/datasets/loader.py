@@ -249,14 +249,14 @@ def _fill(
             keys = [images.keys[index] for index in indices]
             source = images.array[indices]
             view.batch(source, keys, job.view_id, random, job.images[first:last])
-        except Exception as error:
+        except Exception as error:  # told in order, by the thread that asked for the batch
             job.errors[first] = error
         return
     for slot, index in enumerate(indices, start=first):
         try:
             rng = random.at(view.seed, images.keys[index], job.view_id)
             write_view(images.open(index), view, rng, job.images[slot])
-        except Exception as error:
+        except Exception as error:  # told in order, by the thread that asked for the batch
             job.errors[slot] = error
 
 

@@ -105,7 +105,7 @@ def main_writes(write: Callable[[], T], world: World) -> T:
     if world.is_main:
         try:
             result = write()
-        except Exception as error:
+        except Exception as error:  # the others must hear of it, or they wait for ever
             failure = error
     message = None if failure is None else f"the main process failed: {failure}"
     told = gather_objects((message, result if failure is None else None), world)
