@@ -21,6 +21,7 @@ from shared_core.for_torch.checkpoints import (
     save_checkpoint,
 )
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
+from shared_core.for_torch.precision import computes_bf16
 from shared_core.runs import UsageError
 
 PROJECT = "gfnet_dynn"
@@ -126,8 +127,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     """``auto`` takes bf16 where the hardware computes it natively, fp32 elsewhere."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    from shared_core.runs import environment
-
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(environment()["cpu_features"]) else "fp32"
+    if computes_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"

@@ -1,8 +1,9 @@
 """The matrix: precision x objective x temperature x seed, every cell measured in the same way.
 
 Rows are precisions: a student trained in fp32 or bf16, and the fp32 student with 8, 4, 2 or mixed
-3 bits. Columns are objectives: labels, and the teacher alone at several temperatures. A cell is
-written down when it is done, so a matrix that was stopped goes on with the next one.
+3 bits; a row that the hardware only emulates may be left out. Columns are objectives: labels, and
+the teacher alone at several temperatures. A cell is written down when it is done, so a matrix that
+was stopped goes on with the next one.
 """
 
 from __future__ import annotations
@@ -88,17 +89,24 @@ class Matrix:
         run: data, folder, log and the configuration that cells differ from.
         seeds: of the students; the teacher is one.
         temperatures: of the columns.
+        precisions: of the rows, in the order of ``PRECISIONS``; ``fp32`` is one of them.
     """
 
     def __init__(
-        self, run: Run, *, seeds: Sequence[int], temperatures: Sequence[float] = TEMPERATURES
+        self,
+        run: Run,
+        *,
+        seeds: Sequence[int],
+        temperatures: Sequence[float] = TEMPERATURES,
+        precisions: Sequence[str] = PRECISIONS,
     ) -> None:
         self.run, self.seeds, self.columns = run, list(seeds), columns(temperatures)
+        self.precisions = list(precisions)
         self._teacher: tuple[nn.Module, str] | None = None
 
     def cells(self) -> list[tuple[str, str, int]]:
         """Precision, column, seed of every cell; students before what is made from them."""
-        return [(p, c, s) for s in self.seeds for c in self.columns for p in PRECISIONS]
+        return [(p, c, s) for s in self.seeds for c in self.columns for p in self.precisions]
 
     def teacher(self) -> tuple[nn.Module, str]:
         """The one teacher of all cells, trained when it is not there yet."""

@@ -14,10 +14,16 @@ from shared_core.runs import Report
 Cells = Mapping[str, Mapping[str, Any]]
 
 
+def rows_of(cells: Cells) -> list[str]:
+    """The precisions that were tried, in their order."""
+    tried = {name.partition(" | ")[0] for name in cells}
+    return [precision for precision in PRECISIONS if precision in tried]
+
+
 def summary(cells: Cells, columns: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Mean and deviation of each cell, and the paired differences that the matrix is made for."""
     table: dict[str, Any] = {}
-    for precision in PRECISIONS:
+    for precision in rows_of(cells):
         table[precision] = {}
         for column in columns:
             rows = [cells[cell_name(precision, column, seed)] for seed in seeds]
@@ -38,7 +44,7 @@ def differences(cells: Cells, columns: Sequence[str], seeds: Sequence[int]) -> d
         return [cells[cell_name(precision, column, s)]["test_accuracy"] for s in seeds]
 
     found = {}
-    for precision in PRECISIONS:
+    for precision in rows_of(cells):
         for column in columns:
             if column != LABELS:
                 found[f"{precision}: {column} - labels"] = (runs(precision, column),
@@ -64,6 +70,7 @@ def write_report(
     """Draw the plots and write ``report.md`` and ``report.html``."""
     measured = record["measured"]
     table, columns, seeds = measured["table"], measured["columns"], record["seeds"]
+    rows = list(table)
     report = Report("mpkd: precision x distillation")
     (report.note if record["data"]["kind"] == "built-in" else report.text)(line)
     environment = record["environment"]
@@ -84,26 +91,28 @@ def write_report(
         [
             [p, *(_pm(table[p][c]["test_accuracy"]) for c in columns),
              table[p][LABELS]["bytes"]["mean"] / 1024, table[p][LABELS]["mean_bits"]["mean"]]
-            for p in PRECISIONS
+            for p in rows
         ],
     )  # fmt: skip
+    for row, reason in measured.get("left_out", {}).items():
+        report.text(f"{row} was left out: {reason}.")
     series = {
         c: [(table[p][c]["test_accuracy"]["mean"], table[p][c]["test_accuracy"]["std"] or 0.0)
-            for p in PRECISIONS]
+            for p in rows]
         for c in columns
     }  # fmt: skip
-    figure = plots.bars(folder / "matrix.png", PRECISIONS, series, ylabel="test accuracy, percent")
+    figure = plots.bars(folder / "matrix.png", rows, series, ylabel="test accuracy, percent")
     report.figure(figure, "Every cell; whiskers are one sample deviation.")
     report.heading("Agreement with the teacher, percent of the test images")
     report.table(
         ["precision", *columns],
-        [[p, *(_pm(table[p][c]["agreement"]) for c in columns)] for p in PRECISIONS],
+        [[p, *(_pm(table[p][c]["agreement"]) for c in columns)] for p in rows],
     )
     points = [("teacher", 4 * teacher["parameters"] / 1024, teacher["test_accuracy"])]
     best = max(columns, key=lambda c: table["fp32"][c]["test_accuracy"]["mean"])
     points += [
         (p, table[p][best]["bytes"]["mean"] / 1024, table[p][best]["test_accuracy"]["mean"])
-        for p in PRECISIONS
+        for p in rows
         if p != "bf16"  # its weights are kept in fp32
     ]
     figure = plots.pareto(folder / "pareto.png", points, xlabel=f"KiB of weights ({best})")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mpkd.dataset.sources import ARCHIVES, load_data
-from mpkd.matrix import TEMPERATURES, Matrix, latencies
+from mpkd.matrix import PRECISIONS, TEMPERATURES, Matrix, latencies
 from mpkd.matrix_report import summary, write_report
 from mpkd.pipeline import choose_device, headline
 from mpkd.recipes import MATRIX, Setting
@@ -27,6 +27,7 @@ from mpkd.utils.logger import Logger
 from shared_core import datasets
 from shared_core.for_torch.cost import count_params
 from shared_core.for_torch.distributed import start, stop
+from shared_core.for_torch.precision import computes_bf16
 from shared_core.runs import RunFolder, RunLock, UsageError, write_result
 from shared_core.runs.folder import CONFIG_FILE, remove_run
 
@@ -55,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--threads", type=int, help="of the CPU (default: the scale's)")
     p.add_argument("--device", default="auto")
+    p.add_argument(
+        "--emulate-bf16", action="store_true",
+        help="train the bf16 row also where the hardware computes no bf16 (several times as "
+        "slow); else it is left out there. A rehearsal always has it",
+    )  # fmt: skip
     p.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     p.add_argument("--continue", dest="go_on", action="store_true", help="go on, or start")
     p.add_argument("--fresh", action="store_true", help="delete what --output holds")
@@ -102,6 +108,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     return args, config, setting
 
 
+def rows_left_out(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    """Precisions that are not tried, with the reason: what the hardware only emulates."""
+    if args.emulate_bf16 or args.scale == "rehearsal" or computes_bf16(device):
+        return {}
+    return {"bf16": "this hardware only emulates it; --emulate-bf16 trains it all the same"}
+
+
 def run_matrix(argv: Sequence[str] | None) -> int:
     """Parse the command line, do what is left, compare, write. Returns the exit code."""
     args, config, setting = parse(argv)
@@ -140,7 +153,11 @@ def _go(
     log.say(line)
     csv = MetricsLogger(args.output / "logs" / f"{log.run_id}.csv", run_id=log.run_id)
     run = Run(config, data, args.output, log, csv, device, scale=args.scale, command=command)
-    work = Matrix(run, seeds=args.seeds, temperatures=TEMPERATURES)
+    left_out = rows_left_out(args, device)
+    for row, reason in left_out.items():
+        log.say(f"{row} is left out: {reason}")
+    rows = [precision for precision in PRECISIONS if precision not in left_out]
+    work = Matrix(run, seeds=args.seeds, temperatures=TEMPERATURES, precisions=rows)
     work.go()
     if log.done("latency") is None:
         student = f"fp32-labels-{args.seeds[0]}.pth"
@@ -153,6 +170,7 @@ def _go(
     }
     measured: dict[str, Any] = {
         "columns": work.columns,
+        "left_out": left_out,
         **summary(cells, work.columns, args.seeds),
         "teacher": {k: v for k, v in log.stages["teacher"].items() if k not in inside},
         "student_parameters": count_params(new_net(run, "student")[0]),

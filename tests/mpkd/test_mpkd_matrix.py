@@ -6,6 +6,7 @@ import json
 import statistics
 
 import pytest
+import torch
 
 from mpkd import matrix as matrix_module
 from mpkd import reproduce, reproduction
@@ -78,6 +79,39 @@ def test_a_matrix_is_stopped_resumed_and_reported(tmp_path, tiny, monkeypatch, c
         "torch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"
     }  # fmt: skip
     assert done.out.splitlines()[-1].startswith("REHEARSAL")
+
+
+def test_a_row_that_is_only_emulated_is_left_out_by_name(tmp_path, tiny, monkeypatch, command):
+    reason = {"bf16": "this hardware only emulates it"}
+    words = ("cifar10", "--scale", "rehearsal", "--output", tmp_path / "m", "--seeds", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduction, "rows_left_out", lambda args, device: reason)
+        done = command(*words, entry=reproduce.main)
+    assert done.code == 0, done.err
+    measured = read_result(tmp_path / "m" / "result.json")["measured"]
+    assert measured["left_out"] == reason
+    assert list(measured["table"]) == [row for row in PRECISIONS if row != "bf16"]
+    said = "bf16 was left out: this hardware only emulates it."
+    assert said in (tmp_path / "m" / "report.md").read_text()
+    before = json.loads((tmp_path / "m" / "stages.json").read_text())
+    done = command(*words, "--continue", entry=reproduce.main)  # later it is trained after all
+    assert done.code == 0, done.err
+    after = json.loads((tmp_path / "m" / "stages.json").read_text())
+    assert {k: after[k] for k in before} == before
+    assert {name.partition(" | ")[0] for name in set(after) - set(before)} == {"bf16"}
+    assert read_result(tmp_path / "m" / "result.json")["measured"]["left_out"] == {}
+
+
+def test_bf16_is_left_out_where_it_is_emulated_and_not_asked_for(tmp_path, monkeypatch):
+    def rows(*words, native):
+        args, _, _ = reproduction.parse(["cifar10", "--data-root", str(tmp_path), *words])
+        monkeypatch.setattr(reproduction, "computes_bf16", lambda device: native)
+        return list(reproduction.rows_left_out(args, torch.device("cpu")))
+
+    assert rows("--scale", "short", native=False) == ["bf16"]
+    assert rows("--scale", "short", "--emulate-bf16", native=False) == []
+    assert rows("--scale", "short", native=True) == []
+    assert rows("--scale", "rehearsal", native=False) == []
 
 
 def test_columns_and_cells():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from shared_core.for_torch.precision import Precision, Step  # noqa: E402
+from shared_core.for_torch import precision as precision_module  # noqa: E402
+from shared_core.for_torch.precision import Precision, Step, computes_bf16  # noqa: E402
 
 
 def problem(seed=0):
@@ -117,3 +118,12 @@ def test_errors():
     model, optimizer, x, _ = problem()
     with pytest.raises(ValueError, match="clip is 0, expected more than 0"):
         Precision("cpu").backward_step(model(x).sum(), optimizer, clip=0)
+
+
+@pytest.mark.parametrize(
+    ("features", "native"),
+    [(["avx2"], False), (["avx512f"], False), (["avx512_bf16"], True), (["amx_bf16"], True)],
+)
+def test_bf16_is_native_where_the_processor_says_so(monkeypatch, features, native):
+    monkeypatch.setattr(precision_module, "environment", lambda: {"cpu_features": features})
+    assert computes_bf16(torch.device("cpu")) == native
