@@ -139,6 +139,11 @@ def run_claims(argv: Sequence[str] | None) -> int:
     if args.output.resolve() == args.run.resolve():
         raise UsageError(f"{args.output} is the run itself: expected another folder")
     settings = settings_of(args, config)
+    if "exits" in args.what and not config["exits"]:
+        raise UsageError(
+            f"{args.run} has an exit after every block: expected a run with a few of them, or "
+            "--what without exits"
+        )
     plan = {"run": _fingerprint(args.run), "vary": args.vary}
     folder = RunFolder.create(args.output, plan, resume=(args.output / CONFIG_FILE).exists())
     if args.threads or config.get("threads"):
@@ -149,8 +154,11 @@ def run_claims(argv: Sequence[str] | None) -> int:
             known: dict[str, dict[str, Any]] = {}
             for setting in settings:
                 alike = same_as(setting, config)
-                row = known.get(alike) or run_cell(args, config, setting, seed)
-                known[alike] = row
+                if alike not in known:  # one of them may lie there, from a command with less
+                    equal = [one for one in settings if same_as(one, config) == alike]
+                    done = (one for one in equal if cell_file(args.output, one, seed).is_file())
+                    known[alike] = run_cell(args, config, next(done, setting), seed)
+                row = known[alike]
                 rows.setdefault(setting.name, []).append(row)
         measured = summarise_claims(rows, seeds=args.seeds)
         own_students = args.vary == "student" or all(one.stage == "distil" for one in settings)
@@ -190,12 +198,17 @@ def _fingerprint(run: Path) -> dict[str, str]:
     return {"student": files[0].name, "sha256": facts["sha256"], "split_hash": facts["split_hash"]}
 
 
+def cell_file(output: Path, setting: Setting, seed: int) -> Path:
+    """Where the result of one setting with one seed is kept."""
+    return output / f"seed{seed}" / setting.name / CELL_FILE
+
+
 def run_cell(
     args: argparse.Namespace, config: dict[str, Any], setting: Setting, seed: int
 ) -> dict[str, Any]:
     """One setting with one seed: from its file when it is there, else trained and measured."""
-    place = args.output / f"seed{seed}" / setting.name
-    file = place / CELL_FILE
+    file = cell_file(args.output, setting, seed)
+    place = file.parent
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     run = _cell_run(args, config, setting, seed, place)

@@ -104,6 +104,10 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         (args.no_distil, STUDENT, "--no-distil leaves the student out"),
         (args.pretrained is None, ("resolution_transfer",), "there is no --pretrained file"),
         (args.checkpoint is not None, ("pretrained",), "--checkpoint-path takes its place"),
+        (not args.kd_weight, ("kd_temperature", "kd_warmup"), "--kd-weight is 0"),
+        (not args.reprob, ("remode", "recount"), "--reprob is 0"),
+        (not args.early_exit_warmup, ("patience",), "--early_exit_warmup is false"),
+        (args.gate == "identity", ("gate_lr",), "--gate identity has nothing to learn"),
         (
             not args.deep_supervision,
             ("deep_kd", "deep_temperature"),

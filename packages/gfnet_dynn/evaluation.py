@@ -103,8 +103,8 @@ def time_per_image(
 ) -> dict[str, float]:
     """Milliseconds an image of each call, taken in turns, median over the rounds.
 
-    On a CPU one thread computes: what threads wait for each other on a shared machine is not the
-    model's cost.
+    On a CPU one thread computes and its CPU time counts: waiting for other threads, or for other
+    programs of a shared machine, is not the model's cost. On a GPU it is the time on the clock.
 
     Args:
         calls: by name: a function of a batch ``(N, 3, H, W)``.
@@ -112,16 +112,17 @@ def time_per_image(
         batch: images a call.
     """
     on_gpu = images.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.thread_time
 
     def once(call: Callable[[Tensor], Any]) -> float:
         if on_gpu:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for first in range(0, len(images), batch):
             call(images[first : first + batch])
         if on_gpu:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / len(images) * 1e3
+        return (clock() - start) / len(images) * 1e3
 
     times: dict[str, list[float]] = {name: [] for name in calls}
     threads = torch.get_num_threads()
@@ -172,7 +173,7 @@ def evaluate_run(
         What was measured (numbers for the record), and what the report draws (arrays).
     """
     args, data = run.args, run.data
-    file = args.checkpoint if args.eval and args.checkpoint else _best_file(run)
+    file = evaluated_file(run)
     model, facts = load_model(Path(file), architecture="GFNetDynn")
     if tuple(facts["class_names"]) != data.classes:
         raise ValueError(
@@ -337,7 +338,14 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _best_file(run: Run) -> Path:
+def evaluated_file(run: Run) -> Path:
+    """The model that the evaluate stage judges: the one named by ``--eval``, or the run's best.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if run.args.eval and run.args.checkpoint:
+        return Path(run.args.checkpoint)
     done = run.log.done("exits")
     if done is None:
         raise FileNotFoundError(

@@ -18,7 +18,7 @@ import torch
 from gfnet_dynn.analysis_lines import finding_lines
 from gfnet_dynn.config import parse
 from gfnet_dynn.data_loader_helper import prepare_data
-from gfnet_dynn.evaluation import evaluate_run
+from gfnet_dynn.evaluation import evaluate_run, evaluated_file
 from gfnet_dynn.exit_stage import train_exits
 from gfnet_dynn.model_files import choose_device, choose_precision
 from gfnet_dynn.parallel import QuietLog, join
@@ -55,6 +55,7 @@ MAY_DIFFER = (
 NOT_IN_CONFIG = ("output", "resume", "go_on", "fresh", "threads_given")
 RUN_KEYS = ("scale", "ce_ic_tradeoff", "wanted_data")  # what tells a run of this command
 TRACKER_FILE = "mlflow-run.json"
+REPORT_FILES = ("result.json", "report.md", "report.html")
 
 
 def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int:
@@ -280,8 +281,8 @@ def _run_stage(stage: str, run: Run, command: str, started: datetime, clock: flo
         record = write_record(run, measured, command=command, started=started, seconds=seconds)
         write_report(run, record, drawn)
         _say_result(run, measured)
-        for name in ("result.json", "report.md", "report.html"):
-            log.tracker.artifact(run.folder / name)
+        for path in (*(run.folder / name for name in REPORT_FILES), evaluated_file(run)):
+            log.tracker.artifact(path)
         log.finish("evaluate", {})
     log.say(
         f"{stage}: {format_seconds(time.monotonic() - begun)}, "

@@ -14,6 +14,15 @@ COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#7b3294", "#e08214", "#35978f", "#5
 WISHES = {"careful": ("o", 15), "balanced": ("s", 10), "fast": ("^", 6)}
 
 
+def colours(count: int) -> list[Any]:
+    """So many different colours: the usual ones, or steps of one scale where these run out."""
+    from matplotlib import colormaps
+
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return [colormaps["viridis"](index / (count - 1)) for index in range(count)]
+
+
 def save_figure(
     folder: Path, name: str, draw: Callable[[Any], None], *, size: tuple[float, float]
 ) -> Path:
@@ -214,7 +223,7 @@ def samples_per_exit(
                 for side in axis.spines.values():
                     side.set_visible(False)
                 if column == 0:
-                    axis.set_ylabel(name, fontsize=8)
+                    axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
                 if column < len(row):
                     axis.imshow(row[column])
                     axis.set_title(texts[column], fontsize=6.5, pad=2, parse_math=False)
@@ -246,7 +255,7 @@ def training_curves(folder: Path, lines: Sequence[dict[str, Any]], exits: Sequen
             acc.plot(epochs, [x["acc"] for x in val], ".-", color=colour, label=stage)
         val = [x for x in lines if x["stage"] == "exits" and x["split"] == "val"]
         steps = [x["step"] + 1 for x in val]
-        for colour, block in zip(COLOURS, exits, strict=False):
+        for colour, block in zip(colours(len(exits)), exits, strict=True):
             values = [x[f"acc{block}"] for x in val]
             heads.plot(steps, values, ".-", color=colour, label=f"exit {block}")
         heads.plot(steps, [x["acc_final"] for x in val], ".-", color="#000000", label="final")

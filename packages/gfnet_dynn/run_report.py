@@ -131,7 +131,8 @@ def write_report(run: Run, record: dict[str, Any], drawn: dict[str, Any]) -> Non
         "Thresholds were fitted on the calibration split: careful loses nothing there against the "
         f"final head, balanced at most {run.args.max_accuracy_loss:g}, fast spends half the MACs. "
         "Accuracies of the exits are from passes in which samples really leave; times are medians "
-        "over rounds in which all models take turns, on one thread of a CPU, decoding not included."
+        "over rounds in which all models take turns, of a GPU on the clock, of a CPU the time that "
+        "one thread computes; decoding is not included."
     )
     if "floor" in measured and "backbone" in measured:
         lead = measured["backbone"]["accuracy"] - measured["floor"]["plain"]

@@ -153,6 +153,28 @@ def test_claims_by_hand():
     rows["lambda-2"][1]["fixed"]["accuracy"] = 0.45  # one seed rises, the mean still falls
     falls = summarise_claims(rows, seeds=[0, 1])["claims"]["accuracy falls as lambda grows"]
     assert falls["holds_in_the_mean"] and not falls["holds_for_every_seed"]
+    rows["few-exits"][0]["budgets"] = {"0.9": {"accuracy": 0.6, "macs_fraction": 0.8}}
+    found = summarise_claims(rows, seeds=[0, 1])  # too dear for the budget: nothing to compare
+    assert "few exits beat all exits" not in found["claims"]
+    assert found["settings"]["few-exits"]["budgets"] == {}
+
+
+@pytest.mark.slow
+def test_equal_settings_are_run_once_whatever_was_asked_first(
+    finished, capture, tmp_path, monkeypatch
+):
+    from gfnet_dynn import claim_runs
+
+    ran = []
+    train = claim_runs.train_exits
+    monkeypatch.setattr(claim_runs, "train_exits", lambda run: ran.append(run) or train(run))
+    words = (finished[0], tmp_path / "out", "--seeds", 0, "--tradeoffs", 0.75)
+    assert capture(*words, "--what", "exits")[0] == 0
+    assert [run.folder.name for run in ran] == ["few-exits", "all-exits"]
+    code, _, err = capture(*words)  # the run's own lambda is 0.75: its cell is there
+    assert code == 0, err
+    settings = read_result(tmp_path / "out/result.json")["measured"]["settings"]
+    assert len(ran) == 2 and settings["lambda-0.75"] == settings["few-exits"]
 
 
 @pytest.mark.parametrize(
@@ -173,3 +195,12 @@ def test_what_is_no_run_is_refused(finished, capture, tmp_path):
     assert code == 1 and "holds no run" in err
     code, _, err = capture(finished[0], finished[0])
     assert code == 2 and "is the run itself" in err
+
+
+def test_a_run_with_exits_everywhere_has_no_few(capture, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"exits": [], "data_set": "AID"}')
+    (run / "stages.json").write_text('{"distil": {}}')
+    code, _, err = capture(run, tmp_path / "out")
+    assert code == 2 and "has an exit after every block" in err and err.count("\n") == 1

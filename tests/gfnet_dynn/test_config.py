@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import gfnet_dynn
 from gfnet_dynn.config import parse
 from gfnet_dynn.options import REFUSED, build_parser
 from gfnet_dynn.recipes import RECIPES
+from shared_core import datasets
 from shared_core.runs import UsageError
 
+PACKAGE = Path(gfnet_dynn.__file__).parent
 # The original's flags that had an effect, with its defaults.
 ORIGINAL = {
     "--lr": ("lr", 1e-3),
@@ -140,6 +146,38 @@ def test_resume_with_a_file_starts_from_it(tmp_path):
         assert args.checkpoint == tmp_path / "model.pth" and args.resume is False
 
 
+def commands_of_the_original() -> list[list[str]]:
+    """The words after ``main_dynn.py`` of every command in main_dynn.txt."""
+    lines = (PACKAGE / "main_dynn.txt").read_text(encoding="utf-8").splitlines()
+    found = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    assert {words[1] for words in found} == {"packages/gfnet_dynn/main_dynn.py"}
+    return [words[2:] for words in found]
+
+
+@pytest.mark.parametrize("words", commands_of_the_original(), ids=lambda words: words[-1])
+def test_the_commands_of_the_original_fit_their_data_sets(tmp_path, words):
+    args = parsed(*words, "--data-path", tmp_path, scale=None)
+    spec = datasets.get(args.data_set)
+    assert args.no_distil and args.known_set and args.output == Path(words[-1])
+    assert (args.num_classes, args.input_size) == (spec.num_classes, spec.image_size)
+
+
+def test_the_script_runs_the_first_command_of_a_set(tmp_path):
+    first = {words[1]: words for words in reversed(commands_of_the_original())}
+    assert set(first) == {"AID", "NaSC", "NWPU", "PatternNet", "UCM"}
+    for name, words in first.items():
+        done = subprocess.run(
+            ["bash", PACKAGE / "main_dynn.bash", name.lower(), "--lr", "0.5"],
+            env={**os.environ, "PYTHON": "echo", "DATA_ROOT": "some where"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        said = done.stdout.removesuffix("\n")
+        assert said.startswith(f"{PACKAGE / 'main_dynn.py'} {' '.join(words)} --data-root some")
+        assert said.endswith(f"/runs/gfnet_dynn/{name.lower()}-dynn --lr 0.5")
+
+
 def test_output_is_named_after_set_and_scale(tmp_path):
     root = tmp_path / "none"
     assert parsed("--data-root", root).output == Path("runs/gfnet_dynn/aid-rehearsal")
@@ -153,6 +191,12 @@ def test_output_is_named_after_set_and_scale(tmp_path):
         ("--no-distil", "--kd-weight", "2"),
         ("--resolution-transfer", "spectrum"),
         ("--color-jitter", "0.3", "--aa", "rand-m9"),
+        ("--kd-weight", "0", "--kd-temperature", "2"),
+        ("--kd-weight", "0", "--kd-warmup", "3"),
+        ("--remode", "const"),
+        ("--reprob", "0", "--recount", "2"),
+        ("--early_exit_warmup", "false", "--patience", "3"),
+        ("--gate", "identity", "--gate-lr", "0.1"),
     ],
     ids=" ".join,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gfnet_dynn import plots
-from gfnet_dynn.run_report import NOT_REPRODUCED, headline
+from gfnet_dynn.run_report import NOT_REPRODUCED, _sheet, headline
 
 EXITS = (1, 3)
 
@@ -90,6 +90,68 @@ def test_sheet_shrinks_rows_that_nobody_fills(tmp_path):
     low = shape(plots.samples_per_exit(tmp_path, [full[0], [], []], [texts[0], [], []], EXITS))
     nobody = shape(plots.samples_per_exit(tmp_path, [[], [], []], [[], [], []], EXITS))
     assert tall[0] > low[0] > nobody[0]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, by name, instead of files."""
+    from matplotlib.figure import Figure
+
+    figures = {}
+
+    def keep(folder, name, draw, *, size):
+        figures[name] = Figure(figsize=size)
+        draw(figures[name])
+        return folder / name
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    return figures
+
+
+def test_the_plain_networks_stand_beside_the_measured_times(tmp_path, measured, drawn):
+    measured["backbone"]["ms_per_image"] = {"batch 1": 7.0, "batch 64": 5.0}
+    plots.accuracy_time(tmp_path, measured, unit="CPU, 1 thread")
+    one, many = drawn["accuracy-time"].axes
+    for axis, label in ((one, "batch 1"), (many, "batch 64")):
+        points = {line.get_label(): line.get_xydata()[0].tolist() for line in axis.lines}
+        for name in ("backbone", "student"):
+            row = measured[name]
+            assert points[name] == [row["ms_per_image"][label], row["accuracy"]]
+        exits = measured["exits"]
+        plain = [exits["ms_per_image_without_exits"][label], exits["final_accuracy"]]
+        assert points["same net, no exits"] == plain
+        fast = exits["points"]["fast"]
+        assert points["exits, fast"] == [fast["ms_per_image"][label], fast["accuracy"]]
+
+
+def test_every_exit_has_its_curve_and_colour(tmp_path, drawn):
+    exits = tuple(range(11))
+    numbers = {f"acc{e}": e / 20 for e in exits} | {"acc_final": 0.9, "gated_acc": 0.8}
+    lines = [{"stage": "exits", "split": "val", "step": step, **numbers} for step in (0, 1)]
+    plots.training_curves(tmp_path, lines, exits)
+    shown = drawn["training"].axes[2].lines
+    names = [line.get_label() for line in shown]
+    assert names == [*(f"exit {e}" for e in exits), "final", "gated"]
+    assert [line.get_ydata()[0] for line in shown[:11]] == [e / 20 for e in exits]
+    assert len({str(line.get_color()) for line in shown}) == 13
+
+
+def test_the_sheet_shows_who_leaves_where(tmp_path):
+    paths = []
+    for index in range(12):  # an image says its number by its colour
+        paths.append(tmp_path / f"{index}.png")
+        cv2.imwrite(str(paths[-1]), np.full((4, 4, 3), 20 * index, np.uint8))
+    run = run_of("real")
+    run.data.image_set = lambda split: {"test": SimpleNamespace(paths=paths)}[split]
+    left = np.array([0, 2] * 6)
+    labels, predicted = np.arange(12) % 4 // 2, np.zeros(12, int)
+    drawn = {"real": {"balanced": (predicted, left, labels)}, "exits": EXITS}
+    pictures, captions = _sheet(run, drawn)
+    found = [[int(picture[0, 0, 0]) // 20 for picture in row] for row in pictures]
+    assert [set(row) for row in found] == [{0, 2, 4, 6, 8, 10}, set(), {1, 3, 5, 7, 9, 11}]
+    for row, texts in zip(found, captions, strict=True):
+        for number, text in zip(row, texts, strict=True):
+            assert text == ("a" if labels[number] == 0 else "b\n(said a)")
 
 
 def test_easiest_class_is_on_top(tmp_path):

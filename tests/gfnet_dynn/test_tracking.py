@@ -51,7 +51,10 @@ def test_parameters_and_artifacts(tracked):
     wanted = {"lr": "0.02", "ce_ic_tradeoff": "0.75", "exits": "(0, 1, 2)", "scale": "rehearsal"}
     assert wanted.items() <= run.data.params.items()
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"result.json", "report.md", "report.html"} <= names
+    (model,) = (folder / "checkpoint/best").glob("*.pth")
+    assert {"result.json", "report.md", "report.html", model.name} <= names
+    kept = Path(client.download_artifacts(run.info.run_id, model.name))
+    assert kept.read_bytes() == model.read_bytes()
     stored = Path(client.download_artifacts(run.info.run_id, "result.json"))
     assert stored.read_bytes() == (folder / "result.json").read_bytes()
 

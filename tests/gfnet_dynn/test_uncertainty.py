@@ -53,6 +53,24 @@ def test_finite_for_any_logits(dtype, size):
     assert torch.allclose(features.double(), torch.tensor(expected).double(), atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 10, 45, 128, 129])
+def test_one_row_alone_has_the_features_it_has_in_a_batch(classes):
+    logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(1)) * 5
+    logits[0], logits[1, 0] = 0, 3e38
+    logits[2, classes // 2 :] = -3e38
+    together = uncertainty(logits)
+    for grad in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with grad():
+            alone = torch.cat([uncertainty(row[None]) for row in logits])
+        assert alone.dtype == torch.float32 and alone.isfinite().all()
+        assert torch.allclose(alone, together, atol=2e-6), (alone - together).abs().max()
+    with torch.no_grad():
+        lost = uncertainty(torch.full((1, classes), float("nan")))
+        half = uncertainty(logits[3:4].bfloat16())
+    assert lost.isnan().any()
+    assert torch.allclose(half, uncertainty(logits[3:4].bfloat16()), atol=2e-6)
+
+
 def test_one_class_and_no_rows():
     assert uncertainty(torch.randn(3, 1)).tolist() == [[1, 0, 1, 0]] * 3
     assert uncertainty(torch.zeros(0, 5)).shape == (0, 4)

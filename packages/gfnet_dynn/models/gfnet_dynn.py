@@ -152,13 +152,14 @@ class GFNetDynn(nn.Module):
         rows: Tensor | None = None  # original places of the samples still in; None is all of them
         out: Tensor | None = None
         exit_index = torch.full((n,), self.num_gates, dtype=torch.int64, device=x.device)
-        for index in range(self.num_gates):
+        pool, needs_gates = self.backbone.pool, policy.needs_gates
+        # Modules by iteration: at batch 1 looking them up by number takes as long as an operation.
+        for index, (head, gate) in enumerate(zip(self.exit_heads, self.gates, strict=True)):
             tokens = self.segment(tokens, index)
-            logits = self.exit_heads[index](self.backbone.pool(tokens))
-            gate_logit = self.gates[index](logits) if policy.needs_gates else None
-            leaving = policy.leave(index, logits, gate_logit, state)
+            logits = head(pool(tokens))
+            leaving = policy.leave(index, logits, gate(logits) if needs_gates else None, state)
             here = leaving.shape[0]
-            count = int(leaving.sum()) if here > 1 else int(leaving.item()) if here else 0
+            count = int((leaving if here == 1 else leaving.sum()).item())
             if count == 0:
                 continue
             if count == here and rows is None:
@@ -176,7 +177,7 @@ class GFNetDynn(nn.Module):
             out[gone], exit_index[gone] = logits[go], index
             tokens, rows = tokens.index_select(0, stay), rows[stay]
             keep_rows(state, stay)
-        logits = self.backbone.head(self.backbone.pool(self.segment(tokens, self.num_gates)))
+        logits = self.backbone.head(pool(self.segment(tokens, self.num_gates)))
         if rows is None:
             return EarlyExit(logits, exit_index)
         out[rows] = logits
