@@ -48,7 +48,7 @@ $(READY): constraints.txt tools/requirements-dev.in shared/pyproject.toml $(PROJ
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r tools/requirements-dev.in \
 		-e 'packages/gfnet_dynn[mlflow,export]' -e 'packages/landmark_distill[export,faiss]' \
 		-e 'packages/visiondistill_gc[export,serve,notebook]' -e 'packages/torch_cls_zoo[export]' \
-		-e 'packages/mpkd[export]'
+		-e 'packages/mpkd[export,openvino]'
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e shared
 	@touch $(READY)
 

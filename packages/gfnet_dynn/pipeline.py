@@ -248,6 +248,17 @@ def _check_stage(args: argparse.Namespace, log: RunLog, wanted: list[str]) -> No
             )
 
 
+def of_all_stages(command: str) -> str:
+    """``command`` without ``--stage``: what makes all that a run's record speaks of."""
+    kept: list[str] = []
+    for word in shlex.split(command):
+        if kept and kept[-1] == "--stage":
+            kept.pop()
+        elif not word.startswith("--stage="):
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def _run_stage(stage: str, run: Run, command: str, started: datetime, clock: float) -> None:
     log = run.log
     state = run.folder / "state" / f"{stage}.pth"
@@ -263,9 +274,8 @@ def _run_stage(stage: str, run: Run, command: str, started: datetime, clock: flo
             f"floor without a network: {floor['plain']:.4f} with plain features, "
             f"{floor['engineered']:.4f} with engineered ones"
         )
-        log.finish(
-            "prepare", {"floor": floor, "seconds": time.monotonic() - begun, "command": command}
-        )
+        result = {"floor": floor, "seconds": time.monotonic() - begun}
+        log.finish("prepare", {**result, "command": of_all_stages(command)})
     elif stage == "backbone":
         train_backbone(run)
     elif stage == "distil":

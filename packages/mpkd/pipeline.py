@@ -83,6 +83,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
             "builtin"
         )
     check_mode(config)
+    mode, method = config["distillation.mode"], config["quantization.method"]
+    if mode == "apprentice_c" and method not in ("none", "qat"):
+        raise UsageError(
+            f"quantization.method is {method}: mode apprentice_c gives its student the bits while "
+            "it learns, expected qat or none"
+        )
     settings_from(config)  # refuses what contradicts itself
     if args.output is None:
         name = config["experiment.name"]

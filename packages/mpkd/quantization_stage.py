@@ -85,14 +85,13 @@ def quantize(
     config = run.config
     method = config["quantization.method"]
     batches, steps = None, None
-    if method in ("qat", "sdq", "haq"):
+    if method in ("qat", "sdq", "haq") or config.get("quantization.finish") == "qat":
         batches, steps = training_batches(run, teacher, digest)
     run.begin("quantize")
     chosen = {
-        **config,
         "quantization.brecq_steps": BRECQ_STEPS[run.scale],
-        "quantization.brecq_learning_rate": 1e-3 if run.scale == "full" else 1e-2,
         "quantization.haq_episodes": HAQ_EPISODES[run.scale],
+        **config,
     }
     return run_quantization(
         student,

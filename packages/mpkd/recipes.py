@@ -152,3 +152,30 @@ MATRIX: dict[tuple[str, str], Setting] = {
     ("imagenet", "short"): IMAGENET_SHORT,
     ("imagenet", "rehearsal"): REHEARSE,
 }
+
+
+# -- the claims -----------------------------------------------------------------------------------
+
+# COMMAND  python packages/mpkd/claims.py
+# All of the digits at their own 8 pixels. The teacher is the student at four times the width: what
+# a ResNet-18 adds here is time.
+CLAIMS_DIGITS = Setting(
+    REHEARSE.changes
+    | {
+        "dataset.image_size": 8,
+        "dataset.max_images": 0,
+        "experiment.epochs": 12,
+        "experiment.batch_size": 64,
+        "experiment.learning_rate": 1.0e-2,
+        "model.teacher_model": "simple_cnn",
+        "teacher.epochs": 12,
+        "teacher.learning_rate": 4.0e-3,
+        "distillation.views": 4,
+        "quantization.epochs": 3,
+        "quantization.learning_rate": 1.0e-3,
+        "quantization.calib_samples": 256,
+    }
+)
+# COMMAND  python packages/mpkd/claims.py --data-root <folder holding CIFAR10>
+# The matrix's subset of CIFAR-10, with a ResNet-18. Hours on a CPU: --what takes claims one by one.
+CLAIMS_CIFAR10 = Setting(CIFAR10_SHORT.changes)

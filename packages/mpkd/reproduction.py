@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data-path", type=Path, help="the set's own folder or archive")
     p.add_argument(
         "--scale", choices=SCALES, default="auto",
-        help="full; short: half an hour on a CPU; rehearsal: digits; auto: full when the images "
+        help="full; short: about an hour on a CPU; rehearsal: digits; auto: full when the images "
         "are found, else rehearsal",
     )  # fmt: skip
     p.add_argument("--output", type=Path, help="default: runs/mpkd/<set>-<scale>")

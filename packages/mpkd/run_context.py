@@ -15,7 +15,13 @@ from mpkd.dataset import data_utils, views
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data
 from mpkd.trainer.knowledge import store_outputs
 from mpkd.trainer.metrics_logger import MetricsLogger
-from mpkd.trainer.objectives import LiveTeacher, Objective, StoredTeacher, TeacherSource
+from mpkd.trainer.objectives import (
+    LiveTeacher,
+    Objective,
+    StoredTeacher,
+    TeacherSource,
+    teacher_engine,
+)
 from mpkd.trainer.settings import Settings, precision_from
 from mpkd.trainer.trainer import Job, Trainer
 from mpkd.utils.common import ALONE, Evaluation, evaluate
@@ -133,15 +139,18 @@ class Run:
         """The teacher's logits for training, stored or live, and how many views are replayed."""
         precision = Precision(self.device, self.config["mixed_precision.dtype"],
                               enabled=self.config["mixed_precision.enabled"])  # fmt: skip
+        engine = teacher_engine(
+            self.config, teacher, image_size=self.data.image_size, device=self.device
+        )
         if not self.config["distillation.cache_teacher_logits"]:
-            return LiveTeacher(teacher, autocast=precision.autocast), 0
+            return LiveTeacher(engine, autocast=precision.autocast), 0
         count = int(self.config["distillation.views"]) if self.config["dataset.augment"] else 1
         folder = self.folder / "knowledge"
         about: dict[str, Any] = {}
 
         def fill() -> None:
             store_outputs(
-                folder, teacher, self.data, images, views=count, teacher_hash=teacher_hash,
+                folder, engine, self.data, images, views=count, teacher_hash=teacher_hash,
                 augment=self.config["dataset.augment"], seed=self.view_seed, device=self.device,
                 batch_size=max(64, self.config["experiment.batch_size"]),
                 threads=self.config["dataset.workers"], precision=precision,

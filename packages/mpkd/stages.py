@@ -14,7 +14,13 @@ from mpkd.model.lora import adapter_weights, add_lora, merge_lora
 from mpkd.model.student import check_small_enough
 from mpkd.model.teacher import check_teaches, head_name, load_pretrained
 from mpkd.run_context import ADAPTER_FILE, STUDENT_FILE, TEACHER_FILE, Run
-from mpkd.trainer.objectives import NEEDS_TEACHER, LearningTeacher, Objective, make_objective
+from mpkd.trainer.objectives import (
+    NEEDS_TEACHER,
+    LearningTeacher,
+    Objective,
+    check_engine_device,
+    make_objective,
+)
 from mpkd.trainer.settings import settings_from
 from mpkd.utils.common import (
     PROJECT,
@@ -56,7 +62,9 @@ def check_networks(run: Run) -> None:
 
     Raises:
         ValueError: an unknown network, or a small student that is not small beside its teacher.
+        UsageError: a teacher's engine that does not compute on the run's device.
     """
+    check_engine_device(run.config, run.device)
     count = len(run.data.classes)
     size = run.data.image_size
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from gfnet_dynn.model_files import load_model
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
+from gfnet_dynn.pipeline import of_all_stages
 from shared_core.datasets import EvalView, ImageSet, Manifest
 from shared_core.datasets.loader import BatchLoader
 from shared_core.runs import read_metrics, read_result
@@ -406,3 +407,16 @@ def test_a_resumed_run_computes_with_the_threads_it_began_with(tmp_path, tiny, c
         assert done.code == 1 and "started with threads=3, this command says 2" in done.err
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("command", "whole"),
+    [
+        ("main.py --stage backbone --scale short", "main.py --scale short"),
+        ("main.py --scale short --stage=distil", "main.py --scale short"),
+        ("main.py --data-path 'a b' --stage all", "main.py --data-path 'a b'"),
+        ("main.py --scale short", "main.py --scale short"),
+    ],
+)
+def test_a_record_names_the_command_of_all_its_stages(command, whole):
+    assert of_all_stages(command) == whole

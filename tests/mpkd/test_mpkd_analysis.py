@@ -52,6 +52,20 @@ def test_two_runs_side_by_side(tmp_path, finished, command):
     assert "other: student (simple_cnn)" in text
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, finished, command):
+    folders = [tmp_path / "monday" / "mpkd", tmp_path / "friday" / "mpkd"]
+    for folder in folders:
+        shutil.copytree(finished[0], folder)
+    done = command(*folders, "--output", tmp_path / "page", entry=analysis.main)
+    assert done.code == 0, done.err
+    text = (tmp_path / "page" / "report.md").read_text()
+    for day in ("monday", "friday"):
+        assert f"{day}-mpkd: student (simple_cnn)" in text
+        assert (tmp_path / "page" / f"curves_{day}-mpkd.png").exists()
+    assert analysis.distinct_names(["a/x", "b/y"]) == ["x", "y"]
+    assert len(set(analysis.distinct_names(["a", "a"]))) == 2
+
+
 def test_a_run_without_epochs_is_a_page_too(tmp_path, words, command):
     folder = tmp_path / "run"
     assert command(*words(folder, "--stage", "prepare")).code == 0

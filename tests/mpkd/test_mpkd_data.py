@@ -247,6 +247,23 @@ def test_a_folder_of_classes_and_images_without_labels(tmp_path, image_folder):
     assert np.array_equal(both.array[-4], open_image(str(path), image_size=12))
 
 
+@pytest.mark.parametrize("size", [12, 70])  # in memory, in a cache
+def test_unlabelled_copies_of_held_out_images_teach_nothing(tmp_path, image_folder, size):
+    root = image_folder(tmp_path / "mine", ("a", "b"), images=20)
+    extra = image_folder(tmp_path / "extra", ("x",), images=4, size=15)
+    keys = {
+        "dataset.name": "folder", "dataset.data_dir_folder": str(root),
+        "dataset.image_size": size, "dataset.unlabelled": [str(root), str(extra), str(extra)],
+    }  # fmt: skip
+    data = load_data(config(**keys), tmp_path / "run", data_root=None)
+    assert len(data.unlabelled) == 4  # of 40 + 4 + 4
+    assert {Path(path).parent.name for path in data.unlabelled.paths} == {"x"}
+    assert "44 unlabelled images are copies" in " ".join(data.facts()["notes"])
+    keys["dataset.unlabelled"] = [str(root)]
+    with pytest.raises(DatasetError, match="all 40 images are copies"):
+        load_data(config(**keys), tmp_path / "other", data_root=None)
+
+
 def test_small_images_in_memory_are_what_inference_sees(tmp_path, image_folder):
     root = image_folder(tmp_path / "mine", ("a",), images=3, size=40)
     paths = sorted(root.rglob("*.png"))

@@ -11,6 +11,7 @@ import threading
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from mpkd.dataset.sources import load_data
 from mpkd.inference import infer
@@ -142,6 +143,9 @@ def test_http_refuses(server):
         (["{model}", "--image", "x.png", "--csv", "x.csv"], 2, "for --dir"),
         (["{model}", "--dir", ".", "--csv", "x.txt"], 2, "ends in .csv"),
         (["{model}", "--dir", ".", "--batch", "0"], 2, "1 or more"),
+        (["{model}", "--image", "x.png", "--batch", "2"], 2, "for --dir"),
+        (["{model}", "--image", "x.png", "--max-mb", "2"], 2, "for --http"),
+        (["{model}", "--dir", ".", "--csv", "x.csv", "--top", "2"], 2, "expected --json"),
         (["{model}"], 2, "required"),
         (["{model}", "--http", "8080"], 2, "HOST:PORT"),
     ],
@@ -151,6 +155,12 @@ def test_bad_input(tmp_path, monkeypatch, finished, command, argv, code, said):
     model = finished[0] / "checkpoints" / "student.pth"
     done = command(*[word.format(model=model) for word in argv], entry=infer.main)
     assert done.code == code and said in done.err
+
+
+def test_threads_are_torchs_too(finished, images, command):
+    model = finished[0] / "checkpoints" / "student.pth"
+    done = command(model, "--image", images / "0.png", "--threads", 2, entry=infer.main)
+    assert done.code == 0 and torch.get_num_threads() == 2  # put back by the fixture
 
 
 def test_addresses():

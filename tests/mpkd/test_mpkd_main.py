@@ -72,8 +72,12 @@ def test_stages_alone_and_what_they_need(tmp_path, words, command, teacher_file)
         ([], {"teacher__mode": "head"}, 2, "expected model.teacher_ckpt"),
         ([], {"distillation__loss": "dist", "training__gradient_accumulation_steps": 2}, 2, "dist"),
         (["--resume"], {}, 1, "nothing to resume"),
+        (
+            [], {"distillation__mode": "apprentice_c", "quantization__method": "brecq"}, 2,
+            "expected qat or none",
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, monkeypatch, words, command, more, changes, code, said):
     monkeypatch.chdir(tmp_path)
     changes = {"distillation__mode": "labels"} | changes if not changes else changes
@@ -119,6 +123,24 @@ def test_other_modes_run(tmp_path, words, command, teacher_file, mode):
         assert "has its bits already" in done.out
     else:
         assert facts["quantization"] is None
+
+
+@pytest.mark.slow
+def test_an_apprentice_of_two_bits_learns(tmp_path, words, command):
+    """Its first and last layer have 8 bits, whose scales are smaller than the learning rate."""
+    folder = tmp_path / "run"
+    done = command(*words(
+        folder, distillation__mode="apprentice_b", teacher__epochs=2,
+        teacher__learning_rate=1.0e-2,
+        quantization__method="qat", quantization__w_bits=2, quantization__a_bits=4,
+        experiment__epochs=8, experiment__learning_rate=5.0e-3, dataset__max_images=600,
+        model__student_widths="[16,32]",
+    ))  # fmt: skip
+    assert done.code == 0, done.err
+    net, facts = load_net(folder / "checkpoints" / "student.pth")
+    assert facts["metrics"]["test_accuracy"] > 0.5  # 0.1 is a guess
+    scales = [p for n, p in net.named_parameters() if n.endswith("_quantizer.scale")]
+    assert scales and all(float(scale.min()) > 0 for scale in scales)
 
 
 def test_apprentice_c_lowers_a_trained_student(tmp_path, words, command, teacher_file):

@@ -10,6 +10,8 @@ from torch import nn
 
 from mpkd.model.student import SimpleCNN
 from mpkd.quant.brecq import reconstruct
+from mpkd.quant.budget import BitPlan
+from mpkd.quant.finish import FinishOptions, Material, finish
 from mpkd.quant.layers import quant_layers, quantizable
 from mpkd.quant.ptq import quantize_trained
 from mpkd.quant.qat import QatLoss, QatRun, learned_scales, train, unpack
@@ -199,6 +201,45 @@ def test_reconstruction_lifts_two_bits_by_forty_points(mpkd_digits):
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert mpkd_digits.evaluate(net) >= nearest + 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [150, 300])
+def test_few_steps_of_reconstruction_still_lift_two_bits(mpkd_digits, steps):
+    """As the stage does it at a small scale: same grid, same start as rounding to the nearest."""
+    names = quantizable(mpkd_digits.net)
+    bits = {n: 2 if n not in (names[0], names[-1]) else 8 for n in names}
+    plan, material = BitPlan(bits, dict.fromkeys(names, 32)), Material(mpkd_digits.calibration)
+    options = FinishOptions(
+        epochs=1, learning_rate=1e-3, loss=QatLoss(), brecq_steps=steps, symmetric=False
+    )
+    nearest, learned = (
+        mpkd_digits.evaluate(finish(mpkd_digits.net, plan, how, material, options, name=how))
+        for how in ("ptq", "brecq")
+    )
+    assert learned >= nearest + 0.1 and learned >= mpkd_digits.accuracy - 0.1
+
+
+def test_ranges_are_learned_or_stay(mpkd_digits):
+    names = quantizable(mpkd_digits.net)
+    plan = BitPlan(dict.fromkeys(names, 4), dict.fromkeys(names, 4))
+    material = Material(mpkd_digits.calibration, mpkd_digits.batches, 2)
+    found = {}
+    for learned in (True, False):
+        options = FinishOptions(
+            epochs=1, learning_rate=1e-2, loss=QatLoss("labels"), ranges="minmax", learned=learned
+        )
+        net = finish(mpkd_digits.net, plan, "qat", material, options, name="qat")
+        found[learned] = {n: p.detach() for n, p in net.named_parameters()}
+    start = quantize_trained(
+        mpkd_digits.net, plan.w, plan.a, calibration=mpkd_digits.calibration, method="minmax",
+        fold=False,
+    )  # fmt: skip
+    for name, value in start.named_parameters():
+        ranges = "_quantizer." in name
+        assert torch.equal(found[False][name], value) == ranges, name  # weights learn all the same
+        if name.endswith("_quantizer.scale"):
+            assert not torch.equal(found[True][name], value), name
 
 
 def test_reconstruction_is_not_misled_by_an_activation_in_place():

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpkd.dataset.sources import load_data
 from mpkd.model.student import SimpleCNN
+from mpkd.quant.layers import quantizable, quantize_net
 from mpkd.run_context import Run
 from mpkd.trainer.metrics_logger import COLUMNS, MetricsLogger, read_metrics_csv
 from mpkd.trainer.objectives import LiveTeacher, check_mode, make_objective
@@ -99,6 +100,24 @@ def test_a_step_is_adamw_by_hand(tmp_path):
         found = dict(net.named_parameters())[name].detach().double()
         rows = gradient.abs() > 1e-5  # where float32 knows the sign
         torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-3, atol=1e-5)
+
+
+def test_learned_scales_move_by_a_share_of_their_size(tmp_path):
+    """A step of Adam is about the rate, which is more than a whole scale of 8 bits."""
+    net = student()
+    quantize_net(net, dict.fromkeys(quantizable(net), 8), learned=True)
+    before = {n: p.detach().clone() for n, p in net.named_parameters() if n.endswith(".scale")}
+    assert len(before) == 3 and all(float(p.max()) < 1e-2 for p in before.values())
+    trainer = make_trainer(tmp_path, net)
+    for _ in range(20):
+        trainer.step(batches_of(1, (16,)), 1e-2)
+    moved = 0
+    for name, old in before.items():
+        new = dict(net.named_parameters())[name].detach()
+        assert float((new - old).abs().max()) <= 20 * 1.2e-2 * float(old.mean())
+        assert float(new.min()) > 0
+        moved += not torch.equal(new, old)
+    assert moved == 3
 
 
 def test_groups_keep_the_order_and_the_rest():

@@ -13,7 +13,7 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpkd.analysis import plots
@@ -59,6 +59,16 @@ def read_run(folder: str | Path) -> Findings:
     return Findings(folder.name, stages, rows, config, kind == "built-in")
 
 
+def distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """Names of folders, with as many of their parents as it takes to tell them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["-".join(own[-count:]).replace("/", "") for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{own[-1]}-{number}" for number, own in enumerate(parts)]  # one folder twice
+
+
 def networks(found: Findings) -> list[dict[str, Any]]:
     """Teacher, student and quantized student as rows: name, accuracy, parameters, bytes, bits."""
     rows = []
@@ -92,7 +102,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    runs = [read_run(folder) for folder in folders]
+    runs = [
+        replace(read_run(folder), name=name)
+        for folder, name in zip(folders, distinct_names(folders), strict=True)
+    ]
     report = Report("mpkd: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
     if any(run.rehearsal for run in runs):
         report.note("Built-in data: a rehearsal, not a reproduction of any published number.")

@@ -96,7 +96,7 @@ def bit_bars(path: Path, bits: Mapping[str, Mapping[str, int]]) -> Path:
                  color=COLOURS[number % len(COLOURS)])  # fmt: skip
     axis.set_xticks(range(len(layers)), layers, rotation=45, ha="right", fontsize=7)
     axis.set_ylabel("bits a weight")
-    axis.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=3)  # bars reach up to the top
     return save(figure, path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,41 @@ def unlabelled_set(
     labels = np.full(len(paths), NO_LABEL)
     files = ImageSet(paths, labels, content_keys(paths, threads=max(1, threads)))
     return with_pixels(files, image_size=image_size, cache=cache, threads=threads)
+
+
+def without_copies(data: Data) -> Data:
+    """``data`` without the unlabelled images that it has already, held-out ones above all.
+
+    Two images are one when their pixels at the network's size are, or, where these are not in
+    memory, their files.
+
+    Raises:
+        DatasetError: nothing is left of the unlabelled images.
+    """
+    extra = data.unlabelled
+    if extra is None:
+        return data
+    in_memory = extra.array is not None and all(s.array is not None for s in data.sets.values())
+
+    def names(images: ImageSet) -> list[str]:
+        return array_keys(images.array) if in_memory else [str(key) for key in images.keys]
+
+    known = {name for images in data.sets.values() for name in names(images)}
+    kept = []
+    for row, name in enumerate(names(extra)):
+        if name not in known:
+            kept.append(row)
+            known.add(name)
+    if len(kept) == len(extra):
+        return data
+    if not kept:
+        raise DatasetError(
+            f"dataset.unlabelled: all {len(extra)} images are copies of labelled ones or of each "
+            "other, expected others"
+        )
+    note = f"{len(extra) - len(kept)} unlabelled images are copies of others and left out"
+    left = extra.subset(np.array(kept, dtype=np.int64))
+    return replace(data, unlabelled=left, notes=(*data.notes, note))
 
 
 def digit_arrays(size: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -78,7 +78,7 @@ def load_data(config: Mapping[str, Any], output: str | Path, *, data_root: Path 
     if wanted and wanted != len(data.classes):
         raise UsageError(f"model.num_classes is {wanted}, {data.name} has {len(data.classes)}")
     data_utils.check_parts(data.sets, data.name)
-    return data
+    return data_utils.without_copies(data)
 
 
 def cache_folder(config: Mapping[str, Any], output: Path, name: str) -> Path | None:

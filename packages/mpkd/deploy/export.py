@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from mpkd.dataset.data_utils import TEST
+from mpkd.deploy.openvino_net import convert_openvino, load_openvino, openvino_model
 from mpkd.deploy.tensorrt_build import build_command
-from mpkd.quant.nncf_int8 import convert_openvino, nncf_int8
+from mpkd.quant.nncf_int8 import nncf_int8
 from mpkd.quant.ort_int8 import ort_int8, run_onnx
 from mpkd.run_context import Run
 from shared_core.checkpoints import atomic_write
@@ -127,9 +128,7 @@ def _openvino(
     """OpenVINO's files in fp32 and, by NNCF, in int8; with the share of equal classes."""
     found: dict[str, Any] = {}
     model = convert_openvino(student, images.shape[-1])
-    import openvino
-
-    openvino.save_model(model, str(folder / IR), compress_to_fp16=False)
+    load_openvino().save_model(model, str(folder / IR), compress_to_fp16=False)
     nncf_int8(student, folder / IR_INT8, calibration)
     for kind, file in (("openvino", IR), ("openvino_int8", IR_INT8)):
         logits = np.concatenate(list(run_openvino(folder / file, images)))
@@ -142,19 +141,3 @@ def run_openvino(path: Path, images: np.ndarray, *, batch: int = 64) -> Iterator
     compiled = openvino_model(path)
     for start in range(0, len(images), batch):
         yield compiled(images[start : start + batch])[compiled.output(0)]
-
-
-def openvino_model(path: str | Path, *, threads: int = 1) -> Any:
-    """A compiled model that computes in fp32 (int8 where the file says so).
-
-    Raises:
-        ImportError: the package openvino is not installed.
-    """
-    try:
-        import openvino
-    except ImportError as error:
-        raise ImportError(
-            "openvino is not installed: pip install './packages/mpkd[openvino]'"
-        ) from error
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    return openvino.Core().compile_model(str(path), "CPU", options)

@@ -13,7 +13,9 @@ import numpy.typing as npt
 import torch
 
 from mpkd.dataset.views import open_image
-from mpkd.deploy.export import ABOUT, FP32, IR, openvino_model
+from mpkd.deploy.export import ABOUT, FP32, IR
+from mpkd.deploy.onnx_session import onnx_session
+from mpkd.deploy.openvino_net import openvino_model
 from mpkd.utils.common import load_net
 from shared_core.for_torch.data import Normalizer
 from shared_core.metrics import softmax
@@ -113,16 +115,7 @@ def _torch(path: Path, device: str) -> Classifier:
 
 
 def _onnx(path: Path, threads: int) -> Callable[[Any], Any]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            "onnxruntime is not installed: pip install './packages/mpkd[export]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path, threads=threads)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 

@@ -19,6 +19,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
+import torch
+
 from mpkd.inference.backends import BACKENDS, Classifier, load_classifier
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import DecodeError
@@ -46,13 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--backend", choices=BACKENDS, default="auto")
     p.add_argument("--device", default="cpu", help="of torch: cpu, cuda, cuda:1")
-    p.add_argument("--threads", type=int, default=1, help="of onnxruntime and openvino")
-    p.add_argument("--batch", type=int, default=64, help="images a batch (--dir)")
-    p.add_argument("--top", type=int, default=3, help="classes to name")
+    p.add_argument(
+        "--threads", type=int, help="of the CPU (default: 1; with torch all that it takes)"
+    )
+    p.add_argument("--batch", type=int, help="--dir: images a batch (default: 64)")
+    p.add_argument("--top", type=int, help="classes to name (default: 3); not in a CSV")
     to = p.add_mutually_exclusive_group()
     to.add_argument("--csv", type=Path, metavar="FILE", help="--dir: write a row an image there")
     to.add_argument("--json", type=Path, metavar="FILE", help="--dir: write everything there")
-    p.add_argument("--max-mb", type=float, default=10.0, help="--http: of a request")
+    p.add_argument("--max-mb", type=float, help="--http: of a request (default: 10)")
     return p
 
 
@@ -126,10 +130,16 @@ def answer_lines(classifier: Classifier, lines: TextIO, out: TextIO, *, top: int
 
 def _check(args: argparse.Namespace) -> None:
     for name in ("batch", "top", "threads"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    if not args.max_mb > 0:
+    if args.max_mb is not None and not args.max_mb > 0:
         raise UsageError(f"--max-mb is {args.max_mb}, expected more than 0")
+    if args.batch is not None and args.dir is None:
+        raise UsageError("--batch is for --dir")
+    if args.max_mb is not None and args.http is None:
+        raise UsageError("--max-mb is for --http")
+    if args.top is not None and args.csv is not None:
+        raise UsageError("--top: a CSV holds the best class alone, expected --json")
     for name, suffix in (("csv", ".csv"), ("json", ".json")):
         target = getattr(args, name)
         if target is not None and args.dir is None:
@@ -143,18 +153,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
     classifier = load_classifier(
-        args.model, backend=args.backend, device=args.device, threads=args.threads
+        args.model, backend=args.backend, device=args.device, threads=args.threads or 1
     )
+    if args.threads is not None and classifier.backend == "torch":
+        torch.set_num_threads(args.threads)
+    top = args.top or 3
     if args.http is not None:
         from mpkd.inference.server import serve
 
-        serve(classifier, args.http, top=args.top, max_bytes=int(args.max_mb * 2**20))
+        serve(classifier, args.http, top=top, max_bytes=int((args.max_mb or 10.0) * 2**20))
         return 0
     if args.stdin:
-        return int(answer_lines(classifier, sys.stdin, sys.stdout, top=args.top) > 0)
+        return int(answer_lines(classifier, sys.stdin, sys.stdout, top=top) > 0)
     paths = [args.image] if args.image is not None else folder_images(args.dir)
     rows, failed = [], 0
-    for row in predict(classifier, paths, batch=args.batch, top=args.top):
+    for row in predict(classifier, paths, batch=args.batch or 64, top=top):
         failed += "error" in row
         rows.append(row)
         if "error" in row:

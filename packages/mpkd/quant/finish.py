@@ -20,7 +20,7 @@ from mpkd.quant.ptq import BATCH, quantize_trained
 from mpkd.quant.qat import Batches, QatLoss, QatRun, Saved, train
 from mpkd.quant.search.bin_regulariser import bin_regulariser
 
-BRECQ_STRENGTH = 0.01  # the published lambda
+BRECQ_RATE, BRECQ_STRENGTH, BRECQ_STEPS = 1e-3, 0.01, 20_000  # as published
 FINISHES = ("ptq", "brecq", "qat")
 StateFactory = Callable[[str, Mapping[str, Any]], Saved]
 
@@ -74,8 +74,12 @@ class FinishOptions:
         loss: what it minimises.
         bins: strength of the bin regulariser; 0 = none.
         brecq_steps, brecq_rate: of the reconstruction, a block. A rate of 0 is ``20 / steps``, at
-            most 0.1: the paper's 1e-3 at its 20,000 steps, and as far a way in fewer.
+            most 0.1: the paper's 1e-3 at its 20,000 steps, and as far a way in fewer. The
+            regulariser grows alike: weights that it leaves undecided are rounded anyhow.
         seed: of the reconstruction's choice of images.
+        symmetric: of the weights' grids in ``ptq``.
+        ranges: how ranges are found, ``mse`` or ``minmax``.
+        learned: ``qat`` learns scales and offsets too, else they stay as they were found.
     """
 
     epochs: int
@@ -86,6 +90,9 @@ class FinishOptions:
     brecq_steps: int = 2000
     brecq_rate: float = 0.0
     seed: int = 0
+    symmetric: bool = True
+    ranges: str = "mse"
+    learned: bool = True
 
 
 def finish(
@@ -110,7 +117,10 @@ def finish(
     if how not in FINISHES:
         raise ValueError(f"finish {how!r}: expected one of {', '.join(FINISHES)}")
     if how == "ptq":
-        return quantize_trained(net, plan.w, plan.a, calibration=material.calibration)
+        return quantize_trained(
+            net, plan.w, plan.a, calibration=material.calibration,
+            symmetric=options.symmetric, method=options.ranges,
+        )  # fmt: skip
     if how == "brecq":
         return _reconstructed(net, plan, material, options, name)
     return _trained(net, plan, material, options, name)
@@ -120,8 +130,9 @@ def _reconstructed(
     net: nn.Module, plan: BitPlan, material: Material, options: FinishOptions, name: str
 ) -> nn.Module:
     quantized = quantize_trained(
-        net, plan.w, plan.a, calibration=material.calibration, symmetric=False
-    )
+        net, plan.w, plan.a, calibration=material.calibration, symmetric=False,
+        method=options.ranges,
+    )  # fmt: skip
     for parameter in quantized.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(options.seed)
@@ -130,10 +141,11 @@ def _reconstructed(
     def report(found: Reconstruction) -> None:
         material.log(f"{name}: block {found.name}: error {found.before:.3g} -> {found.after:.3g}")
 
-    rate = options.brecq_rate or min(0.1, 20.0 / options.brecq_steps)
+    fewer = max(1.0, BRECQ_STEPS / options.brecq_steps)
+    rate = options.brecq_rate or min(0.1, BRECQ_RATE * fewer)
     reconstruct(
         quantized, batches, steps=options.brecq_steps, learning_rate=rate,
-        strength=BRECQ_STRENGTH, generator=generator, report=report,
+        strength=min(0.1, BRECQ_STRENGTH * fewer), generator=generator, report=report,
     )  # fmt: skip
     if any(bits != FLOAT for bits in plan.a.values()):
         learn_input_scales(
@@ -148,11 +160,13 @@ def _trained(
     if material.batches is None:
         raise ValueError("no training batches, expected some: quantization-aware training")
     quantized = quantize_trained(
-        net, plan.w, plan.a, calibration=material.calibration, learned=True, fold=False
-    )
-    for parameter in quantized.parameters():
-        parameter.requires_grad_(True)
-    _fix_unused_offsets(quantized)
+        net, plan.w, plan.a, calibration=material.calibration, learned=options.learned,
+        fold=False, method=options.ranges,
+    )  # fmt: skip
+    for name_of, parameter in quantized.named_parameters():
+        parameter.requires_grad_(options.learned or "_quantizer." not in name_of)
+    if options.learned:
+        _fix_unused_offsets(quantized)
     quantizes = any(bits != FLOAT for bits in plan.w.values())
     run = QatRun(
         quantized, options.loss, steps=options.epochs * material.steps_an_epoch,

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-INSTALL = "pip install 'mpkd[openvino]'"
+from mpkd.deploy.openvino_net import INSTALL, convert_openvino, load_openvino, unreported
 
 
 def _libraries() -> tuple[Any, Any]:
@@ -27,27 +26,15 @@ def _libraries() -> tuple[Any, Any]:
     """
     os.environ.setdefault("NNCF_CI", "1")  # NNCF asks this name before it reports its use
     try:
-        import nncf
-        import openvino
+        openvino = load_openvino()
+        with unreported():
+            import nncf
     except ImportError as error:
+        name = error.name or "openvino"
         raise ValueError(
-            f"the package {error.name or 'nncf'} is not installed, expected it for int8 by NNCF: "
-            f"{INSTALL}"
+            f"the package {name} is not installed, expected it for int8 by NNCF: {INSTALL}"
         ) from None
     return openvino, nncf
-
-
-def convert_openvino(net: nn.Module, image_size: int) -> Any:
-    """An OpenVINO model of ``net``, float32, any batch size.
-
-    Args:
-        image_size: side in pixels.
-    """
-    openvino, _ = _libraries()
-    example = torch.zeros(1, 3, image_size, image_size)
-    return openvino.convert_model(
-        net.eval(), example_input=example, input=[-1, 3, image_size, image_size]
-    )
 
 
 def nncf_int8(

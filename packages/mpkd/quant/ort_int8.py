@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpkd.deploy.onnx_session import onnx_session
 from shared_core.checkpoints import atomic_write
 
 METHODS = ("minmax", "entropy", "percentile")
@@ -219,12 +220,7 @@ def run_onnx(
     Args:
         threads: of the runtime; 0 = its own choice.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path, threads=threads)
     name = session.get_inputs()[0].name
     parts = [
         session.run(None, {name: images[i : i + batch_size].astype(np.float32)})[0]

@@ -128,7 +128,8 @@ def run_quantization(
             ``experiment.{seed,weight_decay}``. Beyond config.yaml it may have
             ``quantization.finish`` (``auto``, ``ptq``, ``brecq``, ``qat``), ``.brecq_steps``,
             ``.brecq_learning_rate``, ``.haq_episodes``, ``.sdq_epochs`` (0 = as ``epochs``),
-            ``.mixquant_rule`` (``budget``, ``published``) and ``.compare_uniform``.
+            ``.mixquant_rule`` (``budget``, ``published``), ``.compare_uniform``, ``.symmetric``
+            (of ``ptq``), ``.ranges`` (``mse``, ``minmax``) and ``.learned`` (scales, in ``qat``).
         calibration: normalised images float32 ``(N, 3, H, H)`` on the student's device.
         evaluate: a network's accuracy in ``[0, 1]`` on the validation split: searches choose by it.
         teacher: images to logits, in evaluation mode.
@@ -301,6 +302,8 @@ class _Settings:
         self.haq_episodes = int(q("haq_episodes", 120))
         self.mixquant_rule: str = q("mixquant_rule", "budget")
         self.compare = bool(q("compare_uniform", True))
+        self.symmetric, self.ranges = bool(q("symmetric", True)), q("ranges", "mse")
+        self.learned = bool(q("learned", True))
         self.seed = int(config.get("experiment.seed", 0))
         self.weight_decay = float(config.get("experiment.weight_decay", 0.0))
         self.loss = QatLoss(
@@ -362,6 +365,9 @@ class _Settings:
             brecq_steps=self.brecq_steps,
             brecq_rate=self.brecq_rate,
             seed=self.seed,
+            symmetric=self.symmetric,
+            ranges=self.ranges,
+            learned=self.learned,
         )
 
     def searching(self, image_size: int, float_accuracy: float) -> SearchOptions:

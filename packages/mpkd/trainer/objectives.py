@@ -7,11 +7,13 @@ An objective is called with the batch and the student's logits. The teacher's lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpkd.deploy.openvino_net import INSTALL, OpenVinoNet
 from mpkd.trainer.distillation_loss import DistillationLoss, MixedLoss, apprentice_loss
 from shared_core.for_torch.data import TorchBatch
 from shared_core.knowledge import KnowledgeStore
@@ -54,6 +56,36 @@ class LiveTeacher:
             return self.teacher(batch.images).float()
 
 
+def teacher_engine(
+    config: Mapping[str, Any], teacher: nn.Module, *, image_size: int, device: torch.device
+) -> nn.Module:
+    """What computes the teacher's logits by ``distillation.teacher_engine``: itself, or a twin.
+
+    The twin uses as many threads as torch, and bf16 where torch would compute in it.
+    """
+    if config["distillation.teacher_engine"] == "torch":
+        return teacher
+    check_engine_device(config, device)
+    bf16 = config["mixed_precision.enabled"] and config["mixed_precision.dtype"] == "bf16"
+    return OpenVinoNet(
+        teacher, image_size=image_size, threads=torch.get_num_threads(),
+        precision="bf16" if bf16 else "f32",
+    )  # fmt: skip
+
+
+def check_engine_device(config: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse an engine that does not compute where the run does.
+
+    Raises:
+        UsageError: OpenVINO on another device than the CPU.
+    """
+    if config["distillation.teacher_engine"] == "openvino" and device.type != "cpu":
+        raise UsageError(
+            f"distillation.teacher_engine openvino computes on the CPU, this run on {device}: "
+            "expected experiment.device=cpu, or distillation.teacher_engine=torch"
+        )
+
+
 class LearningTeacher:
     """A teacher that is trained beside the student: its logits carry gradients."""
 
@@ -81,6 +113,8 @@ def check_mode(config: Mapping[str, Any]) -> None:
             "model.teacher_ckpt: mode apprentice_a trains its teacher from scratch; expected none, "
             "or distillation.mode=apprentice_b"
         )
+    if config["distillation.teacher_engine"] == "openvino":
+        _check_openvino(mode)
     if mode != "labels" and not mode.startswith("apprentice"):
         temperature, loss = config["distillation.temperature"], config["distillation.loss"]
         if loss == "mse_logits" and temperature != 1:
@@ -88,6 +122,20 @@ def check_mode(config: Mapping[str, Any]) -> None:
                 f"distillation.temperature is {temperature}: mse_logits compares logits as they "
                 "are, expected 1"
             )
+
+
+def _check_openvino(mode: str) -> None:
+    if mode not in NEEDS_TEACHER or mode == "apprentice_a":
+        why = "trains its teacher" if mode == "apprentice_a" else "has no teacher"
+        raise UsageError(
+            f"distillation.teacher_engine openvino answers for a fixed teacher, mode {mode} {why}: "
+            "expected distillation.teacher_engine=torch"
+        )
+    if find_spec("openvino") is None:
+        raise UsageError(
+            "distillation.teacher_engine is openvino, which is not installed: expected "
+            f"distillation.teacher_engine=torch, or {INSTALL}"
+        )
 
 
 def make_objective(config: Mapping[str, Any], teacher: TeacherSource | None) -> Objective:

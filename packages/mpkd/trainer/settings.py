@@ -114,14 +114,23 @@ def precision_from(config: Mapping[str, Any], device: torch.device) -> Precision
 
 
 def parameter_groups(*nets: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and filters, not biases, norms and scales."""
-    decay, plain = [], []
+    """Decay matrices and filters, not biases, norms and scales.
+
+    The scales of quantisers are groups of their own whose learning rate is ``relative`` to their
+    size: Adam moves every number by about the rate, and those of 8 bits are smaller than that.
+    """
+    decay, plain, scales = [], [], []
     for net in nets:
-        for parameter in net.parameters():
-            if parameter.requires_grad:
+        for name, parameter in net.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.endswith("_quantizer.scale"):
+                size = float(parameter.detach().abs().mean())
+                scales.append({"params": [parameter], "weight_decay": 0.0, "relative": size})
+            else:
                 (plain if parameter.ndim <= 1 else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}]
-    return [*groups, {"params": plain, "weight_decay": 0.0}] if plain else groups
+    return [*groups, *([{"params": plain, "weight_decay": 0.0}] if plain else []), *scales]
 
 
 def compiled(net: nn.Module, *, wanted: bool, example: torch.Tensor) -> nn.Module:

@@ -179,7 +179,7 @@ class Trainer:
         """
         job, s = self.job, self.job.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("relative", 1.0)
         total = sum(len(batch.labels) for batch in batches)
         loss_sum, right, norm = 0.0, 0, None
         for number, batch in enumerate(batches):

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "teacher_only", "labels", "mixed", "apprentice_a", "apprentice_b", "apprentice_c",
     ),
     "distillation.loss": ("kl", "mse_logits", "js", "dkd", "dist"),
+    "distillation.teacher_engine": ("torch", "openvino"),
     "mixed_precision.dtype": ("bf16", "fp16"),
     "training.lr_scheduler": ("constant", "cosine", "step"),
     "quantization.method": (

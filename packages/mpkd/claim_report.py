@@ -1,0 +1,202 @@
+"""What the trials say of each claim: means, paired differences, a verdict, a plot, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpkd.analysis import plots
+from mpkd.claim_arms import CLAIMS, EQUAL, FP32, Claim, Pair
+from shared_core.metrics import paired_difference, summarize
+from shared_core.runs import Report
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+SMALLEST_GAP = 0.005  # a gap below half a point is none: its closed share would be noise
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample deviation, number of seeds, and the values in the seeds' order."""
+    return {**asdict(summarize(values)), "values": list(values)}
+
+
+def accuracies(rows: Rows, arm: str) -> list[float]:
+    """Test accuracy of an arm, one value a seed."""
+    return [float(row["test_accuracy"]) for row in rows[arm]]
+
+
+def summarise_claims(rows: Rows, claims: Sequence[str]) -> dict[str, Any]:
+    """All numbers by arm, and by claim what they say.
+
+    Args:
+        rows: by arm, one row a seed, all in the same order: ``test_accuracy``, ``agreement``,
+            ``mean_bits`` where there are bits.
+        claims: keys of :data:`mpkd.claim_arms.CLAIMS`.
+    """
+    arms: dict[str, Any] = {}
+    for name, found in rows.items():
+        arms[name] = {
+            "accuracy": spread(accuracies(rows, name)),
+            "agreement": spread([float(row["agreement"]) for row in found]),
+        }
+        if "mean_bits" in found[0]:
+            arms[name]["mean_bits"] = spread([float(row["mean_bits"]) for row in found])
+        if "w_bits" in found[0]:
+            arms[name]["w_bits"] = [dict(row["w_bits"]) for row in found]
+    return {"arms": arms, "claims": {name: judge(rows, CLAIMS[name]) for name in claims}}
+
+
+def judge(rows: Rows, claim: Claim) -> dict[str, Any]:
+    """The paired differences of a claim, a verdict on each, and one for the whole."""
+    pairs = {f"{pair.a} - {pair.b}": _compare(rows, pair, claim) for pair in claim.pairs}
+    verdicts = [
+        pairs[f"{pair.a} - {pair.b}"]["verdict"] for pair in claim.pairs if pair.claimed
+    ]  # fmt: skip
+    if all(verdict == "holds" for verdict in verdicts):
+        whole = "holds"
+    elif any(verdict == "holds" for verdict in verdicts):
+        whole = "holds in part"
+    elif any(verdict == "contradicted" for verdict in verdicts):
+        whole = "contradicted"
+    else:
+        whole = verdicts[0] if len(set(verdicts)) == 1 else "not shown"
+    return {
+        "says": claim.says,
+        "source": claim.source,
+        "verdict": whole,
+        "pairs": pairs,
+        "text": f"{claim.says} ({claim.source}): {whole}. "
+        + "; ".join(f"{name}: {found['text']}" for name, found in pairs.items()),
+    }
+
+
+def _compare(rows: Rows, pair: Pair, claim: Claim) -> dict[str, Any]:
+    a, b = accuracies(rows, pair.a), accuracies(rows, pair.b)
+    values = [x - y for x, y in zip(a, b, strict=True)]
+    gap = asdict(paired_difference(a, b)) if len(a) > 1 else None
+    mean = summarize(values).mean
+    found: dict[str, Any] = {"mean": mean, "values": values, "interval": gap}
+    said = f"{100 * mean:+.1f} points"
+    if gap is not None:
+        said += (
+            f" (95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, "
+            f"{gap['wins']} of {gap['n']} seeds)"
+        )
+    if claim.gap:
+        full, low = (summarize(accuracies(rows, name)).mean for name in (FP32, pair.b))
+        share = (summarize(a).mean - low) / (full - low) if full - low > SMALLEST_GAP else None
+        found |= {"gap": full - low, "closed": share}
+        said += f", gap to fp32 {100 * (full - low):.1f} points" + (
+            "" if share is None else f", of which {100 * share:.0f} % are closed"
+        )
+    found["verdict"] = _verdict(found, pair, claim)
+    found["text"] = f"{said}: {found['verdict']}" if pair.claimed else f"{said} (control)"
+    return found
+
+
+def _verdict(found: Mapping[str, Any], pair: Pair, claim: Claim) -> str:
+    """``holds`` and ``contradicted`` need an interval that lies on one side; else ``not shown``."""
+    gap = found["interval"]
+    if gap is None:
+        return "one seed only"
+    if claim.equal:
+        if -EQUAL <= gap["low"] and gap["high"] <= EQUAL:
+            return "holds"
+        outside = gap["low"] > EQUAL or gap["high"] < -EQUAL
+        return "contradicted" if outside else "not shown"
+    if claim.gap and found["closed"] is None:
+        return "no gap to close"
+    if not any(found["values"]):
+        return "no difference"
+    if gap["high"] < 0:
+        return "contradicted"
+    if gap["low"] <= 0:
+        return "not shown"
+    if found["mean"] < pair.least or (claim.gap and found["closed"] <= 0.5):
+        return "less than claimed"
+    return "holds"
+
+
+def draw_claims(folder: Path, claims: Mapping[str, Any]) -> Path:
+    """Every paired difference with its interval and its single seeds, a colour a claim."""
+    rows = [
+        (name, number, pair, found)
+        for number, (name, claim) in enumerate(claims.items())
+        for pair, found in claim["pairs"].items()
+    ]
+    figure, (axis,) = plots.new_figure(width=10.0, height=0.27 * len(rows) + 1.2)
+    for place, (name, number, _, found) in enumerate(rows):
+        colour = plots.COLOURS[number % len(plots.COLOURS)]
+        first = place == 0 or rows[place - 1][0] != name
+        points = [100 * value for value in found["values"]]
+        axis.plot(points, [place] * len(points), "|", color=colour, ms=7)
+        if found["interval"] is not None:
+            ends = [100 * found["interval"][end] for end in ("low", "high")]
+            axis.plot(ends, [place, place], "-", color=colour, lw=1)
+        axis.plot(
+            [100 * found["mean"]], [place], "o", color=colour, ms=5, label=name if first else None
+        )
+    axis.axvline(0, color="#6b6b6b", lw=0.8)
+    axis.set_xscale("symlog", linthresh=5)
+    ticks = (-50, -20, -5, -2, 0, 2, 5, 20, 50)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_yticks(range(len(rows)), [row[2] for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("difference of test accuracy in points, paired by seed; 95 % interval")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=7, loc="best")
+    return plots.save(figure, folder / "claims.png")
+
+
+def write_claims_report(folder: Path, record: Mapping[str, Any], *, line: str) -> None:
+    """``report.md`` and ``report.html``."""
+    measured, environment = record["measured"], record["environment"]
+    report = Report("mpkd: what the papers claim, tried small")
+    (report.note if record["data"]["kind"] == "built-in" else report.text)(line)
+    teacher = measured["teacher"]
+    report.text(
+        f"Seeds {', '.join(map(str, record['seeds']))} of the students; the teacher is one "
+        f"({teacher['name']}, {100 * teacher['test_accuracy']:.1f} % of the test images, "
+        f"{teacher['parameters']:,} parameters; student: {measured['student_parameters']:,}). "
+        f"Measured on {environment['gpu'] or environment['cpu']} with torch "
+        f"{environment['packages'].get('torch')}, {record['wall_seconds'] / 60:.1f} minutes. "
+        f"Command: {record['command']}"
+    )
+    report.heading("The claims")
+    report.text(
+        f"A claim holds when the 95 % interval of the difference lies above 0 (for equal ones: "
+        f"within {100 * EQUAL:.0f} points); it is contradicted when the interval lies on the "
+        "other side; in between nothing was shown, with so few seeds."
+    )
+    report.table(
+        ["claim", "source", "here"],
+        [[claim["says"], claim["source"], claim["verdict"]]
+         for claim in measured["claims"].values()],
+    )  # fmt: skip
+    report.figure(draw_claims(folder, measured["claims"]), "Every pair: a - b.")
+    for name, claim in measured["claims"].items():
+        report.heading(name)
+        report.text(f"{claim['says']} ({claim['source']}): {claim['verdict']}.")
+        report.table(
+            ["pair", "by seed, points", "difference", "verdict"],
+            [
+                [pair, ", ".join(f"{100 * value:+.1f}" for value in found["values"]),
+                 found["text"].rpartition(": ")[0] or found["text"],
+                 found["verdict"] if ": " in found["text"] else "control"]
+                for pair, found in claim["pairs"].items()
+            ],
+        )  # fmt: skip
+    report.heading("The arms: test accuracy, percent")
+    report.table(
+        ["arm", "mean", "deviation", "by seed", "agreement with the teacher", "bits a weight"],
+        [
+            [name, f"{100 * arm['accuracy']['mean']:.1f}",
+             None if arm["accuracy"]["std"] is None else f"{100 * arm['accuracy']['std']:.1f}",
+             ", ".join(f"{100 * value:.1f}" for value in arm["accuracy"]["values"]),
+             f"{100 * arm['agreement']['mean']:.1f}",
+             f"{arm['mean_bits']['mean']:.2f}" if "mean_bits" in arm else None]
+            for name, arm in measured["arms"].items()
+        ],
+    )  # fmt: skip
+    report.write(folder)

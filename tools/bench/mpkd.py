@@ -1,0 +1,262 @@
+"""A distillation step without its teacher's cost; a small network in int8 against torch.
+
+Everything is mpkd's own. One thread, timed by the CPU time of the process, interleaved.
+
+- training step: ResNet-18 with the 3 x 3 stem into ``simple_cnn``, 32 pixels, batches of 64: as it
+  would be written (torch, fp32, the teacher answers in every step) against stored answers and
+  against a teacher in OpenVINO beside a channels-last student. The losses of the first steps,
+  from the same weights and images, must be equal;
+- exported network: MobileNetV2 at 224 pixels, in torch against ONNX Runtime and OpenVINO, fp32
+  and int8, in batches of 1 and 16. It is trained before on digits, so that the share of equal
+  answers says something; one digit is repeated 7 x 7 times, for a digit has no 224 pixels.
+
+    python tools/bench/mpkd.py [--quick] [--rounds N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:1] = [str(REPOSITORY / "packages"), str(REPOSITORY / "shared"),
+                    str(REPOSITORY / "tools" / "bench")]  # fmt: skip
+
+import numpy as np
+import torch
+from _mpkd_steps import BF16, LIVE, SIDE, STORED, WRITTEN, Deployed, mobilenet, trainings
+
+from mpkd.dataset import views
+from mpkd.deploy.export import ABOUT, quiet, write_about
+from mpkd.deploy.openvino_net import convert_openvino, load_openvino
+from mpkd.inference.backends import load_classifier
+from mpkd.quant.nncf_int8 import nncf_int8
+from mpkd.quant.ort_int8 import ort_int8
+from shared_core.for_torch.export import export_onnx
+from shared_core.runs import environment, write_benchmark
+
+KD_STORED, KD_LIVE = 20.0, 2.4  # goals, as ratios
+INT8 = {1: 4.5, 16: 12.0}  # by batch size
+AGREE = 0.99  # share of images with the same class as in torch
+SAME_LOSS, CLOSE = 1e-5, 1e-4  # relative; CLOSE is of logits
+FILES = {
+    "ONNX Runtime fp32": "net.onnx", "ONNX Runtime int8": "net_int8.onnx",
+    "OpenVINO fp32": "net.xml", "OpenVINO int8": "net_int8.xml",
+}  # fmt: skip
+Rows = list[dict[str, Any]]
+
+
+def measure(
+    runs: dict[str, Callable[[], Any]], rounds: int, *, repeats: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of this process a call, by name, round by round; one round more warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            for _ in range(repeats):
+                run()
+            if number:
+                times[name].append((time.process_time() - start) / repeats)
+    return times
+
+
+def row(name: str, ours: list[float], theirs: list[float], **rest: Any) -> dict[str, Any]:
+    """One line of the table; milliseconds."""
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    sides = [round(statistics.median(side) * 1e3, 3) for side in (ours, theirs)]
+    return _line(name, *sides, ratios, unit="ms", **rest)
+
+
+def share(name: str, value: float, *, goal: float | None, equal: str) -> dict[str, Any]:
+    """One line for a share of the images, in ``[0, 1]``, beside all of them."""
+    return _line(name, round(value, 4), 1.0, [value], unit="of all", goal=goal, equal=equal)
+
+
+def _line(
+    name: str, ours: float, theirs: float, ratios: list[float], *, goal: float | None, **rest: Any
+) -> dict[str, Any]:
+    median = round(statistics.median(ratios), 3)
+    met = None if goal is None else median >= goal
+    verdict = "" if goal is None else f"  goal {goal:g}: {'met' if met else 'not met'}"
+    print(
+        f"{name:<66}{ours:>10.2f}{theirs:>10.2f}  {median:6.2f}x "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}){verdict}",
+        flush=True,
+    )
+    return {
+        "name": name, "ours": ours, "theirs": theirs, "ratio_median": median,
+        "ratio_min": round(ratios[0], 3), "ratio_max": round(ratios[-1], 3), "goal": goal,
+        "met": met, "skipped": None, **rest,
+    }  # fmt: skip
+
+
+def skipped(name: str, goal: float | None, reason: str) -> dict[str, Any]:
+    """A line that was not measured."""
+    print(f"{name:<66} skipped: {reason}", flush=True)
+    nothing = dict.fromkeys(("ours", "theirs", "ratio_median", "ratio_min", "ratio_max", "met"))
+    return {"name": name, **nothing, "goal": goal, "skipped": reason, "equal": None}
+
+
+def missing_bf16(features: list[str]) -> str | None:
+    """Why nothing is gained by bf16 on a processor with these features; None where it has it."""
+    if {"avx512_bf16", "amx_bf16"} & set(features):
+        return None
+    return "this processor has neither avx512_bf16 nor amx_bf16"
+
+
+# -- the training step ----------------------------------------------------------------------------
+
+
+def compare_steps(folder: Path, rounds: int, *, checked: int, bf16: str | None) -> Rows:
+    """Whole steps by the way they are made; ``checked`` losses of each are compared first.
+
+    Raises:
+        ValueError: a loss in fp32 differs from that of the step as it would be written.
+    """
+    engine = "openvino" if find_spec("openvino") else None
+    ways: dict[str, dict[str, Any]] = {"as written": WRITTEN, "stored": STORED}
+    if engine:
+        ways["live"] = LIVE
+    if bf16 is None:
+        ways["stored bf16"] = STORED | BF16
+        ways |= {"live bf16": LIVE | BF16} if engine else {}
+    made = trainings(folder, ways, count=checked)
+    losses = {name: [one.step() for _ in range(checked)] for name, one in made.items()}
+    equal: dict[str, str] = {}
+    for name, found in losses.items():
+        pairs = zip(found, losses["as written"], strict=True)
+        worst = max(abs(a - b) / abs(b) for a, b in pairs)
+        equal[name] = f"losses of the first {checked} steps within {worst:.0e}"
+        if "bf16" not in name and worst > SAME_LOSS:
+            raise ValueError(f"{name}: a loss differs by {worst:.1e} relative: {losses}")
+    times = measure({name: one.step for name, one in made.items()}, rounds)
+    rows: Rows = []
+
+    def add(name: str, way: str, goal: float | None, reason: str | None) -> None:
+        name = f"distillation step: {name} against torch fp32, live"
+        if way in times:
+            rows.append(row(name, times[way], times["as written"], goal=goal, equal=equal[way]))
+        else:
+            rows.append(skipped(name, goal, reason or "openvino is not installed"))
+
+    add("stored answers, fp32", "stored", KD_STORED, None)
+    if bf16 is None:
+        add("stored answers, bf16", "stored bf16", None, None)
+    add("live OpenVINO teacher, bf16", "live bf16", KD_LIVE, bf16)
+    if bf16 is not None or not engine:
+        add("live OpenVINO teacher, fp32", "live", None, None)
+    return rows
+
+
+# -- the exported network -------------------------------------------------------------------------
+
+
+def export(made: Deployed, folder: Path) -> dict[str, str]:
+    """Write every file whose packages are here; the reason by name for what is not written."""
+    left: dict[str, str] = {}
+    facts = {"class_names": [str(n) for n in range(10)], "input_size": [3, SIDE, SIDE],
+             "mean": views.MEAN, "std": views.STD, "split_hash": ""}  # fmt: skip
+    write_about(folder / ABOUT, facts)
+    needs = {"ONNX Runtime": ("onnx", "onnxscript", "onnxruntime"), "OpenVINO": ("openvino",)}
+    for name in FILES:
+        wanted = needs[name.rpartition(" ")[0]] + (("nncf",) if name == "OpenVINO int8" else ())
+        absent = [package for package in wanted if find_spec(package) is None]
+        if absent:
+            left[name] = f"{absent[0]} is not installed"
+    at = {name: folder / file for name, file in FILES.items()}
+    with quiet():
+        if "ONNX Runtime fp32" not in left:
+            export_onnx(made.net, at["ONNX Runtime fp32"], input_size=(3, SIDE, SIDE))
+            images = made.calibration.numpy()
+            ort_int8(at["ONNX Runtime fp32"], at["ONNX Runtime int8"], images)
+        if "OpenVINO fp32" not in left:
+            model = convert_openvino(made.net, SIDE)
+            load_openvino().save_model(model, str(at["OpenVINO fp32"]), compress_to_fp16=False)
+        if "OpenVINO int8" not in left:
+            nncf_int8(made.net, at["OpenVINO int8"], made.calibration)
+    return left
+
+
+def compare_exported(made: Deployed, folder: Path, batches: tuple[int, ...], rounds: int) -> Rows:
+    """Answers, then times, of every file against the network in torch.
+
+    Raises:
+        ValueError: logits in fp32 differ.
+    """
+    left = export(made, folder)
+    networks = {n: load_classifier(folder / f).logits for n, f in FILES.items() if n not in left}
+
+    @torch.no_grad()
+    def eager(images: np.ndarray) -> np.ndarray:
+        return made.net(torch.from_numpy(images)).numpy()
+
+    data = made.images.numpy()
+
+    def answers(network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return np.concatenate([network(data[n : n + 16]) for n in range(0, len(data), 16)])
+
+    expected = answers(eager)
+    equal, rows = {}, []
+    for name, network in networks.items():
+        found = answers(network)
+        worst = float(np.abs(found - expected).max() / np.abs(expected).max())
+        same = float((found.argmax(1) == expected.argmax(1)).mean())
+        right = float((found.argmax(1) == made.labels).mean())
+        equal[name] = f"logits within {worst:.0e}"
+        if name.endswith("int8"):
+            equal[name] = f"same class {same:.4f} of {len(data)} images, logits within {worst:.2f}"
+            detail = f"right {right:.4f}, torch {(expected.argmax(1) == made.labels).mean():.4f}"
+            line = f"MobileNetV2: {name}, images of the same class as in torch"
+            rows.append(share(line, same, goal=AGREE, equal=f"{len(data)} held-out; {detail}"))
+        elif worst > CLOSE:
+            raise ValueError(f"{name}: logits differ by {worst:.1e} relative")
+    for size in batches:
+        part = np.ascontiguousarray(data[:size])
+        runs = {n: partial(f, part) for n, f in {"torch": eager, **networks}.items()}
+        times = measure(runs, rounds, repeats=3 if size == 1 else 1)
+        for name in FILES:
+            line = f"MobileNetV2, batch {size}: {name} against torch"
+            goal = INT8[size] if name.endswith("int8") else None
+            if name in networks:
+                rows.append(row(line, times[name], times["torch"], goal=goal, equal=equal[name]))
+            else:
+                rows.append(skipped(line, goal, left[name]))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 whether goals are met or not, for the machine decides that, too."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="less training, fewer rounds")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 7; quick 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    options = parser.parse_args(argv)
+    quick = options.quick
+    rounds = options.rounds or (2 if quick else 7)
+    torch.set_num_threads(1)
+    bf16 = missing_bf16(environment()["cpu_features"])
+    with tempfile.TemporaryDirectory(prefix="bench-mpkd-") as place:
+        folder = Path(place)
+        rows = compare_steps(folder / "steps", rounds, checked=2 if quick else 4, bf16=bf16)
+        made = mobilenet(
+            epochs=1 if quick else 6, held_out=32 if quick else 200,
+            calibration=16 if quick else 32, say=partial(print, flush=True),
+        )  # fmt: skip
+        rows += compare_exported(made, folder, (1,) if quick else (1, 16), rounds)
+    if options.json:
+        write_benchmark(options.json, topic="mpkd", rows=rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
