@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def computes_bf16(device: torch.device) -> bool:
     """Whether the hardware computes bf16 itself; where it does not, bf16 is emulated, slowly."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & set(environment()["cpu_features"]))
 
 
