@@ -117,9 +117,7 @@ def _open(
         The number of threads, the model to start from, the configuration, and where the images
         lay when the run began (None: built-in ones, or a new run).
     """
-    if args.fresh and args.output.is_dir():
-        with RunLock(args.output):
-            pass  # nobody works in it
+    if args.fresh:
         remove_run(args.output, keys=RUN_KEYS)
     config_file = args.output / CONFIG_FILE
     exists = config_file.exists()

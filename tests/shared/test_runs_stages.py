@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
 from shared_core.for_torch.run_state import Best, StageState
-from shared_core.runs import RunFolder, StageLog, UsageError, read_metrics
+from shared_core.runs import RunFolder, RunLock, StageLog, UsageError, read_metrics
 from shared_core.runs.folder import remove_run
 
 
@@ -82,3 +83,14 @@ def test_only_a_run_of_this_command_is_removed(tmp_path):
     with pytest.raises(UsageError, match="nothing deleted"):
         remove_run(photos, keys=())
     assert (photos / "a.jpg").exists()
+
+
+def test_a_run_that_works_is_not_deleted(tmp_path):
+    run = tmp_path / "run"
+    RunFolder.create(run, {"scale": "short"})
+    (run / "weights").write_text("hours")
+    with RunLock(run), pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        remove_run(run, keys=("scale",))
+    assert (run / "weights").exists()
+    remove_run(run, keys=("scale",))
+    assert not run.exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 from shared_core.checkpoints.atomic import atomic_write
 from shared_core.runs.command import UsageError
+from shared_core.runs.lock import RunLock
 
 CONFIG_FILE = "config.json"
 
@@ -79,6 +80,7 @@ def remove_run(path: str | Path, *, keys: Collection[str]) -> None:
 
     Raises:
         UsageError: the folder holds something else.
+        ValueError: another process works in it.
     """
     folder = Path(path)
     if not folder.exists():
@@ -87,7 +89,8 @@ def remove_run(path: str | Path, *, keys: Collection[str]) -> None:
         raise UsageError(
             f"--fresh: {folder} holds no run, expected one to replace; nothing deleted"
         )
-    shutil.rmtree(folder)
+    with RunLock(folder):
+        shutil.rmtree(folder)
 
 
 def _is_run(folder: Path, keys: Collection[str]) -> bool:
