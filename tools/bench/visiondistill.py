@@ -16,10 +16,8 @@ is not a measure of accuracy). One thread, timed by the CPU time of the process,
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -28,10 +26,12 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[:1] = [str(REPOSITORY / "packages"), str(REPOSITORY / "shared")]
+    sys.path[:1] = [str(REPOSITORY / "packages"), str(REPOSITORY / "shared"),
+                    str(REPOSITORY / "tools" / "bench")]  # fmt: skip
 
 import numpy as np
 import paddle
+from _rows import measure, row, skipped
 
 from shared_core.for_paddle.export import export_inference, export_onnx
 from shared_core.for_paddle.losses import cross_entropy, kd_kl
@@ -69,54 +69,6 @@ def settled_student(**options: Any) -> paddle.nn.Layer:
         norm._momentum = momentum
     net.eval()
     return net
-
-
-def measure(
-    runs: dict[str, Callable[[], Any]], rounds: int, *, repeats: int = 1
-) -> dict[str, list[float]]:
-    """CPU seconds of this process a call, by name, round by round; one round more warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            for _ in range(repeats):
-                run()
-            if number:
-                times[name].append((time.process_time() - start) / repeats)
-    return times
-
-
-def row(name: str, ours: list[float], theirs: list[float], **rest: Any) -> dict[str, Any]:
-    """One line of the table; milliseconds."""
-    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    median, goal = round(statistics.median(ratios), 3), rest.pop("goal")
-    result = {
-        "name": name,
-        "ours": round(statistics.median(ours) * 1e3, 3),
-        "theirs": round(statistics.median(theirs) * 1e3, 3),
-        "unit": "ms",
-        "ratio_median": median,
-        "ratio_min": round(ratios[0], 3),
-        "ratio_max": round(ratios[-1], 3),
-        "goal": goal,
-        "met": None if goal is None else median >= goal,
-        "skipped": None,
-        **rest,
-    }
-    verdict = "" if goal is None else f"  goal {goal:g}: {'met' if result['met'] else 'not met'}"
-    print(
-        f"{name:<58}{result['ours']:>10.2f}{result['theirs']:>10.2f} ms  {median:6.2f}x "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}){verdict}",
-        flush=True,
-    )
-    return result
-
-
-def skipped(name: str, goal: float | None, reason: str) -> dict[str, Any]:
-    """A line that was not measured."""
-    print(f"{name:<58} skipped: {reason}", flush=True)
-    nothing = dict.fromkeys(("ours", "theirs", "ratio_median", "ratio_min", "ratio_max", "met"))
-    return {"name": name, **nothing, "goal": goal, "skipped": reason, "equal": None}
 
 
 def difference(network: Network, expected: np.ndarray, data: np.ndarray) -> float:
