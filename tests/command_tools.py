@@ -40,6 +40,15 @@ for line in sys.stdin:
 """
 
 
+def without(words: Sequence[str], *flags: str) -> list[str]:
+    """``words`` less these flags and the value behind each."""
+    left = list(words)
+    for flag in flags:
+        at = left.index(flag)
+        del left[at : at + 2]
+    return left
+
+
 @dataclass
 class Done:
     """A command that ended."""

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from gfnet_dynn.options import BUILTIN, SETS, STUDENT, build_parser
+from gfnet_dynn.options import BUILTIN, LEARNING, NETWORK, SETS, STUDENT, build_parser
 from gfnet_dynn.recipes import RECIPES
 from shared_core import datasets
 from shared_core.datasets.randaugment import RandAugment
@@ -98,7 +98,13 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
             f"--patch-size {args.patch_size}"
         )
     _check_exits(args)
+    own_parts = (
+        "split_ratio" in given
+        and args.data_path is not None
+        and datasets.scan(args.data_path).layout == "split"
+    )
     for without, names, reason in (
+        (own_parts, ("split_ratio",), f"{args.data_path} is split into folders already"),
         (args.data_path is not None, BUILTIN, f"the images of {args.data_path} are used"),
         (args.aa != "none", ("color_jitter",), f"as in timm, --aa {args.aa} takes its place"),
         (args.no_distil, STUDENT, "--no-distil leaves the student out"),
@@ -108,14 +114,16 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         (not args.reprob, ("remode", "recount"), "--reprob is 0"),
         (not args.early_exit_warmup, ("patience",), "--early_exit_warmup is false"),
         (args.gate == "identity", ("gate_lr",), "--gate identity has nothing to learn"),
+        (args.phase2 == "joint", ("bilevel_batch_count",), "--phase2 joint takes no turns"),
         (
             not args.deep_supervision,
             ("deep_kd", "deep_temperature"),
             "--deep-supervision is 0",
         ),
+        (args.checkpoint is not None, NETWORK, "the network is that of --checkpoint-path"),
         (
-            args.checkpoint is not None,
-            ("deep_supervision",),
+            args.checkpoint is not None and not args.eval,
+            LEARNING,
             "--checkpoint-path leaves no network below the exits to train",
         ),
     ):

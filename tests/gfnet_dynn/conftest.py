@@ -14,16 +14,19 @@ import pytest
 from command_tools import Done, Server, run_main
 
 # Three classes, 16 pixels, four blocks: every stage in a few seconds.
-SIZES = (
+EXITS = (
     *("--scale", "rehearsal", "--builtin-classes", "3", "--builtin-images", "40"),
-    *("--input-size", "16", "--patch-size", "4", "--depth", "4", "--exits", "0,1,2"),
-    *("--backbone-dim", "16", "--student-dim", "12", "--backbone-epochs", "2"),
-    *("--student-epochs", "2", "--num_epoch", "4", "--max_warmup_epoch", "2"),
-    *("--finetune-batch", "16", "--batch", "16", "--bilevel_batch_count", "2"),
-    *("--num_workers", "1", "--device", "cpu"),
+    *("--input-size", "16", "--exits", "0,1,2", "--num_epoch", "4", "--max_warmup_epoch", "2"),
+    *("--batch", "16", "--bilevel_batch_count", "2", "--num_workers", "1", "--device", "cpu"),
 )
+NETWORKS = (
+    *("--patch-size", "4", "--depth", "4", "--backbone-dim", "16", "--student-dim", "12"),
+    *("--backbone-epochs", "2", "--student-epochs", "2", "--finetune-batch", "16"),
+)
+SIZES = (*EXITS, *NETWORKS)
 # One thread: runs in this process and in forked ones must round alike.
-TINY = (*SIZES, "--use_mlflow", "false", "--threads", "1")
+ALONE = ("--use_mlflow", "false", "--threads", "1")
+TINY = (*SIZES, *ALONE)
 
 SETUP = """
 import matplotlib.backends.backend_agg, matplotlib.figure, sklearn.linear_model
@@ -53,6 +56,16 @@ def tiny() -> Callable[..., list[str]]:
 
     def words(output: Path, *more: str) -> list[str]:
         return [*TINY, "--output", str(output), *more]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def tiny_on_file() -> Callable[..., list[str]]:
+    """The same on a model file: without the words that the file stands for."""
+
+    def words(output: Path, *more: str) -> list[str]:
+        return [*EXITS, *ALONE, "--output", str(output), *more]
 
     return words
 

@@ -11,7 +11,7 @@ import pytest
 
 import gfnet_dynn
 from gfnet_dynn.config import parse
-from gfnet_dynn.options import REFUSED, build_parser
+from gfnet_dynn.options import LEARNING, NETWORK, REFUSED, build_parser
 from gfnet_dynn.recipes import RECIPES
 from shared_core import datasets
 from shared_core.runs import UsageError
@@ -197,12 +197,41 @@ def test_output_is_named_after_set_and_scale(tmp_path):
         ("--reprob", "0", "--recount", "2"),
         ("--early_exit_warmup", "false", "--patience", "3"),
         ("--gate", "identity", "--gate-lr", "0.1"),
+        ("--phase2", "joint", "--bilevel_batch_count", "5"),
     ],
     ids=" ".join,
 )
 def test_flag_that_would_be_ignored_is_refused(words):
     with pytest.raises(UsageError, match="would have no effect"):
         parsed("--scale", "rehearsal", *words)
+
+
+@pytest.mark.parametrize("flag", [*NETWORK, *LEARNING])
+def test_what_a_model_file_stands_for_is_refused_beside_it(tmp_path, flag):
+    (tmp_path / "model.pth").write_text("")
+    value = "gfnet-s" if flag.endswith("_arch") else "3"
+    value = {"ema": "0.5", "smoothing": "0.5", "drop_path": "0.5", "depth": "11"}.get(flag, value)
+    more = ("--deep-supervision", "1") if flag in ("deep_kd", "deep_temperature") else ()
+    words = ("--scale", "rehearsal", f"--{flag.replace('_', '-')}", value, *more)
+    assert str(getattr(parsed(*words), flag)).removesuffix(".0") == value
+    file = ("--checkpoint-path", tmp_path / "model.pth")
+    with pytest.raises(UsageError, match="would have no effect"):
+        parsed(*words, *file)
+    if flag in NETWORK:
+        with pytest.raises(UsageError, match="would have no effect"):
+            parsed(*words, *file, "--eval")
+    else:  # words of the run that made the file
+        parsed(*words, *file, "--eval")
+
+
+def test_the_share_of_a_set_with_parts_of_its_own_is_refused(tmp_path, folder_of_images):
+    for part in ("train", "test"):
+        folder_of_images(tmp_path / "parts" / part, images=1)
+    folder_of_images(tmp_path / "whole", images=1)
+    words = ("--scale", "rehearsal", "--split_ratio", "0.5", "--data-path")
+    assert parsed(*words, tmp_path / "whole").split_ratio == 0.5
+    with pytest.raises(UsageError, match="--split-ratio would have no effect: .* split into"):
+        parsed(*words, tmp_path / "parts")
 
 
 def test_checks_do_not_touch_what_recipes_set(tmp_path):

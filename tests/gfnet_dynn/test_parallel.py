@@ -81,11 +81,12 @@ def test_two_processes_learn_what_one_does(both):
 
 
 @pytest.mark.slow
-def test_evaluation_is_that_of_the_whole_split(both, tiny, command, no_figures):
+def test_evaluation_is_that_of_the_whole_split(both, tiny_on_file, command, no_figures):
     _, shared, done = both
     record = read_result(shared / "result.json")
     student = record["measured"]["student"]["accuracy"]
-    again = command(*tiny(shared.parent / "x", "--eval", "--checkpoint-path", str(best(shared))))
+    words = ("--eval", "--checkpoint-path", str(best(shared)))
+    again = command(*tiny_on_file(shared.parent / "x", *words))
     assert again.code == 0
     alone = read_result(shared.parent / "x/result.json")["measured"]["exits"]
     assert alone["final_accuracy"] == record["measured"]["exits"]["final_accuracy"] == student

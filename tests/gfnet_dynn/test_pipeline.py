@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from command_tools import without
 from gfnet_dynn.exit_evaluation import ExitLogits
 from gfnet_dynn.model_files import load_model
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
@@ -24,6 +25,7 @@ from shared_core.datasets.loader import BatchLoader
 from shared_core.runs import read_metrics, read_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BUILTIN = ("--builtin-classes", "--builtin-images")
 FIGURES = (
     *("accuracy-cost", "accuracy-time", "exit-rates", "reliability", "samples-per-exit"),
     "training",
@@ -234,10 +236,12 @@ def test_eval_alone_changes_no_number(
     assert digests(folder) == files and (folder / "metrics.jsonl").read_bytes() == log
 
 
-def test_eval_of_a_named_model_in_another_folder(tmp_path, finished, tiny, command, without_times):
+def test_eval_of_a_named_model_in_another_folder(
+    tmp_path, finished, tiny_on_file, command, without_times
+):
     folder, _ = finished
     best = next((folder / "checkpoint/best").glob("*.pth"))
-    done = command(*tiny(tmp_path / "eval", "--eval", "--checkpoint-path", str(best)))
+    done = command(*tiny_on_file(tmp_path / "eval", "--eval", "--checkpoint-path", str(best)))
     assert done.code == 0, done.err
     mine = read_result(tmp_path / "eval/result.json")["measured"]
     theirs = read_result(folder / "result.json")["measured"]
@@ -245,11 +249,11 @@ def test_eval_of_a_named_model_in_another_folder(tmp_path, finished, tiny, comma
     assert without_times(mine["exits"]) == without_times(theirs["exits"])
 
 
-def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command, no_figures):
+def test_exits_on_a_named_backbone(tmp_path, finished, tiny_on_file, command, no_figures):
     """--checkpoint-path gives exits to a model; its own weights stay."""
     folder, _ = finished
     source = folder / "checkpoint/backbone_built-in-scenes.pth"
-    words = tiny(tmp_path / "run", "--checkpoint-path", str(source))
+    words = tiny_on_file(tmp_path / "run", "--checkpoint-path", str(source))
     done = command(*words)
     assert done.code == 0, done.err
     assert "--- backbone" not in done.out and "--- distil" not in done.out
@@ -259,7 +263,7 @@ def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command, no_figures
     for name, value in given.items():
         assert torch.equal(built[f"backbone.{name}"], value)
     # Gone on with, the run remembers where it started from.
-    again = command(*tiny(tmp_path / "run", "--resume"))
+    again = command(*tiny_on_file(tmp_path / "run", "--resume"))
     assert again.code == 0 and "--- backbone" not in again.out
 
 
@@ -276,11 +280,10 @@ def test_exits_on_a_named_backbone(tmp_path, finished, tiny, command, no_figures
 )
 def test_variants_run_to_the_end(tmp_path, tiny, command, no_figures, words):
     base = tiny(tmp_path / "run")
-    if "--no-distil" in words:  # the recipe of the tiny run names the student's size
-        at = base.index("--student-dim")
-        del base[at : at + 2]
-        at = base.index("--student-epochs")
-        del base[at : at + 2]
+    if "--no-distil" in words:  # the words of the tiny run name the student's size
+        base = without(base, "--student-dim", "--student-epochs")
+    if "joint" in words:
+        base = without(base, "--bilevel_batch_count")
     done = command(*base, *words)
     assert done.code == 0, done.err
     measured = read_result(tmp_path / "run/result.json")["measured"]
@@ -309,20 +312,13 @@ def test_script_from_another_folder_with_an_odd_path(tmp_path, tiny):
 def test_folder_of_images_with_odd_names(tmp_path, tiny, command, folder_of_images):
     """Names with spaces, other scripts and dollars, in the folder and in its classes."""
     root = folder_of_images(tmp_path / "meine Bilder é", ("straße $x^", "b c", "森林"))
-    done = command(*_without_builtin(tiny(tmp_path / "run ü")), "--data-path", root)
+    done = command(*without(tiny(tmp_path / "run ü"), *BUILTIN), "--data-path", root)
     assert done.code == 0, done.err
     record = read_result(tmp_path / "run ü/result.json")
     assert record["data"]["kind"] == "real" and record["data"]["name"] == "meine Bilder é"
     assert "REHEARSAL" not in done.out
     assert list((tmp_path / "run ü/checkpoint/best").glob("ckpt_meine-Bilder-é_*.pth"))
     assert record["measured"]["floor"]["plain"] == 1.0  # the colour tells all
-
-
-def _without_builtin(words: list[str]) -> list[str]:
-    for flag in ("--builtin-classes", "--builtin-images"):
-        at = words.index(flag)
-        del words[at : at + 2]
-    return words
 
 
 EXIT_FLAGS = (
@@ -348,15 +344,24 @@ def trace(folder: Path) -> tuple[bytes, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory, finished, tiny, command) -> dict[str, tuple]:
-    """For each stage: its words, and what it leaves without further flags."""
+def bases(tmp_path_factory, finished, tiny, tiny_on_file, command) -> dict[str, tuple]:
+    """For each stage: what makes its words, and what it leaves without further flags."""
     student = str(finished[0] / "checkpoint/student_built-in-scenes.pth")
+
+    def exits(folder: Path, *more: str) -> list[str]:
+        words = tiny_on_file(folder, "--stage", "exits", "--checkpoint-path", student)
+        if "joint" in more:
+            words = without(words, "--bilevel_batch_count")
+        return [*words, *more]
+
+    def backbone(folder: Path, *more: str) -> list[str]:
+        return tiny(folder, "--stage", "backbone", *more)
+
     found = {}
-    for stage, more in (("exits", ("--checkpoint-path", student)), ("backbone", ())):
-        folder = tmp_path_factory.mktemp(stage) / "run"
-        words = ["--stage", stage, *more]
-        assert command(*tiny(folder, *words)).code == 0
-        found[stage] = (words, trace(folder))
+    for make in (exits, backbone):
+        folder = tmp_path_factory.mktemp(make.__name__) / "run"
+        assert command(*make(folder)).code == 0
+        found[make.__name__] = (make, trace(folder))
     return found
 
 
@@ -364,7 +369,7 @@ def bases(tmp_path_factory, finished, tiny, command) -> dict[str, tuple]:
     ("stage", "flag"),
     [*(("exits", flag) for flag in EXIT_FLAGS), *(("backbone", flag) for flag in BACKBONE_FLAGS)],
 )
-def test_every_flag_changes_the_training(tmp_path, tiny, command, monkeypatch, bases, stage, flag):
+def test_every_flag_changes_the_training(tmp_path, command, monkeypatch, bases, stage, flag):
     from gfnet_dynn import pipeline
 
     nothing = {"plain": 0.0, "engineered": 0.0}
@@ -373,18 +378,18 @@ def test_every_flag_changes_the_training(tmp_path, tiny, command, monkeypatch, b
     more = flag.split()
     if flag == "--barely_train":  # it shows where an epoch has more than 21 batches: 97 images
         more = [*more, "--batch", "4"]
-        plain = command(*tiny(tmp_path / "plain", *words, "--batch", "4"))
+        plain = command(*words(tmp_path / "plain", "--batch", "4"))
         assert plain.code == 0
         base = trace(tmp_path / "plain")
-    done = command(*tiny(tmp_path / "run", *words, *more))
+    done = command(*words(tmp_path / "run", *more))
     assert done.code == 0, done.err
     found = trace(tmp_path / "run")
     assert all(found) and found != base
 
 
-def test_same_flags_and_another_number_of_threads_change_nothing(tmp_path, tiny, command, bases):
+def test_same_flags_and_another_number_of_threads_change_nothing(tmp_path, command, bases):
     words, base = bases["backbone"]
-    done = command(*tiny(tmp_path / "run", *words, "--num_workers", "0"))
+    done = command(*words(tmp_path / "run", "--num_workers", "0"))
     assert done.code == 0
     assert trace(tmp_path / "run") == base
 

@@ -10,16 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_tools import without
 from shared_core.runs import read_result
 
 
 def words_for_folder(tiny, output: Path, *more: str) -> list[str]:
     """A tiny run on images of a folder."""
-    words = tiny(output, *more)
-    for flag in ("--builtin-classes", "--builtin-images"):
-        at = words.index(flag)
-        del words[at : at + 2]
-    return words
+    return without(tiny(output, *more), "--builtin-classes", "--builtin-images")
 
 
 def one_line(done, code: int) -> str:
@@ -192,7 +189,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("kind", ["hostile", "pickle", "garbage", "empty", "truncated"])
-def test_hostile_and_damaged_checkpoints(tmp_path, tiny, command, finished, kind):
+def test_hostile_and_damaged_checkpoints(tmp_path, tiny_on_file, command, finished, kind):
     folder, trap, path = finished[0], tmp_path / "trap", tmp_path / "model.pth"
     student = (folder / "checkpoint/student_built-in-scenes.pth").read_bytes()
     if kind == "hostile":
@@ -206,27 +203,31 @@ def test_hostile_and_damaged_checkpoints(tmp_path, tiny, command, finished, kind
         (("--checkpoint-path",), ("--eval", "--checkpoint-path"), ("--pretrained",))
     ):
         run = tmp_path / f"run{number}"
-        assert str(path) in only_line(command(*tiny(run, *words, str(path))))
+        assert str(path) in only_line(command(*tiny_on_file(run, *words, str(path))))
         assert not trap.exists()
 
 
 def test_checkpoint_of_other_kind_classes_or_size(
-    tmp_path, tiny, command, finished, folder_of_images
+    tmp_path, tiny_on_file, command, finished, folder_of_images
 ):
     folder, _ = finished
     best = str(next((folder / "checkpoint/best").glob("*.pth")))
     student = str(folder / "checkpoint/student_built-in-scenes.pth")
-    assert "GFNet" in only_line(command(*tiny(tmp_path / "1", "--checkpoint-path", best)))
-    assert "GFNet" in only_line(command(*tiny(tmp_path / "2", "--eval", "--resume", student)))
-    size = command(*tiny(tmp_path / "3", "--checkpoint-path", student, "--input-size", "20"))
+    assert "GFNet" in only_line(command(*tiny_on_file(tmp_path / "1", "--checkpoint-path", best)))
+    assert "GFNet" in only_line(
+        command(*tiny_on_file(tmp_path / "2", "--eval", "--resume", student))
+    )
+    size = command(
+        *tiny_on_file(tmp_path / "3", "--checkpoint-path", student, "--input-size", "20")
+    )
     assert "takes images of 16 pixels" in only_line(size)
-    size = command(*tiny(tmp_path / "4", "--eval", "--resume", best, "--input-size", "20"))
+    size = command(*tiny_on_file(tmp_path / "4", "--eval", "--resume", best, "--input-size", "20"))
     assert "16" in only_line(size)
     root = folder_of_images(tmp_path / "set", ("x", "y"))
     for number, words in enumerate(
         (("--checkpoint-path", student), ("--eval", "--checkpoint-path", best))
     ):
-        words = words_for_folder(tiny, tmp_path / f"5{number}", *words)
+        words = words_for_folder(tiny_on_file, tmp_path / f"5{number}", *words)
         assert "classes" in only_line(command(*words, "--data-path", root))
 
 

@@ -119,12 +119,12 @@ def test_record_names_the_model_and_every_exit(finished):
         assert text in done.out
 
 
-def test_a_model_of_another_split_warns(tiny, command, finished, tmp_path, no_figures):
+def test_a_model_of_another_split_warns(tiny_on_file, command, finished, tmp_path, no_figures):
     best = next((finished[0] / "checkpoint/best").glob("*.pth"))
-    same = command(*tiny(tmp_path / "same", "--eval", "--checkpoint-path", str(best)))
+    same = command(*tiny_on_file(tmp_path / "same", "--eval", "--checkpoint-path", str(best)))
     assert same.code == 0 and "warning" not in same.err
     words = ("--eval", "--checkpoint-path", str(best), "--split-seed", "1")
-    other = command(*tiny(tmp_path / "other", *words))
+    other = command(*tiny_on_file(tmp_path / "other", *words))
     assert other.code == 0 and other.err.startswith(f"warning: {best} was trained on split")
     model = read_result(tmp_path / "other/result.json")["measured"]["exits"]["model"]
     assert model["split_of_model"] == load_model(best)[1]["split_hash"]
