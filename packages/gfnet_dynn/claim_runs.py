@@ -36,6 +36,7 @@ from gfnet_dynn.exit_stage import train_exits
 from gfnet_dynn.model_files import choose_device, choose_precision, load_model
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
 from gfnet_dynn.models.op_counter import model_macs
+from gfnet_dynn.replay import Replay
 from gfnet_dynn.run_log import RunLog
 from gfnet_dynn.stages import Run, distil_student, pairs
 from gfnet_dynn.threshold_helper import calibrated_policy, solve_for_cost
@@ -152,12 +153,13 @@ def run_claims(argv: Sequence[str] | None) -> int:
         rows: dict[str, list[dict[str, Any]]] = {}
         for seed in args.seeds:  # all settings of a seed, then the next: a stop leaves whole seeds
             known: dict[str, dict[str, Any]] = {}
+            replays: dict[str, Replay | None] = {}
             for setting in settings:
                 alike = same_as(setting, config)
                 if alike not in known:  # one of them may lie there, from a command with less
                     equal = [one for one in settings if same_as(one, config) == alike]
                     done = (one for one in equal if cell_file(args.output, one, seed).is_file())
-                    known[alike] = run_cell(args, config, next(done, setting), seed)
+                    known[alike] = run_cell(args, config, next(done, setting), seed, replays)
                 row = known[alike]
                 rows.setdefault(setting.name, []).append(row)
         measured = summarise_claims(rows, seeds=args.seeds)
@@ -204,9 +206,17 @@ def cell_file(output: Path, setting: Setting, seed: int) -> Path:
 
 
 def run_cell(
-    args: argparse.Namespace, config: dict[str, Any], setting: Setting, seed: int
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    setting: Setting,
+    seed: int,
+    replays: dict[str, Replay | None],
 ) -> dict[str, Any]:
-    """One setting with one seed: from its file when it is there, else trained and measured."""
+    """One setting with one seed: from its file when it is there, else trained and measured.
+
+    Args:
+        replays: what the seed's students said so far, by the hash of their files; added to.
+    """
     file = cell_file(args.output, setting, seed)
     place = file.parent
     if file.is_file():
@@ -221,7 +231,7 @@ def run_cell(
         row: dict[str, Any] = {"student": measure_student(run)}
     else:
         if run.log.done("exits") is None:
-            train_exits(run)
+            train_exits(run, _replay(run, config, settings_of(args, config), replays))
         row = measure_exits(run)
     row |= {
         "setting": setting.name,
@@ -233,6 +243,28 @@ def run_cell(
     text = json.dumps(row, indent=2, allow_nan=False) + "\n"
     atomic_write(file, lambda path: path.write_text(text, encoding="utf-8"))
     return row
+
+
+def _replay(
+    run: Run,
+    config: dict[str, Any],
+    settings: Sequence[Setting],
+    replays: dict[str, Replay | None],
+) -> Replay | None:
+    """What the cell's student said in other cells of the seed; None where it learns with the exits
+    or would say too much."""
+    if run.args.phase2 != "exits":
+        return None
+    student, facts = load_model(run.file("student"))
+    if facts["sha256"] not in replays:
+        lists = [one.changes.get("exits", config["exits"]) for one in settings]
+        every = tuple(range(student.depth - 1))
+        blocks = sorted({block for exits in lists for block in exits or every})
+        seen = len(run.data.image_set("train")) * run.args.num_epoch
+        seen += len(run.data.image_set("calibration"))
+        fits = Replay.fits(seen, len(blocks), student.embed_dim)
+        replays[facts["sha256"]] = Replay(blocks, network=facts["sha256"]) if fits else None
+    return replays[facts["sha256"]]
 
 
 def _cell_run(

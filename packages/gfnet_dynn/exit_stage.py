@@ -24,6 +24,7 @@ from gfnet_dynn.our_train_helper import (
     warm_up_epoch,
 )
 from gfnet_dynn.parallel import SharedState, average_gradients, gather_outputs
+from gfnet_dynn.replay import Replay
 from gfnet_dynn.stages import Run, pairs
 from gfnet_dynn.warmup import WarmUp, warmup_folder
 from shared_core.for_torch.precision import Precision
@@ -37,11 +38,14 @@ def confidence_folder(run: Run) -> Path:
     return run.folder / "checkpoint" / name
 
 
-def train_exits(run: Run) -> dict[str, Any]:
+def train_exits(run: Run, replay: Replay | None = None) -> dict[str, Any]:
     """Stage 3: heads warm up one by one, then gates and heads (or the backbone) take turns.
 
     The best model by gated accuracy on the calibration split, under the policy that will be
     deployed, goes to ``checkpoint/best/`` as well.
+
+    Args:
+        replay: embeddings of a backbone that stays frozen, to take and to add to; one seed's.
     """
     args, data = run.args, run.data
     run.seed("exits")
@@ -115,6 +119,10 @@ def train_exits(run: Run) -> dict[str, Any]:
         calibration = eval_loader(data, "calibration", args, device=run.device, **run.share)
         batches = pairs(loader, f"exits epoch {epoch + 1}/{args.num_epoch}")
         checked = pairs(calibration, "calibration split")
+        if replay is not None:
+            network = {"network": facts["sha256"], "precision": training.precision}
+            batches = replay.batches(epoch, batches, model, **network)
+            checked = replay.batches("calibration", checked, model, **network)
         in_warm_up = not warm_up.done
         if in_warm_up:
             trained, found = warm_up_epoch(

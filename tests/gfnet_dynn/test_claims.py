@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from gfnet_dynn.claim_report import summarise_claims
+from gfnet_dynn.model_files import load_model
 from shared_core.runs import read_result, run_command
 
 
@@ -92,6 +95,24 @@ def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
 
 
 @pytest.mark.slow
+def test_a_replayed_cell_is_the_one_that_is_trained_on_images(tried, capture):
+    """all-exits came last, on embeddings that another cell had recorded; alone it sees images."""
+    folder, words, _ = tried
+    place = folder / "seed1" / "all-exits"
+
+    def left() -> tuple[bytes, dict]:
+        (model,) = (place / "checkpoint/best").glob("*.pth")
+        return (place / "metrics.jsonl").read_bytes(), load_model(model)[0].state_dict()
+
+    log, weights = left()
+    shutil.rmtree(place)
+    assert capture(*words)[0] == 0
+    again, found = left()
+    assert again == log
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+@pytest.mark.slow
 def test_distilled_against_scratch_and_own_students(finished, capture, tmp_path):
     words = (finished[0], tmp_path / "out", "--what", "distil", "exits", "--vary", "student")
     code, out, err = capture(*words, "--seeds", 3, 4)
@@ -167,7 +188,9 @@ def test_equal_settings_are_run_once_whatever_was_asked_first(
 
     ran = []
     train = claim_runs.train_exits
-    monkeypatch.setattr(claim_runs, "train_exits", lambda run: ran.append(run) or train(run))
+    monkeypatch.setattr(
+        claim_runs, "train_exits", lambda run, replay: ran.append(run) or train(run, replay)
+    )
     words = (finished[0], tmp_path / "out", "--seeds", 0, "--tradeoffs", 0.75)
     assert capture(*words, "--what", "exits")[0] == 0
     assert [run.folder.name for run in ran] == ["few-exits", "all-exits"]

@@ -129,9 +129,13 @@ class GFNetDynn(nn.Module):
         gate_logits = [gate(z) for gate, z in zip(self.gates, logits[:-1], strict=True)]
         return ExitOutputs(logits, torch.stack(gate_logits, dim=1))
 
-    def forward(self, x: Tensor) -> ExitOutputs:
-        """A full pass: every head and every gate for every sample."""
-        return self.classify(self.exit_features(x))
+    def forward(self, x: Tensor | list[Tensor]) -> ExitOutputs:
+        """A full pass: every head and every gate for every sample.
+
+        Args:
+            x: images ``(N, 3, H, W)``, or what :meth:`exit_features` said of them.
+        """
+        return self.classify(x if isinstance(x, list) else self.exit_features(x))
 
     def exit_costs(self) -> np.ndarray:
         """MACs an image costs that leaves at each exit, heads and gates passed included: (G+1,)."""
