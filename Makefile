@@ -116,7 +116,7 @@ repro-mpkd-cifar10: ## precision x distillation x temperature, down to 2 bits (a
 
 repro: $(REPROS) ## every reproduction target
 
-mlflow: $(READY) ## open the MLflow pages of the runs on http://localhost:5000
+mlflow: $(READY) ## serve the MLflow pages of the runs on http://localhost:5000
 	$(PY) -m mlflow ui --backend-store-uri "sqlite:///runs/mlflow.db"
 
 visualdl: $(READY) ## open the VisualDL pages of the Paddle runs on http://localhost:8040

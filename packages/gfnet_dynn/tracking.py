@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Its pages open on curves and runs; an experiment of unknown kind opens on prompts and judges.
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-
 
 class Tracker:
     """Logs to an sqlite store beside the runs, or does nothing when it is off.
@@ -53,7 +50,7 @@ class Tracker:
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         if mlflow.get_experiment_by_name(experiment) is None:
             place = (folder / "mlartifacts" / experiment).as_uri()
-            mlflow.create_experiment(experiment, artifact_location=place, tags=KIND)
+            mlflow.create_experiment(experiment, artifact_location=place)
         mlflow.set_experiment(experiment)
         known = run_id is not None and mlflow.MlflowClient().search_runs(
             [mlflow.get_experiment_by_name(experiment).experiment_id],
