@@ -27,17 +27,17 @@ REFUSED = {
 
 # Flags that act on what a run may not have.
 BUILTIN = ("builtin_classes", "builtin_images")
-STUDENT = (
-    *("student_arch", "student_dim", "student_epochs", "student_lr", "kd_weight"),
-    *("kd_temperature", "nd_weight", "spectrum_weight", "kd_warmup"),
+DISTIL = (
+    *("student_epochs", "student_lr", "kd_weight", "kd_temperature", "nd_weight"),
+    *("spectrum_weight", "kd_warmup"),
 )
+STUDENT = ("student_arch", "student_dim", *DISTIL)
 # What a model file brings along, and how the networks below the exits learn.
 NETWORK = ("backbone_arch", "backbone_dim", "student_arch", "student_dim", "depth", "patch_size")
 LEARNING = (
-    *("backbone_epochs", "backbone_lr", "student_epochs", "student_lr", "finetune_batch"),
-    *("finetune_wd", "finetune_warmup", "clip_grad", "ema", "mixup", "cutmix", "smoothing"),
-    *("kd_weight", "kd_temperature", "nd_weight", "spectrum_weight", "kd_warmup"),
-    *("deep_supervision", "deep_kd", "deep_temperature", "drop_path", "save_every"),
+    *("backbone_epochs", "backbone_lr", *DISTIL, "finetune_batch", "finetune_wd"),
+    *("finetune_warmup", "clip_grad", "ema", "mixup", "cutmix", "smoothing", "drop_path"),
+    *("deep_supervision", "deep_kd", "deep_temperature", "save_every"),
 )
 
 
