@@ -113,7 +113,11 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         (not args.kd_weight, ("kd_temperature", "kd_warmup"), "--kd-weight is 0"),
         (not args.reprob, ("remode", "recount"), "--reprob is 0"),
         (not args.early_exit_warmup, ("patience",), "--early_exit_warmup is false"),
-        (args.gate == "identity", ("gate_lr",), "--gate identity has nothing to learn"),
+        (
+            args.gate == "identity",
+            ("gate_lr", "bilevel_batch_count"),
+            "--gate identity has nothing to learn",
+        ),
         (args.phase2 == "joint", ("bilevel_batch_count",), "--phase2 joint takes no turns"),
         (
             not args.deep_supervision,

@@ -11,7 +11,12 @@ import torch
 from gfnet_dynn.data_loader_helper import Data, eval_loader, train_loader
 from gfnet_dynn.exit_evaluation import ExitLogits
 from gfnet_dynn.finetune import BARELY_TRAIN
-from gfnet_dynn.learning_helper import Alternation, optimizer_groups, phases_of
+from gfnet_dynn.learning_helper import (
+    Alternation,
+    optimizer_groups,
+    phases_of,
+    phases_with_parameters,
+)
 from gfnet_dynn.model_files import PLAIN, load_model, save_model
 from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
@@ -80,7 +85,8 @@ def train_exits(run: Run, replay: Replay | None = None) -> dict[str, Any]:
         if run.world.is_main
         else None,
     )
-    alternation = Alternation(args.bilevel_batch_count, phases=phases_of(args.phase2))
+    phases = phases_with_parameters(model, phases_of(args.phase2))
+    alternation = Alternation(args.bilevel_batch_count, phases=phases)
     loader = train_loader(
         data, args, stage="exits", batch_size=args.batch, device=run.device, **run.share
     )

@@ -197,6 +197,7 @@ def test_output_is_named_after_set_and_scale(tmp_path):
         ("--reprob", "0", "--recount", "2"),
         ("--early_exit_warmup", "false", "--patience", "3"),
         ("--gate", "identity", "--gate-lr", "0.1"),
+        ("--gate", "identity", "--bilevel_batch_count", "5"),
         ("--phase2", "joint", "--bilevel_batch_count", "5"),
     ],
     ids=" ".join,

@@ -282,10 +282,15 @@ def test_variants_run_to_the_end(tmp_path, tiny, command, no_figures, words):
     base = tiny(tmp_path / "run")
     if "--no-distil" in words:  # the words of the tiny run name the student's size
         base = without(base, "--student-dim", "--student-epochs")
-    if "joint" in words:
+    one_phase = {"joint", "identity"} & set(words)  # nothing takes turns
+    if one_phase:
         base = without(base, "--bilevel_batch_count")
     done = command(*base, *words)
     assert done.code == 0, done.err
+    if "identity" in words:  # no batch went to gates that cannot learn
+        log = read_metrics(tmp_path / "run/metrics.jsonl")
+        trained = [row for row in log if (row["stage"], row["split"]) == ("exits", "train")]
+        assert trained and not any("gate_loss" in row for row in trained)
     measured = read_result(tmp_path / "run/result.json")["measured"]
     assert ("student" in measured) == ("--no-distil" not in words)
     assert len(measured["exits"]["macs_per_exit"]) == 4
