@@ -9,7 +9,7 @@ from pathlib import Path
 from gfnet_dynn.options import BUILTIN, LEARNING, NETWORK, SETS, STUDENT, build_parser
 from gfnet_dynn.recipes import RECIPES
 from shared_core import datasets
-from shared_core.datasets.randaugment import RandAugment
+from shared_core.datasets.views.randaugment import RandAugment
 from shared_core.runs import UsageError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shared_core import datasets
-from shared_core.datasets.prepared import PreparedData
-from shared_core.datasets.prepared import prepare_data as prepare_splits
+from shared_core.datasets.splitting.prepared import PreparedData
+from shared_core.datasets.splitting.prepared import prepare_data as prepare_splits
 from shared_core.for_torch.data import Normalizer, TorchLoader
 from shared_core.runs import derive_seed
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gfnet_dynn.parallel import ALONE, SharedState, average_gradients, gather_count
 from gfnet_dynn.run_log import RunLog
-from shared_core.datasets.mixing import Mix, draw_cutmix, draw_mixup
+from shared_core.datasets.views.mixing import Mix, draw_cutmix, draw_mixup
 from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.distributed import World
 from shared_core.for_torch.ema import Ema

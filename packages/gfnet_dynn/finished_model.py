@@ -24,7 +24,7 @@ from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.op_counter import model_macs
 from gfnet_dynn.onnx_chain import OnnxEarlyExit, session
 from shared_core import checkpoints, datasets
-from shared_core.datasets.scan import is_image_name
+from shared_core.datasets.finding.scan import is_image_name
 from shared_core.for_torch.data import Normalizer
 from shared_core.runs import UsageError
 

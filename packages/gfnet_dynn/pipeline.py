@@ -28,7 +28,7 @@ from gfnet_dynn.stages import Run, distil_student, train_backbone
 from gfnet_dynn.tracking import Tracker
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import DatasetError, Manifest, content_key
-from shared_core.datasets.prepared import SPLIT_FILE
+from shared_core.datasets.splitting.prepared import SPLIT_FILE
 from shared_core.for_torch.distributed import World, barrier, main_writes, stop
 from shared_core.metrics.floor import floor_accuracy
 from shared_core.runs import RunFolder, RunLock, UsageError

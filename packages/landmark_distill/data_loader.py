@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shared_core.datasets import BatchLoader, EpochOrder, EvalView, ImageSet, TrainView
-from shared_core.datasets.augment import view_rng
+from shared_core.datasets.views.augment import view_rng
 from shared_core.for_torch.data import IMAGENET_STD, Normalizer, TorchBatch, to_device
 
 # Principal components of ImageNet's colours, RGB in [0, 1]: rows are channels.

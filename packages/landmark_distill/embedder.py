@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from landmark_distill.features import Sight, unit_rows
 from landmark_distill.model_files import load_model
-from shared_core.datasets.scan import is_image_name
+from shared_core.datasets.finding.scan import is_image_name
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 DESCRIPTION_FILE = "model.json"

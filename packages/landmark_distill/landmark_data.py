@@ -28,8 +28,8 @@ from shared_core.datasets import (
     Manifest,
     write_quarantine,
 )
-from shared_core.datasets.fingerprint import content_keys
-from shared_core.datasets.verify import verify
+from shared_core.datasets.finding.fingerprint import content_keys
+from shared_core.datasets.finding.verify import verify
 
 SPLIT_FILE, VERIFY_FILE, QUARANTINE_FILE = "split.json", "verify.json", "quarantine.txt"
 

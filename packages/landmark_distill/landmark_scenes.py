@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 
 from shared_core.datasets import DatasetError, render_scene, scene_class_names
-from shared_core.datasets.builtin import scene_coarse_name
+from shared_core.datasets.builtin.sources import scene_coarse_name
 
 MARK = "scenes.json"  # beside the theme folders; it tells drawn images from real ones
 SCHEMA = "landmark_distill.scenes/1"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_core.datasets import DatasetError, ImageSet, Listing, Manifest, Sample, scan
-from shared_core.datasets.manifest import Entry, sorted_entries
+from shared_core.datasets.splitting.manifest import Entry, sorted_entries
 
 LAYOUTS = ("auto", "class", "two-level")
 # What is learned from; images of the same classes that choose the best epoch; unseen classes that

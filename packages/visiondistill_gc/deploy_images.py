@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared_core.datasets.scan import is_image_name
+from shared_core.datasets.finding.scan import is_image_name
 
 
 @dataclass

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from shared_core import datasets
 from shared_core.checkpoints import atomic_write
-from shared_core.datasets.fingerprint import content_keys
+from shared_core.datasets.finding.fingerprint import content_keys
 from shared_core.runs import UsageError, run_command
 from visiondistill_gc.deploy_images import labels_of, list_images
 from visiondistill_gc.deploy_model import (

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_core.datasets.loader import usable_cores
+from shared_core.datasets.reading.loader import usable_cores
 from shared_core.runs import UsageError, run_command
 from visiondistill_gc.deploy_model import RUNTIMES, load_classifier
 from visiondistill_gc.inference import at_least

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from shared_core.checkpoints import atomic_write
-from shared_core.datasets.image_headers import kind_of
+from shared_core.datasets.reading.image_headers import kind_of
 from shared_core.runs import run_command
 from visiondistill_gc.deploy_images import list_images
 from visiondistill_gc.inference import at_least

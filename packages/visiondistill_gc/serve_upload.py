@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared_core.datasets import DecodeError, view_rng
-from shared_core.datasets.augment import View
-from shared_core.datasets.decode import EncodedImage
-from shared_core.datasets.image_headers import jpeg_header, kind_of, tiff_tags
-from shared_core.datasets.loader import write_view
+from shared_core.datasets.reading.decode import EncodedImage
+from shared_core.datasets.reading.image_headers import jpeg_header, kind_of, tiff_tags
+from shared_core.datasets.reading.loader import write_view
+from shared_core.datasets.views.augment import View
 
 IMAGE_TYPES = frozenset(f"image/{kind}" for kind in ("jpeg", "png", "bmp", "tiff", "webp"))
 

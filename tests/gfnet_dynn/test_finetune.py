@@ -19,7 +19,7 @@ from gfnet_dynn.finetune import (
     parameter_groups,
 )
 from gfnet_dynn.models.build import build_gfnet
-from shared_core.datasets.mixing import Mix
+from shared_core.datasets.views.mixing import Mix
 from shared_core.for_torch.precision import Precision
 
 

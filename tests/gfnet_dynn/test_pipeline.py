@@ -21,7 +21,7 @@ from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.pipeline import of_all_stages
 from shared_core.datasets import EvalView, ImageSet, Manifest
-from shared_core.datasets.loader import BatchLoader
+from shared_core.datasets.reading.loader import BatchLoader
 from shared_core.runs import read_metrics, read_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ from landmark_distill.two_level import (
     split_levels,
 )
 from shared_core.datasets import DatasetError, ImageSet
-from shared_core.datasets.fingerprint import content_key
+from shared_core.datasets.finding.fingerprint import content_key
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

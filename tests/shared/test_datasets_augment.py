@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from shared_core.datasets import augment as a
-from shared_core.datasets import randaugment as ra
-from shared_core.datasets.geometry import resize
+from shared_core.datasets.views import augment as a
+from shared_core.datasets.views import randaugment as ra
+from shared_core.datasets.views.geometry import resize
 
 
 def noise(height=40, width=52, seed=0):

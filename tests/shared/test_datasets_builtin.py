@@ -8,10 +8,10 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from shared_core.datasets import builtin
-from shared_core.datasets.builtin_scenes import ARRANGEMENTS, CLASSES, FORMS, OBJECTS
+from shared_core.datasets.builtin import sources as builtin
+from shared_core.datasets.builtin.scenes import ARRANGEMENTS, CLASSES, FORMS, OBJECTS
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.scan import scan
+from shared_core.datasets.finding.scan import scan
 
 
 def test_the_grammar_has_45_classes():

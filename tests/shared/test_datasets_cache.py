@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import pytest
 
-from shared_core.datasets.augment import TrainView
-from shared_core.datasets.cache import DecodedCache
-from shared_core.datasets.decode import decode
 from shared_core.datasets.errors import DatasetError, DecodeError
-from shared_core.datasets.geometry import resize, short_side_size
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.loader import BatchLoader
+from shared_core.datasets.reading.cache import DecodedCache
+from shared_core.datasets.reading.decode import decode
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.reading.loader import BatchLoader
+from shared_core.datasets.views.augment import TrainView
+from shared_core.datasets.views.geometry import resize, short_side_size
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -164,8 +164,8 @@ def test_a_killed_build_leaves_nothing_to_open_and_starts_again(images, tmp_path
     code = f"""
 import sys, os, signal
 sys.path.insert(0, {str(SHARED)!r})
-from shared_core.datasets.cache import DecodedCache
-from shared_core.datasets.image_set import ImageSet
+from shared_core.datasets.reading.cache import DecodedCache
+from shared_core.datasets.reading.image_set import ImageSet
 images = ImageSet({images.paths!r}, range(9), {images.keys!r})
 def killed(done, total):
     if done == 5:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from shared_core.datasets.decode import EncodedImage, dct_factor, decode
 from shared_core.datasets.errors import DatasetError, DecodeError
+from shared_core.datasets.reading.decode import EncodedImage, dct_factor, decode
 
 
 def picture(height=61, width=83, seed=0):

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from shared_core.datasets import fingerprint as fp
-from shared_core.datasets.builtin import render_scene, scene_class_names
+from shared_core.datasets.builtin.sources import render_scene, scene_class_names
+from shared_core.datasets.finding import fingerprint as fp
 
 
 def pictures(count, size=96):

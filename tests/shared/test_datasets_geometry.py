@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shared_core.datasets import geometry as g
+from shared_core.datasets.views import geometry as g
 
 
 def noise(height, width, seed=0):

@@ -8,14 +8,14 @@ import cv2
 import numpy as np
 import pytest
 
-from shared_core.datasets.augment import EvalView, SmallView, TrainView, ViewRandom, view_rng
-from shared_core.datasets.buffers import BufferPool
-from shared_core.datasets.decode import EncodedImage, decode
 from shared_core.datasets.errors import DatasetError, DecodeError
-from shared_core.datasets.geometry import resize
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.loader import BatchLoader, usable_cores, write_view
-from shared_core.datasets.order import EpochOrder
+from shared_core.datasets.reading.buffers import BufferPool
+from shared_core.datasets.reading.decode import EncodedImage, decode
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.reading.loader import BatchLoader, usable_cores, write_view
+from shared_core.datasets.reading.order import EpochOrder
+from shared_core.datasets.views.augment import EvalView, SmallView, TrainView, ViewRandom, view_rng
+from shared_core.datasets.views.geometry import resize
 
 
 def write_images(folder, number, sizes=((40, 50), (64, 33), (200, 210))):

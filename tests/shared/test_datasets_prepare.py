@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import cv2
 import pytest
 
-from shared_core.datasets import specs, unpack
-from shared_core.datasets.builtin import render_scene
+from shared_core.datasets.builtin.sources import render_scene
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.manifest import Manifest
-from shared_core.datasets.prepare import main, prepare
-from shared_core.datasets.scan import scan
-from shared_core.datasets.unpack import Limits
+from shared_core.datasets.finding import unpack
+from shared_core.datasets.finding.prepare import main, prepare
+from shared_core.datasets.finding.scan import scan
+from shared_core.datasets.finding.unpack import Limits
+from shared_core.datasets.sets import specs
+from shared_core.datasets.splitting.manifest import Manifest
 
 
 def jpeg(index):

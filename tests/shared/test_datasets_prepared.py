@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared_core import datasets
-from shared_core.datasets.prepared import QUARANTINE_FILE, prepare_data
+from shared_core.datasets.splitting.prepared import QUARANTINE_FILE, prepare_data
 
 SCENES = {"num_classes": 3, "image_size": 24, "images_per_class": 30, "seed": 4}
 

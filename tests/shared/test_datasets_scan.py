@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from shared_core.datasets import specs
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.scan import find, require, scan
-from shared_core.datasets.spec_check import class_mismatch, describe
+from shared_core.datasets.finding.scan import find, require, scan
+from shared_core.datasets.sets import specs
+from shared_core.datasets.sets.spec_check import class_mismatch, describe
 
 
 def touch(root, *paths):

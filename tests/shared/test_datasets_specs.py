@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from shared_core.datasets import specs
 from shared_core.datasets.errors import DatasetError
+from shared_core.datasets.sets import specs
 
 # name: classes, images, pixels, images of some classes
 HAND_TABLE = {

@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.manifest import Manifest, canonical_json
-from shared_core.datasets.scan import Listing, Sample, scan
-from shared_core.datasets.split import from_layout, make_kfold, make_split, place
+from shared_core.datasets.finding.scan import Listing, Sample, scan
+from shared_core.datasets.splitting.manifest import Manifest, canonical_json
+from shared_core.datasets.splitting.split import from_layout, make_kfold, make_split, place
 
 THREE = (("train", 0.7), ("calibration", 0.1), ("test", 0.2))
 

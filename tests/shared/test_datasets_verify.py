@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 import shared_core
-from shared_core.datasets import specs
-from shared_core.datasets.builtin import render_scene
+from shared_core.datasets.builtin.sources import render_scene
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.quarantine import load_quarantine, read_quarantine, write_quarantine
-from shared_core.datasets.scan import scan
-from shared_core.datasets.verify import main, verify
+from shared_core.datasets.finding.quarantine import (
+    load_quarantine,
+    read_quarantine,
+    write_quarantine,
+)
+from shared_core.datasets.finding.scan import scan
+from shared_core.datasets.finding.verify import main, verify
+from shared_core.datasets.sets import specs
 
 NAMES = (
     "tanks_grid",
@@ -245,7 +249,7 @@ def test_command_line(clean, tmp_path, capsys):
 def test_module_runs_with_processes(clean):
     shared = str(Path(shared_core.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-m", "shared_core.datasets.verify", str(clean), "--workers", "2"],
+        [sys.executable, "-m", "shared_core.datasets.finding.verify", str(clean), "--workers", "2"],
         env={**os.environ, "PYTHONPATH": shared},
         capture_output=True,
         text=True,
@@ -263,7 +267,7 @@ def test_a_worker_that_dies_is_an_error_with_the_place(clean, tmp_path, monkeypa
     import deadly_helper
 
     monkeypatch.setattr(
-        sys.modules["shared_core.datasets.verify"], "_inspect_chunk", deadly_helper.die
+        sys.modules["shared_core.datasets.finding.verify"], "_inspect_chunk", deadly_helper.die
     )
     with pytest.raises(DatasetError, match="a worker process died at or after .*/a/0.jpg"):
         verify(scan(clean), workers=1)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from shared_core.datasets.augment import SmallView  # noqa: E402
-from shared_core.datasets.image_set import ImageSet  # noqa: E402
-from shared_core.datasets.loader import BatchLoader  # noqa: E402
-from shared_core.datasets.order import EpochOrder  # noqa: E402
+from shared_core.datasets.reading.image_set import ImageSet  # noqa: E402
+from shared_core.datasets.reading.loader import BatchLoader  # noqa: E402
+from shared_core.datasets.reading.order import EpochOrder  # noqa: E402
+from shared_core.datasets.views.augment import SmallView  # noqa: E402
 from shared_core.for_torch.data import Normalizer, TorchLoader, to_device  # noqa: E402
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.3, 0.05)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from shared_core.datasets import mixing as draw
+from shared_core.datasets.views import mixing as draw
 
 torch = pytest.importorskip("torch")
 from shared_core.for_torch import losses, mixing  # noqa: E402

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shared_core.datasets import DatasetError
-from shared_core.datasets.manifest import Entry
+from shared_core.datasets.splitting.manifest import Entry
 from visiondistill_gc.utils.folds import group_names, make_folds
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from shared_core.datasets.mixing import Mix
+from shared_core.datasets.views.mixing import Mix
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
 from visiondistill_gc.models.teacher_model import build_teacher, freeze, teach
 from visiondistill_gc.utils.prediction import softmax

@@ -9,7 +9,7 @@ import pytest
 from shared_core.checkpoints import CheckpointError, names, neutral
 from shared_core.checkpoints.facts import make_facts
 from shared_core.datasets import BatchLoader, EpochOrder, ImageSet
-from shared_core.datasets.mixing import Mix
+from shared_core.datasets.views.mixing import Mix
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import World
 from shared_core.for_paddle.mixing import one_hot

@@ -32,16 +32,16 @@ import numpy as np
 import simplejpeg
 import torch
 
-from shared_core.datasets.augment import (
+from shared_core.datasets.reading.cache import DecodedCache
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.reading.loader import BatchLoader
+from shared_core.datasets.reading.order import EpochOrder
+from shared_core.datasets.views.augment import (
     SmallView,
     TrainView,
     random_resized_crop_box,
     view_rng,
 )
-from shared_core.datasets.cache import DecodedCache
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.loader import BatchLoader
-from shared_core.datasets.order import EpochOrder
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer, TorchLoader
 from shared_core.runs import write_benchmark
 

@@ -26,7 +26,7 @@ import torch
 from loader import BATCH, WORKERS, Run, make_files, row
 
 from shared_core.datasets import DecodedCache, ImageSet
-from shared_core.datasets.geometry import letterbox_box
+from shared_core.datasets.views.geometry import letterbox_box
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 from shared_core.for_torch.distributed import World
 from shared_core.runs import write_benchmark

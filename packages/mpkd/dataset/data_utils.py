@@ -21,10 +21,10 @@ from shared_core.datasets import (
     Manifest,
     digits,
 )
-from shared_core.datasets.fingerprint import content_keys, key_of_bytes
-from shared_core.datasets.geometry import resize
-from shared_core.datasets.manifest import Entry, sorted_entries
-from shared_core.datasets.scan import is_image_name
+from shared_core.datasets.finding.fingerprint import content_keys, key_of_bytes
+from shared_core.datasets.finding.scan import is_image_name
+from shared_core.datasets.splitting.manifest import Entry, sorted_entries
+from shared_core.datasets.views.geometry import resize
 from shared_core.for_torch.data import Normalizer, TorchLoader
 from shared_core.runs.seeds import derive_seed
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, divide, manifest_of
 from shared_core.datasets import DatasetError, ImageSet, Manifest, scan
-from shared_core.datasets.fingerprint import key_of_bytes
+from shared_core.datasets.finding.fingerprint import key_of_bytes
 
 CLASSES = 1000
 IMAGES = 1_331_167

@@ -13,8 +13,8 @@ from mpkd.dataset import cifar10, data_utils, views
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data
 from mpkd.dataset.imagenet_loader import CLASSES, IMAGES, imagenet_sets
 from shared_core.datasets import ImageSet, find, get, prepare_data, scan
-from shared_core.datasets.fingerprint import content_keys
-from shared_core.datasets.unpack import Limits, unpack
+from shared_core.datasets.finding.fingerprint import content_keys
+from shared_core.datasets.finding.unpack import Limits, unpack
 from shared_core.runs import UsageError
 
 CIFAR_IMAGES = 60_000

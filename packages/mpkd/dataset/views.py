@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shared_core.datasets import EvalView, SmallView, TrainView
-from shared_core.datasets.decode import EncodedImage, read_bytes
-from shared_core.datasets.loader import write_view
-from shared_core.datasets.view_random import view_rng
+from shared_core.datasets.reading.decode import EncodedImage, read_bytes
+from shared_core.datasets.reading.loader import write_view
+from shared_core.datasets.views.view_random import view_rng
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 SMALL = 64  # images up to this side are kept whole in memory and augmented a batch at a time

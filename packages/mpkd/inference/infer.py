@@ -24,7 +24,7 @@ import torch
 from mpkd.inference.backends import BACKENDS, Classifier, load_classifier
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import DecodeError
-from shared_core.datasets.scan import is_image_name
+from shared_core.datasets.finding.scan import is_image_name
 from shared_core.runs import UsageError, run_command
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mpkd.inference.backends import Classifier
 from shared_core.datasets import DecodeError
-from shared_core.datasets.decode import EncodedImage
+from shared_core.datasets.reading.decode import EncodedImage
 from shared_core.runs import UsageError
 
 READ_SECONDS = 30.0  # for a request's bytes; a slower one is dropped

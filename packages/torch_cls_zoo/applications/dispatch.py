@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shared_core.datasets.prepared import PreparedData
+from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.distributed import World
 from shared_core.for_torch.seeds import seed_all
 from shared_core.runs import RunFolder, UsageError, derive_seed

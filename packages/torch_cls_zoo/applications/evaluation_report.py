@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_core.datasets.quarantine import write_text
+from shared_core.datasets.finding.quarantine import write_text
 from shared_core.metrics import classification_report
 from shared_core.runs import Report
 from torch_cls_zoo.applications.session import Session

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shared_core.checkpoints import CheckpointError
-from shared_core.datasets.prepared import PreparedData
+from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, load_foreign_weights
 from shared_core.for_torch.distributed import World, main_writes
 from torch_cls_zoo.config import DEFAULT_ARCH

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from shared_core.datasets import view_rng
-from shared_core.datasets.mixing import Mix, draw_cutmix, draw_mixup
+from shared_core.datasets.views.mixing import Mix, draw_cutmix, draw_mixup
 from shared_core.for_torch import mixing
 
 SCALE_SPREAD = 0.15  # largest change of the side, as a share of it: two standard deviations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared_core.datasets import ImageSet
-from shared_core.datasets.prepared import PreparedData, prepare_data
+from shared_core.datasets.splitting.prepared import PreparedData, prepare_data
 from shared_core.runs import UsageError, derive_seed
 
 # What the command calls a part, and what the split calls it.

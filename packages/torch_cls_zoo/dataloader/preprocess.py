@@ -10,7 +10,7 @@ from shared_core.datasets import letterbox
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 FILL = 0  # grey level of the padding
-METHOD = "reduced"  # see shared_core.datasets.geometry: block means, then bilinear
+METHOD = "reduced"  # see shared_core.datasets.views.geometry: block means, then bilinear
 Triple = tuple[float, float, float]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_core.datasets.quarantine import write_text
+from shared_core.datasets.finding.quarantine import write_text
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shared_core.datasets.augment import Plan
-from shared_core.datasets.geometry import letterbox_box
+from shared_core.datasets.views.augment import Plan
+from shared_core.datasets.views.geometry import letterbox_box
 from torch_cls_zoo.dataloader.preprocess import FILL, METHOD, preprocess
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared_core.checkpoints import atomic_write
-from shared_core.datasets.prepared import PreparedData
+from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.distributed import World, start
 from shared_core.runs import derive_seed
 from torch_cls_zoo.applications.dispatch import run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shared_core import datasets
 from shared_core.datasets import DecodedCache, ImageSet
-from shared_core.datasets.prepared import PreparedData, prepare_data
+from shared_core.datasets.splitting.prepared import PreparedData, prepare_data
 from shared_core.runs import UsageError
 
 DATA_SET = "clothing-10"

@@ -17,8 +17,8 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from shared_core.datasets import scan, write_quarantine
-from shared_core.datasets.quarantine import FILE_NAME
-from shared_core.datasets.verify import counter_line, verify
+from shared_core.datasets.finding.quarantine import FILE_NAME
+from shared_core.datasets.finding.verify import counter_line, verify
 from shared_core.runs import UsageError, run_command
 
 

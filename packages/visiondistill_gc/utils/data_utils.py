@@ -14,8 +14,8 @@ import numpy as np
 from shared_core import datasets
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import DatasetError, ImageSet
-from shared_core.datasets.manifest import Entry
-from shared_core.datasets.prepared import VERIFY_FILE, PreparedData, prepare_data
+from shared_core.datasets.splitting.manifest import Entry
+from shared_core.datasets.splitting.prepared import VERIFY_FILE, PreparedData, prepare_data
 from shared_core.runs import derive_seed
 from visiondistill_gc.utils.folds import group_names, make_folds
 from visiondistill_gc.utils.transforms import GarbageView, eval_view

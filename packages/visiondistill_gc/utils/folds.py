@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from shared_core.datasets import DatasetError
-from shared_core.datasets.manifest import Entry
-from shared_core.datasets.placing import place
+from shared_core.datasets.finding.placing import place
+from shared_core.datasets.splitting.manifest import Entry
 
 KINDS = ("stratified", "plain")
 

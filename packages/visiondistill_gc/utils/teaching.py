@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from shared_core.datasets.mixing import Mix
+from shared_core.datasets.views.mixing import Mix
 from shared_core.for_paddle.export import export_inference
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
 from visiondistill_gc.models.teacher_model import freeze, teach

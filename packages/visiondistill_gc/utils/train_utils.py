@@ -12,7 +12,7 @@ from paddle import Tensor, nn
 
 from shared_core.checkpoints import weights_sha256
 from shared_core.datasets import BatchLoader, ImageSet
-from shared_core.datasets.mixing import Mix, draw_mixup
+from shared_core.datasets.views.mixing import Mix, draw_mixup
 from shared_core.for_paddle.checkpoints import to_numpy, unwrap
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import World, gather_objects, main_writes, wrap

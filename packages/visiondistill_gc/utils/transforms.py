@@ -9,9 +9,13 @@ import cv2
 import numpy as np
 
 from shared_core.datasets import EvalView
-from shared_core.datasets.augment import Plan, place
-from shared_core.datasets.image_headers import Pixels
-from shared_core.datasets.random_ops import color_jitter, random_erasing, random_resized_crop_box
+from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.views.augment import Plan, place
+from shared_core.datasets.views.random_ops import (
+    color_jitter,
+    random_erasing,
+    random_resized_crop_box,
+)
 
 MEAN = (0.485, 0.456, 0.406)  # RGB, fractions of 255: what pretrained networks expect
 STD = (0.229, 0.224, 0.225)
@@ -27,7 +31,7 @@ def eval_view(input_size: int, *, method: str = "linear") -> EvalView:
 
     Args:
         input_size: side of the result, pixels.
-        method: of the resize, see ``shared_core.datasets.geometry``.
+        method: of the resize, see ``shared_core.datasets.views.geometry``.
     """
     return EvalView(input_size, resize_ratio=None, method=method, dct_scaled=False)
 

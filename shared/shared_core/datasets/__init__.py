@@ -1,13 +1,6 @@
 """Image data: facts, folders, splits, decoding, views and loaders, without a framework."""
 
-from shared_core.datasets.augment import (
-    EvalView,
-    SmallView,
-    TrainView,
-    augment_small_batch,
-    view_rng,
-)
-from shared_core.datasets.builtin import (
+from shared_core.datasets.builtin.sources import (
     digits,
     make_digits,
     make_scenes,
@@ -15,20 +8,27 @@ from shared_core.datasets.builtin import (
     scene_class_names,
     scene_difficulty,
 )
-from shared_core.datasets.cache import DecodedCache
-from shared_core.datasets.decode import decode
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError, DecodeError
-from shared_core.datasets.fingerprint import content_key
-from shared_core.datasets.geometry import letterbox, resize
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.loader import Batch, BatchLoader
-from shared_core.datasets.manifest import Manifest
-from shared_core.datasets.order import EpochOrder
-from shared_core.datasets.prepared import PreparedData, prepare_data
-from shared_core.datasets.quarantine import read_quarantine, write_quarantine
-from shared_core.datasets.scan import Listing, Sample, find, require, scan
-from shared_core.datasets.specs import DatasetSpec, get, names, register
-from shared_core.datasets.split import from_layout, make_kfold, make_split
+from shared_core.datasets.finding.fingerprint import content_key
+from shared_core.datasets.finding.quarantine import read_quarantine, write_quarantine
+from shared_core.datasets.finding.scan import Listing, Sample, find, require, scan
+from shared_core.datasets.reading.cache import DecodedCache
+from shared_core.datasets.reading.decode import decode
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.reading.loader import Batch, BatchLoader
+from shared_core.datasets.reading.order import EpochOrder
+from shared_core.datasets.sets.specs import DatasetSpec, get, names, register
+from shared_core.datasets.splitting.manifest import Manifest
+from shared_core.datasets.splitting.prepared import PreparedData, prepare_data
+from shared_core.datasets.splitting.split import from_layout, make_kfold, make_split
+from shared_core.datasets.views.augment import (
+    EvalView,
+    SmallView,
+    TrainView,
+    augment_small_batch,
+    view_rng,
+)
+from shared_core.datasets.views.geometry import letterbox, resize
 
 __all__ = [
     "Batch",

@@ -1,6 +1,6 @@
 """Mixup and cutmix of :mod:`shared_core.for_torch.mixing` in Paddle: same names, same numbers.
 
-What to mix is drawn by :mod:`shared_core.datasets.mixing`.
+What to mix is drawn by :mod:`shared_core.datasets.views.mixing`.
 """
 
 from collections.abc import Sequence

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared_core.datasets.buffers import BufferPool
-from shared_core.datasets.loader import Batch, BatchLoader
+from shared_core.datasets.reading.buffers import BufferPool
+from shared_core.datasets.reading.loader import Batch, BatchLoader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, fractions of 255
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,4 +1,4 @@
-"""Mixup and cutmix, given what to mix; the draw is :mod:`shared_core.datasets.mixing`."""
+"""Mixup and cutmix, given what to mix; the draw is :mod:`shared_core.datasets.views.mixing`."""
 
 from collections.abc import Sequence
 

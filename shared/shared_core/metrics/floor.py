@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from shared_core.datasets.decode import decode
+from shared_core.datasets.reading.decode import decode
 from shared_core.runs import progress
 
 THUMBNAIL, CELLS, DIRECTIONS, STRENGTHS, CHANNEL_BINS = 8, 4, 9, 8, 16

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import simplejpeg
 
-from shared_core.datasets.decode import decode
-from shared_core.datasets.scan import Listing
-from shared_core.datasets.spec_type import DatasetSpec, normal_name
+from shared_core.datasets.finding.scan import Listing
+from shared_core.datasets.reading.decode import decode
+from shared_core.datasets.sets.spec_type import DatasetSpec, normal_name
 
 Size = tuple[int, int]  # height, width in pixels
 

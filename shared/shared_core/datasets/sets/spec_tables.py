@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
-from shared_core.datasets.spec_type import DatasetSpec
+from shared_core.datasets.sets.spec_type import DatasetSpec
 
 
 def _equal(names: tuple[str, ...], count: int) -> MappingProxyType[str, int]:

@@ -10,10 +10,10 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shared_core.datasets.decode import EncodedImage, read_bytes
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.image_headers import Pixels
-from shared_core.datasets.view_random import Key
+from shared_core.datasets.reading.decode import EncodedImage, read_bytes
+from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.views.view_random import Key
 
 
 class PixelStore(Protocol):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from shared_core.datasets.errors import DecodeError
-from shared_core.datasets.image_headers import (
+from shared_core.datasets.reading.image_headers import (
     JpegHeader,
     Pixels,
     check_whole,

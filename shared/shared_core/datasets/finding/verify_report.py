@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared_core.datasets.quarantine import write_text
+from shared_core.datasets.finding.quarantine import write_text
 
 # A set with one of these is not fit for use before the files are mended or quarantined.
 ERRORS = {

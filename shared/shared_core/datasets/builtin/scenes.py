@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_core.datasets.builtin_shapes import ONE, SHIFT, Rng, theme_mask
+from shared_core.datasets.builtin.shapes import ONE, SHIFT, Rng, theme_mask
 
 Pixels = NDArray[np.uint8]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from shared_core.datasets.image_headers import Pixels
+from shared_core.datasets.reading.image_headers import Pixels
 
 METHODS = {
     "linear": cv2.INTER_LINEAR,

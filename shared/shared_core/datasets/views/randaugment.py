@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from shared_core.datasets.image_headers import Pixels
+from shared_core.datasets.reading.image_headers import Pixels
 
 Levels = npt.NDArray[np.floating]
 FILL = (128, 128, 128)

@@ -13,10 +13,17 @@ from typing import Any, NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from shared_core.datasets.geometry import METHODS, Box, Size, center_box, resize, short_side_size
-from shared_core.datasets.image_headers import Pixels
-from shared_core.datasets.randaugment import RandAugment
-from shared_core.datasets.random_ops import (
+from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.views.geometry import (
+    METHODS,
+    Box,
+    Size,
+    center_box,
+    resize,
+    short_side_size,
+)
+from shared_core.datasets.views.randaugment import RandAugment
+from shared_core.datasets.views.random_ops import (
     augment_small_batch,
     color_jitter,
     crop_flip_batch,
@@ -24,7 +31,7 @@ from shared_core.datasets.random_ops import (
     random_erasing,
     random_resized_crop_box,
 )
-from shared_core.datasets.view_random import Key, ViewRandom, view_rng
+from shared_core.datasets.views.view_random import Key, ViewRandom, view_rng
 
 __all__ = [
     "EvalView",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.scan import SPLIT_FOLDERS, is_image_name
+from shared_core.datasets.finding.scan import SPLIT_FOLDERS, is_image_name
 
 MARKER = ".unpacked.json"  # in the finished folder: from what it was made
 _BLOCK = 1 << 20

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.fingerprint import content_keys
-from shared_core.datasets.manifest import Entry, Manifest, sorted_entries
-from shared_core.datasets.quarantine import load_quarantine
-from shared_core.datasets.scan import Listing
+from shared_core.datasets.finding.fingerprint import content_keys
+from shared_core.datasets.finding.quarantine import load_quarantine
+from shared_core.datasets.finding.scan import Listing
+from shared_core.datasets.splitting.manifest import Entry, Manifest, sorted_entries
 
 Groups = Mapping[str, str] | Callable[[str], str]
 Quarantine = Mapping[str, str] | str | Path

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.view_random import view_rng
+from shared_core.datasets.views.view_random import view_rng
 
 UNEVEN = ("keep", "wrap", "drop")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.spec_tables import SPECS
-from shared_core.datasets.spec_type import DatasetSpec, normal_name
+from shared_core.datasets.sets.spec_tables import SPECS
+from shared_core.datasets.sets.spec_type import DatasetSpec, normal_name
 
 __all__ = ["DatasetSpec", "get", "names", "normal_name", "register"]
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared_core.datasets.builtin import make_scenes
-from shared_core.datasets.decode import decode
+from shared_core.datasets.builtin.sources import make_scenes
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.layout_split import from_layout
-from shared_core.datasets.manifest import Manifest
-from shared_core.datasets.quarantine import load_quarantine, write_quarantine
-from shared_core.datasets.scan import Listing, scan
-from shared_core.datasets.spec_check import describe
-from shared_core.datasets.spec_type import DatasetSpec
-from shared_core.datasets.split import make_split
-from shared_core.datasets.verify import verify
+from shared_core.datasets.finding.quarantine import load_quarantine, write_quarantine
+from shared_core.datasets.finding.scan import Listing, scan
+from shared_core.datasets.finding.verify import verify
+from shared_core.datasets.reading.decode import decode
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.sets.spec_check import describe
+from shared_core.datasets.sets.spec_type import DatasetSpec
+from shared_core.datasets.splitting.layout_split import from_layout
+from shared_core.datasets.splitting.manifest import Manifest
+from shared_core.datasets.splitting.split import make_split
 
 SPLIT_FILE, VERIFY_FILE, QUARANTINE_FILE = "split.json", "verify.json", "quarantine.txt"
 SPLITS = ("train", "calibration", "test")

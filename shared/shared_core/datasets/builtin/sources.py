@@ -12,16 +12,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_core.datasets import builtin_scenes
+from shared_core.datasets.builtin import scenes
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.scan import Listing, scan
+from shared_core.datasets.finding.scan import Listing, scan
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 RECORD = "scenes.json"  # beside the class folders: the settings, and each file's difficulty
 SCHEMA = "shared-core.scenes/1"
-MAX_CLASSES = len(builtin_scenes.CLASSES)
+MAX_CLASSES = len(scenes.CLASSES)
 
 
 def scene_class_names(num_classes: int = MAX_CLASSES) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def scene_class_names(num_classes: int = MAX_CLASSES) -> tuple[str, ...]:
     """
     if not 2 <= num_classes <= MAX_CLASSES:
         raise DatasetError(f"num_classes is {num_classes}, expected 2 to {MAX_CLASSES}")
-    return tuple(sorted(builtin_scenes.CLASSES[:num_classes]))
+    return tuple(sorted(scenes.CLASSES[:num_classes]))
 
 
 def scene_coarse_name(name: str) -> str:
@@ -63,7 +63,7 @@ def render_scene(
     Raises:
         DatasetError: an argument out of range.
     """
-    if name not in builtin_scenes.CLASSES:
+    if name not in scenes.CLASSES:
         raise DatasetError(f"unknown scene class {name!r}; see scene_class_names()")
     if size < 16:
         raise DatasetError(f"size is {size}, expected at least 16 pixels")
@@ -71,10 +71,10 @@ def render_scene(
         raise DatasetError(f"index is {index}, expected 0 or more")
     if difficulty is not None and not 0 <= difficulty <= 1:
         raise DatasetError(f"difficulty is {difficulty}, expected 0 to 1")
-    rng = builtin_scenes.scene_rng(seed, name, index)
+    rng = scenes.scene_rng(seed, name, index)
     drawn = float(rng.random())  # drawn always: a given difficulty changes nothing but itself
     level = drawn if difficulty is None else float(difficulty)
-    return builtin_scenes.draw(name, rng, size=size, difficulty=level), level
+    return scenes.draw(name, rng, size=size, difficulty=level), level
 
 
 def scene_arrays(

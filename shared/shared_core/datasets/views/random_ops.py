@@ -9,15 +9,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from shared_core.datasets.geometry import Box
-from shared_core.datasets.image_headers import Pixels
-from shared_core.datasets.randaugment import (
+from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.views.geometry import Box
+from shared_core.datasets.views.randaugment import (
     adjust_brightness,
     adjust_color,
     adjust_contrast,
     adjust_hue,
 )
-from shared_core.datasets.view_random import Key, ViewRandom
+from shared_core.datasets.views.view_random import Key, ViewRandom
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0 to 255
 IMAGENET_STD = (58.395, 57.12, 57.375)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.spec_type import DatasetSpec, normal_name
+from shared_core.datasets.sets.spec_type import DatasetSpec, normal_name
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 SPLIT_FOLDERS = {

@@ -1,6 +1,6 @@
 """A zip, a tar or a folder becomes a checked data set folder with its split.
 
-``python -m shared_core.datasets.prepare SOURCE TARGET [--spec AID] [--seed N] [--workers N]``
+``smallvision prepare SOURCE TARGET [--spec AID] [--seed N] [--workers N]``
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared_core.datasets import specs
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.manifest import Manifest
-from shared_core.datasets.quarantine import FILE_NAME, write_quarantine
-from shared_core.datasets.scan import scan
-from shared_core.datasets.spec_check import class_mismatch
-from shared_core.datasets.split import FRACTIONS, Fractions, from_layout, make_split
-from shared_core.datasets.unpack import Limits, unpack
-from shared_core.datasets.verify import counter_line, verify
-from shared_core.datasets.verify_report import VerifyReport
+from shared_core.datasets.finding.quarantine import FILE_NAME, write_quarantine
+from shared_core.datasets.finding.scan import scan
+from shared_core.datasets.finding.unpack import Limits, unpack
+from shared_core.datasets.finding.verify import counter_line, verify
+from shared_core.datasets.finding.verify_report import VerifyReport
+from shared_core.datasets.sets import specs
+from shared_core.datasets.sets.spec_check import class_mismatch
+from shared_core.datasets.splitting.manifest import Manifest
+from shared_core.datasets.splitting.split import FRACTIONS, Fractions, from_layout, make_split
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def prepare(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m shared_core.datasets.prepare",
+        prog="python -m shared_core.datasets.finding.prepare",
         description="Unpack an archive or copy a folder of images, check every file, split.",
     )
     parser.add_argument("source", type=Path, help="zip, tar or folder")

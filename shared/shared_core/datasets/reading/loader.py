@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared_core.datasets.augment import Plan, SmallView, View
-from shared_core.datasets.buffers import BufferPool
-from shared_core.datasets.decode import EncodedImage, dct_factor
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.image_headers import Pixels
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.order import EpochOrder
-from shared_core.datasets.view_random import ViewRandom
+from shared_core.datasets.reading.buffers import BufferPool
+from shared_core.datasets.reading.decode import EncodedImage, dct_factor
+from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.reading.order import EpochOrder
+from shared_core.datasets.views.augment import Plan, SmallView, View
+from shared_core.datasets.views.view_random import ViewRandom
 
 
 @dataclass(frozen=True)

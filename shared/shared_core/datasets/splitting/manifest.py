@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.quarantine import write_text
+from shared_core.datasets.finding.quarantine import write_text
 
 SCHEMA = "shared-core.split/1"
 

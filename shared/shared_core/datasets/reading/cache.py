@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from shared_core.datasets.decode import EncodedImage, dct_factor, read_bytes
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.geometry import resize, short_side_size
-from shared_core.datasets.image_headers import Pixels
-from shared_core.datasets.image_set import ImageSet
-from shared_core.datasets.view_random import Key
+from shared_core.datasets.reading.decode import EncodedImage, dct_factor, read_bytes
+from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.reading.image_set import ImageSet
+from shared_core.datasets.views.geometry import resize, short_side_size
+from shared_core.datasets.views.view_random import Key
 
 SCHEMA = 1
 _INDEX, _PIXELS = "index.json", "pixels.bin"

@@ -1,6 +1,6 @@
 """Read every file of a data set once and say what is wrong with it.
 
-``python -m shared_core.datasets.verify ROOT [--spec AID] [--workers N] [--report F]
+``python -m shared_core.datasets.finding.verify ROOT [--spec AID] [--workers N] [--report F]
 [--quarantine F] [--no-near]``: exit code 0 when the set can be used as it is, 1 when not, 2 for
 wrong usage.
 """
@@ -22,18 +22,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_core.datasets import fingerprint, specs
-from shared_core.datasets.decode import decode
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.image_headers import kind_of
-from shared_core.datasets.quarantine import (
+from shared_core.datasets.finding import fingerprint
+from shared_core.datasets.finding.quarantine import (
     load_quarantine,
     read_quarantine,
     write_quarantine,
 )
-from shared_core.datasets.scan import Listing, scan
-from shared_core.datasets.spec_check import class_mismatch, describe_counts, describe_sizes
-from shared_core.datasets.verify_report import Problem, VerifyReport
+from shared_core.datasets.finding.scan import Listing, scan
+from shared_core.datasets.finding.verify_report import Problem, VerifyReport
+from shared_core.datasets.reading.decode import decode
+from shared_core.datasets.reading.image_headers import kind_of
+from shared_core.datasets.sets import specs
+from shared_core.datasets.sets.spec_check import class_mismatch, describe_counts, describe_sizes
 
 __all__ = [
     "Problem",
@@ -253,7 +254,7 @@ def _near_groups(facts: Sequence[_Facts], exact: Sequence[Sequence[int]]) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m shared_core.datasets.verify",
+        prog="python -m shared_core.datasets.finding.verify",
         description="Decode every image of a folder of class folders and report what is wrong.",
     )
     parser.add_argument("root", type=Path, help="folder of class folders, or of split folders")

@@ -1,0 +1,1 @@
+"""Images that need no files: drawn scenes and scikit-learn's digits."""

@@ -1,0 +1,1 @@
+"""From files to batches: headers, decoding, caches, the order of an epoch, the loader."""
