@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -237,3 +239,81 @@ def require(data_root: str | Path, spec: DatasetSpec) -> Path:
             f"get it from {spec.homepage or 'its authors'}"
         )
     return folder
+
+
+@dataclass
+class FoundImages:
+    """What :func:`list_images` found.
+
+    Attributes:
+        files: image files in order, each once.
+        bad: what was asked for and is not there, holds no image or cannot be read, with the reason.
+        ignored: visible files in folders that are not named like images.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    bad: list[tuple[Path, str]] = field(default_factory=list)
+    ignored: list[Path] = field(default_factory=list)
+
+    def ignored_line(self) -> str | None:
+        """One line that counts the ignored files by their endings; None where there is none."""
+        if not self.ignored:
+            return None
+        endings = Counter(path.suffix.lower() or "without an ending" for path in self.ignored)
+        counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(8))
+        return (
+            f"files that are not named like images were left out: {counts} "
+            f"(the first is {self.ignored[0]})"
+        )
+
+
+def list_images(paths: str | Path | Iterable[str | Path]) -> FoundImages:
+    """Image files at and below ``paths``: a path, or several.
+
+    A file that is named itself is taken whatever its ending is. A folder gives the files in and
+    below it that are named like images, sorted by the bytes of their paths' parts; hidden files and
+    folders are passed over, links are followed, and a link back to a folder above is not. Only
+    regular files are images: a named pipe, a device or a broken link is ``bad``. Nothing is read.
+    """
+    found = FoundImages()
+    files: dict[Path, None] = {}
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        inside: dict[Path, None] = {}
+        told = len(found.bad)
+        _collect(Path(path), None, inside, found)
+        if not inside and len(found.bad) == told:
+            found.bad.append((Path(path), "no image in this folder"))
+        files.update(inside)
+    found.files.extend(files)
+    return found
+
+
+def _collect(
+    path: Path,
+    above: frozenset[tuple[int, int]] | None,
+    files: dict[Path, None],
+    found: FoundImages,
+) -> None:
+    """Put ``path``, or what lies below it, where it belongs; ``above`` is None for a named path."""
+    wanted = above is None or is_image_name(path.name)
+    try:
+        here = os.stat(path)
+        if stat.S_ISDIR(here.st_mode):
+            identity = (here.st_dev, here.st_ino)
+            if above is None or identity not in above:  # else a link back to a folder above
+                for name in sorted(filter(_visible, os.listdir(path)), key=os.fsencode):
+                    _collect(path / name, (above or frozenset()) | {identity}, files, found)
+        elif not wanted:
+            found.ignored.append(path)
+        elif stat.S_ISREG(here.st_mode):
+            files[path] = None
+        else:
+            found.bad.append((path, "a pipe, a socket or a device, expected a file"))
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileNotFoundError):
+            reason = "a link to nothing" if path.is_symlink() else "no such file or folder"
+        if wanted or not isinstance(error, FileNotFoundError):
+            found.bad.append((path, reason))
+        else:
+            found.ignored.append(path)
