@@ -1,4 +1,8 @@
-"""Run records: seeds, folder, metric log, environment, result record, report, command line."""
+"""A run: opening it, its options, log, stages, seeds, environment, record, report, command line.
+
+What belongs here is what a run is to its user, whatever it trains: no framework, and nothing that
+is slow to import, because every ``--help`` passes through here.
+"""
 
 from shared_core.runs.benchmark import write_benchmark
 from shared_core.runs.command import UsageError, run_command
@@ -6,6 +10,7 @@ from shared_core.runs.environment import environment
 from shared_core.runs.folder import RunFolder
 from shared_core.runs.lock import RunLock
 from shared_core.runs.log import MetricLog, read_metrics
+from shared_core.runs.opening import OpenRun, open_run
 from shared_core.runs.progress import progress
 from shared_core.runs.record import RecordError, check_record, read_result, write_result
 from shared_core.runs.report import Report
@@ -14,6 +19,7 @@ from shared_core.runs.stage_log import StageLog
 
 __all__ = [
     "MetricLog",
+    "OpenRun",
     "RecordError",
     "Report",
     "RunFolder",
@@ -23,6 +29,7 @@ __all__ = [
     "check_record",
     "derive_seed",
     "environment",
+    "open_run",
     "progress",
     "read_metrics",
     "read_result",

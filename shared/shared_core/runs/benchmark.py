@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from shared_core.checkpoints.atomic import atomic_write
 from shared_core.runs.environment import environment
+from shared_core.runs.json_files import write_json
 from shared_core.runs.log import _plain
 
 
@@ -37,6 +36,5 @@ def write_benchmark(
             "rows": list(rows),
         }
     )
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    atomic_write(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    write_json(path, record)
     return dict(record)

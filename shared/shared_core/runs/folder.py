@@ -1,18 +1,16 @@
-"""The run folder: a new run never writes over an old one, a resumed run continues in its own."""
+"""The run folder as projects opened it before ``open_run``; goes when all of them use that."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from shared_core.checkpoints.atomic import atomic_write
 from shared_core.runs.command import UsageError
+from shared_core.runs.json_files import as_plain, read_object, write_json
 from shared_core.runs.lock import RunLock
-
-CONFIG_FILE = "config.json"
+from shared_core.runs.opening import CONFIG_FILE, check_same, is_run
 
 
 class RunFolder:
@@ -45,23 +43,16 @@ class RunFolder:
         folder = cls(path)
         folder.path.mkdir(parents=True, exist_ok=True)
         config_file = folder.file(CONFIG_FILE)
-        plain = json.loads(json.dumps(config))
-        if config_file.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{folder.path} already holds a run: "
-                    "add --resume to continue it, or name another folder"
-                )
-            stored = json.loads(config_file.read_text(encoding="utf-8"))
-            for key in sorted(stored.keys() | plain.keys()):
-                if key not in may_differ and stored.get(key) != plain.get(key):
-                    raise ValueError(
-                        f"cannot resume {folder.path}: it was started with {key}="
-                        f"{stored.get(key)!r}, this command says {plain.get(key)!r}"
-                    )
+        plain = as_plain(config)
+        if not config_file.exists():
+            write_json(config_file, plain, sort_keys=True)
+        elif resume:
+            check_same(folder.path, read_object(config_file), plain, may_differ=may_differ)
         else:
-            text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
-            atomic_write(config_file, lambda path: path.write_text(text, encoding="utf-8"))
+            raise FileExistsError(
+                f"{folder.path} already holds a run: "
+                "add --resume to continue it, or name another folder"
+            )
         return folder
 
     def file(self, *parts: str) -> Path:
@@ -85,17 +76,9 @@ def remove_run(path: str | Path, *, keys: Collection[str]) -> None:
     folder = Path(path)
     if not folder.exists():
         return
-    if any(folder.iterdir()) and not _is_run(folder, keys):
+    if any(folder.iterdir()) and not is_run(folder, keys):
         raise UsageError(
             f"--fresh: {folder} holds no run, expected one to replace; nothing deleted"
         )
     with RunLock(folder):
         shutil.rmtree(folder)
-
-
-def _is_run(folder: Path, keys: Collection[str]) -> bool:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and set(keys) <= config.keys()

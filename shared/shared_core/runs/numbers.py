@@ -10,9 +10,7 @@ from typing import TypeVar
 T = TypeVar("T", int, float)
 
 
-def number(
-    kind: type[T], low: float, high: float, *, open_low: bool = False
-) -> Callable[[str], T]:
+def number(kind: type[T], low: float, high: float, *, open_low: bool = False) -> Callable[[str], T]:
     """A ``type=`` of argparse for finite numbers in ``[low, high]``.
 
     Args:

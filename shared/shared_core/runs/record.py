@@ -7,8 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from shared_core.checkpoints.atomic import atomic_write
 from shared_core.runs.environment import environment
+from shared_core.runs.json_files import write_json
 from shared_core.runs.log import _plain
 
 SCHEMA = "smallvision.record/1"
@@ -104,8 +104,7 @@ def write_result(
         }
     )
     check_record(record, str(path))
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    atomic_write(Path(path), lambda target: target.write_text(text, encoding="utf-8"))
+    write_json(path, record)
     return dict(record)
 
 

@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared_core.checkpoints.atomic import atomic_write
+from shared_core.runs.json_files import write_text
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -94,6 +94,6 @@ class Report:
             + "\n".join(self._html)
             + "\n</body></html>\n"
         )
-        atomic_write(markdown, lambda path: path.write_text(text, encoding="utf-8"))
-        atomic_write(page, lambda path: path.write_text(document, encoding="utf-8"))
+        write_text(markdown, text)
+        write_text(page, document)
         return markdown, page

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 
-import numpy as np
-
 
 def seed_python_numpy(seed: int) -> None:
     """Seed Python's ``random`` and NumPy's global generator. For entry scripts, not for libraries.
@@ -19,6 +17,8 @@ def seed_python_numpy(seed: int) -> None:
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed}: expected an integer in [0, 2**32)")
+    import numpy as np
+
     random.seed(seed)
     np.random.seed(seed)
 

@@ -1,0 +1,212 @@
+"""The options that all five commands share: one spelling, whole sentences, defaults in the help.
+
+A project takes the names it needs, gives its own defaults, and keeps its first README's spellings
+as aliases. Nothing here loads more than argparse, because every ``--help`` passes through here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shared_core.runs.command import UsageError
+from shared_core.runs.numbers import COUNT, POSITIVE, SIZE, number
+from shared_core.runs.opening import Start
+
+SCALES = ("auto", "full", "short", "rehearsal")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SEED = number(int, 0, 2**32 - 1)
+
+# Name: what argparse needs, and the sentence of the help. Projects may replace either.
+COMMON: dict[str, dict[str, Any]] = {
+    "data-path": {
+        "type": Path, "metavar": "DIR",
+        "help": "The folder with the images: one folder a class, or train/, val/ and test/ with "
+        "class folders in each.",
+    },
+    "split": {
+        "type": Path, "metavar": "FILE",
+        "help": "A manifest that says which image is learned from and which is judged on. Without "
+        "it the content of each image and the seed decide.",
+    },
+    "output": {
+        "type": Path, "metavar": "DIR",
+        "help": "The folder of the run: its configuration, checkpoints, log, record and report.",
+    },
+    "input-size": {
+        "type": SIZE, "metavar": "PIXELS",
+        "help": "The side in pixels of the square image that the network sees.",
+    },
+    "epochs": {
+        "type": SIZE, "metavar": "N",
+        "help": "How many times the training goes through all training images.",
+    },
+    "batch-size": {
+        "type": SIZE, "metavar": "N",
+        "help": "How many images a step learns from, in each process.",
+    },
+    "lr": {
+        "type": POSITIVE, "metavar": "RATE",
+        "help": "The learning rate after the warm-up.",
+    },
+    "seed": {
+        "type": SEED, "metavar": "N", "default": 0,
+        "help": "The number that decides first weights, order of images and augmentation. On a "
+        "CPU equal seeds give equal results.",
+    },
+    "device": {
+        "metavar": "NAME", "default": "auto",
+        "help": "Where to compute: cpu, cuda, cuda:1, or auto for a GPU where there is one.",
+    },
+    "amp": {
+        "choices": PRECISIONS, "default": "fp32",
+        "help": "The precision of the computation. bf16 and fp16 are faster on hardware that "
+        "knows them.",
+    },
+    "workers": {
+        "type": COUNT, "metavar": "N",
+        "help": "How many threads read and decode images. 0 reads in the main thread.",
+    },
+    "threads": {
+        "type": SIZE, "metavar": "N",
+        "help": "How many CPU threads compute. Another number rounds differently, so a resumed "
+        "run keeps the one it began with.",
+    },
+    "resume": {
+        "action": "store_true",
+        "help": "Go on with the run in the output folder, exactly where it stopped.",
+    },
+    "continue": {
+        "dest": "go_on", "action": "store_true",
+        "help": "Go on with the run in the output folder if there is one, or else start it.",
+    },
+    "fresh": {
+        "action": "store_true",
+        "help": "Delete the earlier run in the output folder and start anew.",
+    },
+    "init": {
+        "metavar": "WEIGHTS",
+        "help": "The weights to start from: a file, a name that `smallvision weights` lists, or "
+        "none to train from nothing.",
+    },
+    "scale": {
+        "choices": SCALES, "default": "auto",
+        "help": "The size of the recipe. full is the published one, short takes minutes on a CPU, "
+        "rehearsal takes built-in images, auto is full where the data set is found and else "
+        "a rehearsal.",
+    },
+}  # fmt: skip
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of every option that has one, unless its sentence tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, value = action.help, action.default
+        silent = value is None or value is False or value == argparse.SUPPRESS
+        if text is None or silent or "default" in text or not action.option_strings:
+            return text
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if not shown:
+            return text
+        if isinstance(action, argparse.BooleanOptionalAction):
+            shown = "on"
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose help shows defaults and whose errors are one line."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        more.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **more)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and leave with exit code 2."""
+        line = " ".join(message.split())
+        self.exit(2, f"error: {line}; {self.prog} --help lists the options\n")
+
+
+def add_common(
+    parser: argparse._ActionsContainer,
+    names: Sequence[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    help: Mapping[str, str] | None = None,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Add the options ``names`` of :data:`COMMON` to a parser or a group of it.
+
+    Args:
+        parser: a parser, or one of its groups.
+        names: without dashes, for example ``data-path``; the destination is ``data_path``, that
+            of ``continue`` is ``go_on``.
+        defaults: by name, instead of the usual one.
+        aliases: by name, further spellings of the option with their dashes.
+        help: by name, another sentence.
+        more: by name, further arguments of argparse (``dest``, ``choices``, ``nargs``).
+
+    Raises:
+        ValueError: a name that is no common option, here or in the mappings.
+    """
+    given = {"defaults": defaults or {}, "aliases": aliases or {}, "help": help or {}}
+    for name in (*names, *(key for part in (*given.values(), more or {}) for key in part)):
+        if name not in COMMON or name not in names:
+            raise ValueError(f"option {name!r}: expected one of {', '.join(COMMON)}, named once")
+    for name in names:
+        words = dict(COMMON[name])
+        if name in given["defaults"]:
+            words["default"] = given["defaults"][name]
+        if name in given["help"]:
+            words["help"] = given["help"][name]
+        words.update((more or {}).get(name, {}))
+        if "action" in words:  # a flag: it takes no type
+            words.pop("type", None)
+            words.pop("metavar", None)
+        words.setdefault("dest", name.replace("-", "_"))
+        parser.add_argument(f"--{name}", *given["aliases"].get(name, ()), **words)
+
+
+def options_given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """Destinations of the options that stand on the command line, defaults told apart."""
+    unset = object()  # argparse leaves alone what the namespace holds already
+    marks: dict[str, object] = {a.dest: unset for a in parser._actions if a.dest != "help"}
+    for action in parser._actions:
+        if isinstance(action, argparse._AppendAction):  # would append to the mark
+            marks[action.dest] = None
+    found = parser.parse_args(argv, argparse.Namespace(**marks))
+    return {name for name, mark in marks.items() if getattr(found, name, mark) is not mark}
+
+
+def start_of(args: argparse.Namespace) -> Start:
+    """How ``--resume``, ``--continue`` and ``--fresh`` say that a run starts.
+
+    Raises:
+        UsageError: more than one of them.
+    """
+    chosen: list[tuple[str, Start]] = []
+    if getattr(args, "resume", False):
+        chosen.append(("--resume", "resume"))
+    if getattr(args, "go_on", False):
+        chosen.append(("--continue", "continue"))
+    if getattr(args, "fresh", False):
+        chosen.append(("--fresh", "fresh"))
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(flag for flag, _ in chosen)}: expected one of them")
+    return chosen[0][1] if chosen else "new"
+
+
+def choose_scale(asked: str | None, *, found: bool) -> str:
+    """``auto`` (or None): ``full`` where the data set is found, else ``rehearsal``."""
+    if asked is None or asked == "auto":
+        return "full" if found else "rehearsal"
+    return asked
+
+
+def words_of(argv: Sequence[str] | None) -> list[str]:
+    """The words of the command line, as a record writes the command down."""
+    return sys.argv[1:] if argv is None else list(argv)
