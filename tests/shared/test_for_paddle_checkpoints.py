@@ -1,6 +1,7 @@
 """Paddle checkpoints: what was saved comes back, nothing else gets in, a run goes on exactly."""
 
 import importlib.util
+import json
 import os
 import pickle
 import random
@@ -156,6 +157,25 @@ def test_foreign_weights(tmp_path):
     paddle.save({}, path)
     with pytest.raises(CheckpointError, match="holds no weights"):
         checkpoints.load_foreign_weights(path)
+
+
+def test_every_length_of_a_safetensors_header_is_read(tmp_path):
+    """The first byte is the length's lowest: 0x80, a pickle's first, is as good as any other."""
+    values = np.arange(6, dtype="<f4").reshape(2, 3)
+    entry = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    header = json.dumps(entry).encode()
+    for length in range(512, 768):
+        path = tmp_path / f"{length}.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + values.tobytes())
+        assert equal(checkpoints.load_foreign_weights(path), {"w": values}), length
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_no_pickle_is_taken_for_safetensors(tmp_path, protocol):
+    for count in (1, 123, 300, 70_000):  # lengths of names and frames stand near the ninth byte
+        weights = {"w" * (count % 500): np.arange(count, dtype=np.float32)}
+        (tmp_path / "a.pdparams").write_bytes(pickle.dumps(weights, protocol=protocol))
+        assert equal(checkpoints.load_foreign_weights(tmp_path / "a.pdparams"), weights)
 
 
 RUN = """

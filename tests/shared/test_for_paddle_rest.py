@@ -1,4 +1,4 @@
-"""Losses, mixing, precision, data, ONNX in Paddle: limits and errors (values: tests/parity)."""
+"""Losses, mixing, EMA, precision, data, ONNX in Paddle: limits, errors (values: tests/parity)."""
 
 import os
 from types import SimpleNamespace
@@ -9,7 +9,9 @@ import pytest
 paddle = pytest.importorskip("paddle")
 from paddle import nn  # noqa: E402
 
+from shared_core.checkpoints import CheckpointError  # noqa: E402
 from shared_core.for_paddle import data, export, losses, mixing  # noqa: E402
+from shared_core.for_paddle.ema import Ema  # noqa: E402
 from shared_core.for_paddle.precision import Precision, Step  # noqa: E402
 
 STUDENT = paddle.to_tensor([[1.0, 2, 3, 4], [2, 0, 1, 0]], dtype="float64")
@@ -130,6 +132,35 @@ def test_precision_steps_like_the_plain_loop_and_clips():
         precision.backward_step(loss, optimizer, clip=0)
 
 
+def test_ema_follows_its_formula_and_gives_the_weights_back():
+    model = nn.BatchNorm1D(2)
+    ema, constant = Ema(model, decay=0.5), Ema(model, decay=0.5, warmup=False)
+    truth = np.zeros(2)
+    for step in range(1, 12):
+        value = np.array([step, -step], dtype=np.float32)
+        model._mean.set_value(paddle.to_tensor(value))
+        ema.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        truth = decay * truth + (1 - decay) * value
+    assert ema.weights["_mean"].numpy() == pytest.approx(truth, rel=1e-6)
+    assert ema.decay_at(1) == pytest.approx(2 / 11) and constant.decay_at(1) == 0.5
+    with ema.applied(model) as inside:
+        assert inside is model and model._mean.numpy() == pytest.approx(truth, rel=1e-6)
+    assert np.array_equal(model._mean.numpy(), value)
+
+    again = Ema(model, decay=0.5)
+    again.load_state_dict(ema.state_dict())
+    assert again.step == 11 and np.array_equal(again.weights["_mean"], ema.weights["_mean"])
+    with pytest.raises(CheckpointError, match="stored decay is 0.5, expected 0.9"):
+        Ema(model, decay=0.9).load_state_dict(ema.state_dict())
+    with pytest.raises(CheckpointError, match="stored warmup is True"):
+        constant.load_state_dict(ema.state_dict())
+    with pytest.raises(CheckpointError, match="EMA: weights do not fit"):
+        Ema(nn.BatchNorm1D(3), decay=0.5).load_state_dict(ema.state_dict())
+    with pytest.raises(ValueError, match="decay is 1"):
+        Ema(model, decay=1.0)
+
+
 def test_precision_refuses_what_paddle_would_only_warn_about():
     for dtype in ("bf16", "fp16"):
         with pytest.raises(ValueError, match=f"precision is '{dtype}' on a CPU"):
@@ -137,6 +168,8 @@ def test_precision_refuses_what_paddle_would_only_warn_about():
         assert Precision("cpu", dtype, enabled=False).dtype == "fp32"
     with pytest.raises(ValueError, match="precision is 'fp8'"):
         Precision("cpu", "fp8")
+    with pytest.raises(ValueError, match="level is 'O3'"):
+        Precision("cpu", level="O3")
     with pytest.raises(ValueError, match="stored precision is 'bf16', expected 'fp32'"):
         Precision("cpu").load_state_dict({"dtype": "bf16"})
 

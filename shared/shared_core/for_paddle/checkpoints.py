@@ -166,10 +166,14 @@ def load_foreign_weights(path: str | Path) -> Weights:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Eight bytes of length and a JSON object; a pickle starts with ``\\x80`` and its version."""
+    """Eight bytes of the header's length, little-endian, then a JSON object.
+
+    A pickle may begin with the same byte as a length, ``\\x80``. But no header is 2**40 bytes long,
+    and no pickle of arrays has three zeros and a brace there: protocols 4 and 5 have the upper
+    bytes of a frame's length, the older ones the first instructions.
+    """
     with path.open("rb") as file:
-        start = file.read(9)
-    return start[8:9] == b"{" and start[:1] != b"\x80"
+        return file.read(9)[5:] == b"\0\0\0{"
 
 
 # -- the whole state of a run -------------------------------------------------------------------

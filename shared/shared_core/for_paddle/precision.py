@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import paddle
-from paddle import Tensor
+from paddle import Tensor, nn
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+LEVELS = ("O1", "O2")
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ class Precision:
     Args:
         device: ``"cpu"`` or ``"gpu"``, ``"gpu:0"``...
         dtype: ``"fp32"``, ``"bf16"``, or ``"fp16"`` (with loss scaling).
+        level: ``"O1"`` autocasts; ``"O2"`` also keeps the weights small, see :meth:`decorate`.
         enabled: False computes in fp32 whatever ``dtype`` says.
         init_scale: first loss scale of fp16.
         growth_interval: good steps of fp16 after which the scale doubles.
 
     Raises:
-        ValueError: an unknown ``dtype``, or one below fp32 on a CPU, where Paddle would go on in
-            fp32 with nothing but a warning.
+        ValueError: an unknown ``dtype`` or ``level``, or a dtype below fp32 on a CPU, where Paddle
+            would go on in fp32 with nothing but a warning.
     """
 
     def __init__(
@@ -38,16 +40,20 @@ class Precision:
         device: str,
         dtype: str = "fp32",
         *,
+        level: str = "O1",
         enabled: bool = True,
         init_scale: float = 2.0**16,
         growth_interval: int = 2000,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"precision is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if level not in LEVELS:
+            raise ValueError(f"level is {level!r}, expected one of {', '.join(LEVELS)}")
         if enabled and dtype != "fp32" and device.startswith("cpu"):
             raise ValueError(f"precision is {dtype!r} on a CPU, where Paddle has fp32 only")
         self.device = device
         self.dtype = dtype if enabled else "fp32"
+        self.level = level
         self.skipped_steps = 0  # optimizer steps that fp16 skipped for non-finite gradients
         self.scaler: Any = paddle.amp.GradScaler(
             enable=self.dtype == "fp16",
@@ -60,7 +66,18 @@ class Precision:
         """Context for the forward pass and the loss; leave it before the backward pass."""
         enabled = self.dtype != "fp32"
         dtype: Any = DTYPES[self.dtype] if enabled else "float16"  # counts only when enabled
-        return paddle.amp.auto_cast(enable=enabled, dtype=dtype, level="O1")
+        level: Any = self.level if enabled else "O1"
+        return paddle.amp.auto_cast(enable=enabled, dtype=dtype, level=level)
+
+    def decorate(self, model: nn.Layer, optimizer: Any) -> tuple[nn.Layer, Any]:
+        """At ``O2``: the model's weights in the low dtype, float32 masters in the optimizer."""
+        if self.level == "O1" or self.dtype == "fp32":
+            return model, optimizer
+        dtype: Any = DTYPES[self.dtype]
+        model, optimizer = paddle.amp.decorate(
+            models=model, optimizers=optimizer, level="O2", dtype=dtype
+        )
+        return model, optimizer
 
     def backward_step(
         self,
