@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared_core import datasets
-from shared_core.datasets.splitting.prepared import QUARANTINE_FILE, prepare_data
+from shared_core.datasets.splitting.prepared import QUARANTINE_FILE, SPLIT_FILE, prepare_data
 
 SCENES = {"num_classes": 3, "image_size": 24, "images_per_class": 30, "seed": 4}
 
@@ -120,3 +120,28 @@ def test_findings_are_written(tmp_path, folder):
     prepare_data(tmp_path, root=folder)
     assert json.loads((tmp_path / "verify.json").read_text())
     assert (tmp_path / "split.json").exists()
+
+
+def test_a_given_manifest_decides_and_its_classes_are_held_to_the_folders(tmp_path, folder):
+    first = prepare_data(tmp_path / "a", root=folder, split_seed=9)
+    split = tmp_path / "a" / SPLIT_FILE
+    given = prepare_data(tmp_path / "b", root=folder, split=split)
+    assert given.manifest.hash == first.manifest.hash
+    assert prepare_data(tmp_path / "b", root=folder, split=split).manifest == given.manifest
+    prepare_data(tmp_path / "c", root=folder)
+    with pytest.raises(datasets.DatasetError, match="begun with another split"):
+        prepare_data(tmp_path / "c", root=folder, split=split)
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    shutil.copytree(more / first.classes[0], more / "zebra")
+    with pytest.raises(datasets.DatasetError, match=r"other classes .*zebra"):
+        prepare_data(tmp_path / "d", root=more, split=split)
+
+
+def test_a_group_stays_on_one_side(tmp_path, folder):
+    data = prepare_data(tmp_path, root=folder, groups=lambda path: path.split("/")[0][0] + path[-5])
+    sides = {}
+    for entry in data.manifest.entries:
+        sides.setdefault(entry.path.split("/")[0][0] + entry.path[-5], set()).add(entry.split)
+    assert all(len(side) == 1 for side in sides.values())
+    assert len({side for one in sides.values() for side in one}) == 3

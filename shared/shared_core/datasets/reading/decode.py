@@ -221,12 +221,14 @@ def _to_rgb(image: Samples, *, premultiplied: bool) -> Pixels:
         image = np.dstack([image, image, image])
     top = int(np.iinfo(image.dtype).max)
     if image.shape[2] == 4:
-        color = image[..., :3].astype(np.uint64)
-        alpha = image[..., 3:].astype(np.uint64)
+        # Unsigned 32 bits hold it: color * alpha + top * (top - alpha) + top // 2 < 2**32.
+        color, alpha = image[..., :3].astype(np.uint32), image[..., 3:].astype(np.uint32)
         if premultiplied and top == 255:  # libtiff hands out 8-bit colour times alpha
             image = np.minimum(color + (top - alpha), top)
         else:
-            image = (color * alpha + top * (top - alpha) + top // 2) // top
+            color *= alpha
+            color += top * (top - alpha) + top // 2
+            image = color // top
     if top != 255:
         image = (image.astype(np.uint32) + 128) // 257  # 65535 / 257 = 255, rounded
     return np.ascontiguousarray(image[..., ::-1], dtype=np.uint8)

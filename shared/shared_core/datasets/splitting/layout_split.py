@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Literal
 
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.finding.placing import Placing, Quarantine, build_manifest, place
 from shared_core.datasets.finding.scan import Listing
 from shared_core.datasets.splitting.manifest import Manifest
+from shared_core.datasets.splitting.placing import Placing, Quarantine, build_manifest, place
 
 
 def from_layout(

@@ -19,6 +19,7 @@ from shared_core.datasets.sets.spec_check import describe
 from shared_core.datasets.sets.spec_type import DatasetSpec
 from shared_core.datasets.splitting.layout_split import from_layout
 from shared_core.datasets.splitting.manifest import Manifest
+from shared_core.datasets.splitting.placing import Groups
 from shared_core.datasets.splitting.split import make_split
 
 SPLIT_FILE, VERIFY_FILE, QUARANTINE_FILE = "split.json", "verify.json", "quarantine.txt"
@@ -100,6 +101,8 @@ def prepare_data(
     quarantine: str | Path | None = None,
     workers: int = 0,
     scenes: Mapping[str, Any] | None = None,
+    groups: Groups | None = None,
+    split: str | Path | None = None,
 ) -> PreparedData:
     """Find or make the images, look at every file once, split them, and write it all down.
 
@@ -120,9 +123,13 @@ def prepare_data(
         workers: processes that verify; 0 or 1 does it in this one.
         scenes: arguments of :func:`make_scenes`: ``num_classes``, ``image_size`` (pixels),
             ``images_per_class``, ``seed``.
+        groups: path below the root -> name of the group that must stay on one side, or None.
+        split: a manifest that decides who learns and who tests, so that several projects judge
+            on the same images; its files must be below ``root``.
 
     Raises:
-        DatasetError, FileNotFoundError: no images, too few, or other classes than expected.
+        DatasetError, FileNotFoundError: no images, too few, or other classes than expected; a
+            manifest of other classes, or another one than the run began with.
     """
     output = Path(output)
     notes: list[str] = []
@@ -146,9 +153,21 @@ def prepare_data(
     split_file = output / SPLIT_FILE
     if split_file.exists():
         manifest = Manifest.read(split_file, root=listing.root)
+        if split is not None and Manifest.read(split, root=listing.root).hash != manifest.hash:
+            raise DatasetError(f"{output} was begun with another split than {split}")
+    elif split is not None:
+        manifest = _given(split, listing)
+        manifest.write(split_file)
     else:
         manifest = _split(
-            listing, output, spec, fractions, split_seed, quarantine, workers if workers > 1 else 0
+            listing,
+            output,
+            spec,
+            fractions,
+            split_seed,
+            quarantine,
+            workers if workers > 1 else 0,
+            groups,
         )
         manifest.write(split_file)
     if spec is not None and spec.num_images and len(manifest.entries) < spec.num_images:
@@ -157,6 +176,18 @@ def prepare_data(
     for split in manifest.splits:
         data.image_set(split)  # an empty one is told now, not after an hour
     return data
+
+
+def _given(split: str | Path, listing: Listing) -> Manifest:
+    """A manifest that someone hands in, held to the folder's classes by name."""
+    manifest = Manifest.read(split, root=listing.root)
+    if manifest.classes != listing.classes:
+        different = sorted(set(manifest.classes) ^ set(listing.classes))
+        raise DatasetError(
+            f"{split} has other classes than {listing.root} ({', '.join(different[:3]) or 'order'})"
+            ": expected a manifest of these images"
+        )
+    return manifest
 
 
 def _check_classes(listing: Listing, num_classes: int | None) -> None:
@@ -178,6 +209,7 @@ def _split(
     seed: int,
     quarantine_file: str | Path | None,
     workers: int,
+    groups: Groups | None,
 ) -> Manifest:
     """Verify every file and make the split."""
     report = verify(listing, spec=spec, workers=workers)
@@ -197,6 +229,7 @@ def _split(
         listing,
         fractions=fractions,
         seed=seed,
+        groups=groups,
         duplicates=report.duplicates,
         quarantine=quarantine,
         keys=report.keys,

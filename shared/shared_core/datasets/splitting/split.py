@@ -21,10 +21,16 @@ from dataclasses import replace
 from typing import Literal
 
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.finding.placing import Groups, Placing, Quarantine, build_manifest, place
 from shared_core.datasets.finding.scan import Listing
 from shared_core.datasets.splitting.layout_split import from_layout
 from shared_core.datasets.splitting.manifest import Entry, Item, Manifest
+from shared_core.datasets.splitting.placing import (
+    Groups,
+    Placing,
+    Quarantine,
+    build_manifest,
+    place,
+)
 
 __all__ = ["Entry", "Item", "Manifest", "from_layout", "make_kfold", "make_split", "place"]
 
