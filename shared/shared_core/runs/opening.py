@@ -32,6 +32,7 @@ DURABLE = (
     "values.bin", "cell.json",
 )  # fmt: skip
 QUICK_STAGES = ("prepare",)  # finished in a moment: alone they are no reason to keep a run
+SHARED_WAIT_S = 10.0  # what another process may take to write the configuration
 _LEAVING = ".fresh"  # the configuration of a run that is being removed
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class OpenRun:
         resumed: it was there before.
         log: what it says; silent in all processes but the main one.
         is_main: whether this is the process that writes.
+        shared: other commands may work in the folder at the same time.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class OpenRun:
     resumed: bool
     log: StageLog
     is_main: bool
+    shared: bool
     _clock: RunClock
     _from_main: Callable[[Callable[[], Any]], Any]
 
@@ -103,6 +106,8 @@ class OpenRun:
         Returns:
             What the stage left: ``work``'s result and ``log_position``.
         """
+        if self.shared:
+            raise TypeError(f"stage {name}: a shared run has cells, see shared_core.trials")
         done = self.log.done(name)
         if done is not None:
             self.log.say(f"{name}: done before")
@@ -136,6 +141,7 @@ def open_run(
     world: World | None = None,
     main_writes: MainWrites | None = None,
     make_log: Callable[..., StageLog] = StageLog,
+    shared: bool = False,
 ) -> Iterator[OpenRun]:
     """Open a run's folder and hold its lock until the end of the ``with`` block.
 
@@ -156,6 +162,8 @@ def open_run(
         world: this process among several; None for one alone.
         main_writes: the framework's ``main_writes``; needed with several processes.
         make_log: called with the folder and ``silent=``; makes the log of each process.
+        shared: several commands may work in the folder at once, each on cells of its own (see
+            :mod:`shared_core.trials`). Such a run has no stages and no clock.
 
     Raises:
         ValueError: another process works in the folder; a resumed run says something else; the
@@ -172,16 +180,16 @@ def open_run(
     def from_main(work: Callable[[], T]) -> T:
         return main_writes(work, world) if several and main_writes is not None else work()
 
-    place = _Place(Path(folder), keys=keys)
+    place = _Place(Path(folder), keys=keys, shared=shared)
     try:
         found, stages = from_main(
             lambda: place.open(config, start, may_differ=may_differ, kept=kept, usual=usual or {})
         )
         log = make_log(place.folder, silent=not is_main)
         log.stages = stages
-        clock = RunClock(place.folder, writes=is_main)
+        clock = RunClock(place.folder, writes=is_main and not shared)
         log.tick = clock.mark
-        yield OpenRun(place.folder, *found, log, is_main, clock, from_main)
+        yield OpenRun(place.folder, *found, log, is_main, shared, clock, from_main)
         clock.mark(every=0.0)
     except Exception:
         place.undo()
@@ -193,8 +201,9 @@ def open_run(
 class _Place:
     """The folder while it is open, and what was there before."""
 
-    def __init__(self, folder: Path, *, keys: Collection[str]) -> None:
+    def __init__(self, folder: Path, *, keys: Collection[str], shared: bool) -> None:
         self.folder, self.keys, self.config_file = folder, keys, folder / CONFIG_FILE
+        self._may_share = shared
         self._lock: RunLock | None = None
         self._missing: list[Path] = []
         self._before: set[str] | None = None  # of a run that begins here
@@ -209,7 +218,7 @@ class _Place:
         usual: Mapping[str, Any],
     ) -> tuple[tuple[dict[str, Any], dict[str, Any], bool], dict[str, dict[str, Any]]]:
         """Lock, look, compare, write. Returns what an :class:`OpenRun` holds, and the stages."""
-        self._enter()
+        self._enter(alone=not self._may_share or start == "fresh")
         if (self.folder / _LEAVING).exists():  # an earlier --fresh was killed at it
             self._empty()
         stored = self._stored(start)
@@ -225,18 +234,32 @@ class _Place:
             write_json(self.config_file, plain, sort_keys=True)
         stages_file = self.folder / STAGES_FILE
         stages = read_object(stages_file) if stored and stages_file.exists() else {}
+        if self._may_share and self._lock is not None:
+            self._lock.share()
         return (plain, stored, bool(stored)), stages
 
-    def _enter(self) -> None:
+    def _enter(self, *, alone: bool) -> None:
+        """Make the folder and lock it; not ``alone`` if others have got it going already."""
         self._missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-        lock = RunLock(self.folder)
         while self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.__enter__()
-                self._lock = lock
+                self._lock = RunLock(self.folder).__enter__()
             except FileNotFoundError:  # its last owner failed, and has just removed the folder
                 continue
+            except ValueError:
+                if alone:
+                    raise
+                self._join()
+
+    def _join(self) -> None:
+        lock = RunLock(self.folder, shared=True, wait=SHARED_WAIT_S)
+        with suppress(FileNotFoundError):
+            lock.__enter__()
+            if self.config_file.exists():
+                self._lock = lock
+            else:  # the first one has failed
+                lock.__exit__(None, None, None)
 
     def _names(self) -> set[str]:
         """Names of what lies in the folder, without our own scratch files."""
@@ -281,6 +304,8 @@ class _Place:
     def undo(self) -> None:
         """The run failed: leave nothing of it, if it has just begun and made nothing of worth."""
         if self._lock is None or self._before is None or self._has_durable(self._before):
+            return
+        if not self._lock.alone():
             return
         for name in sorted(self._names() - self._before, key=lambda name: name == CONFIG_FILE):
             _remove(self.folder / name)

@@ -164,9 +164,6 @@ def add_common(
         if name in given["help"]:
             words["help"] = given["help"][name]
         words.update((more or {}).get(name, {}))
-        if "action" in words:  # a flag: it takes no type
-            words.pop("type", None)
-            words.pop("metavar", None)
         words.setdefault("dest", name.replace("-", "_"))
         parser.add_argument(f"--{name}", *given["aliases"].get(name, ()), **words)
 
