@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-KINDS = ("gate", "jei", "max_prob", "entropy", "margin", "patience")
+from shared_core.deploy.options import EXIT_KINDS
+
+KINDS = EXIT_KINDS
 STATE_VERSION = 1
 NEVER = 2.0  # reached by no score of any kind but patience
 
@@ -159,14 +161,20 @@ class ExitPolicy:
                 count = np.where(predicted == before, state["count"] + 1, 0)
             state["predicted"], state["count"] = predicted, count
             return count.astype(np.float32)
-        p = softmax(logits, self.temperature(exit_index))
+        return self._certainty(softmax(logits, self.temperature(exit_index))).astype(np.float32)
+
+    def _certainty(self, p: Floats) -> Floats:
+        """Scores ``(N,)`` of probabilities ``(N, K)``."""
+        certainty: Floats
         if self.kind == "entropy":
             terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0.0)
-            return (1 + terms.sum(axis=-1) / math.log(max(p.shape[-1], 2))).astype(np.float32)
-        if self.kind == "max_prob" or p.shape[-1] == 1:
-            return p.max(axis=-1).astype(np.float32)
-        top = np.partition(p, -2, axis=-1)
-        return (top[..., -1] - top[..., -2]).astype(np.float32)
+            certainty = 1 + terms.sum(axis=-1) / math.log(max(p.shape[-1], 2))
+        elif self.kind == "max_prob" or p.shape[-1] == 1:
+            certainty = p.max(axis=-1)
+        else:
+            top = np.partition(p, -2, axis=-1)
+            certainty = top[..., -1] - top[..., -2]
+        return certainty
 
     def _gate_score(self, exit_index: int, gate_logit: Array, state: dict[str, Array]) -> Floats:
         temperatures = self._values("gate_temperatures")
