@@ -22,11 +22,11 @@ from shared_core.deploy.options import EXIT_KINDS
 
 KINDS = EXIT_KINDS
 STATE_VERSION = 1
-NEVER = 2.0  # reached by no score of any kind but patience
+NEVER = 1000.0  # a threshold that no score reaches, nor a count of exits
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
-_ENTRIES = ("thresholds", "temperatures", "gate_temperatures")
+_ENTRIES = ("thresholds", "temperatures")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class ExitPolicy:
         temperatures: divide the logits of the heads before max_prob, entropy, margin and
             :meth:`probabilities`; one for all, one an exit, or one more for the final head (1 if it
             is left out). They do not touch the gates, which saw raw logits when they were trained.
-        gate_temperatures: divide the gates' logits; one for all or one an exit.
 
     Raises:
         ValueError: an unknown kind, numbers that are not finite, a temperature of 0 or less.
@@ -63,7 +62,6 @@ class ExitPolicy:
     kind: str = "gate"
     thresholds: float | Sequence[float] = 0.5
     temperatures: float | Sequence[float] = 1.0
-    gate_temperatures: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -100,7 +98,6 @@ class ExitPolicy:
         allowed = {
             "thresholds": {1, num_exits},
             "temperatures": {1, num_exits, num_exits + 1},
-            "gate_temperatures": {1, num_exits},
         }
         for name, sizes in allowed.items():
             if (size := len(self._values(name))) not in sizes:
@@ -152,11 +149,11 @@ class ExitPolicy:
         if self.needs_gates:
             if gate_logit is None:
                 raise ValueError(f"exit policy {self.kind!r}: got no gate logits, expected (N,)")
-            return self._gate_score(exit_index, gate_logit, state).astype(np.float32)
+            return self._gate_score(gate_logit, state).astype(np.float32)
         if self.kind == "patience":
             predicted = np.argmax(logits, axis=-1)
             before = state.get("predicted")
-            count = np.zeros_like(predicted)
+            count: Array = np.zeros_like(predicted)
             if before is not None:
                 count = np.where(predicted == before, state["count"] + 1, 0)
             state["predicted"], state["count"] = predicted, count
@@ -176,10 +173,8 @@ class ExitPolicy:
             certainty = top[..., -1] - top[..., -2]
         return certainty
 
-    def _gate_score(self, exit_index: int, gate_logit: Array, state: dict[str, Array]) -> Floats:
-        temperatures = self._values("gate_temperatures")
-        temperature = temperatures[exit_index if len(temperatures) > 1 else 0]
-        x = np.asarray(gate_logit, np.float64) / temperature
+    def _gate_score(self, gate_logit: Array, state: dict[str, Array]) -> Floats:
+        x = np.asarray(gate_logit, np.float64)
         small = np.exp(-np.abs(x))  # no overflow on either side
         g: Floats = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
         if self.kind == "gate":
@@ -203,9 +198,10 @@ class ExitPolicy:
             ValueError: another version, a missing or unknown entry, a bad value.
         """
         wanted = {"version", "kind", *_ENTRIES}
-        if not isinstance(state, Mapping) or set(state) != wanted:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"exit policy: got entries {got}, expected {sorted(wanted)}")
+        got = set(state) if isinstance(state, Mapping) else {type(state).__name__}
+        # States once held temperatures of the gates, which nothing ever set.
+        if got - {"gate_temperatures"} != wanted or set(state.get("gate_temperatures", [1])) != {1}:
+            raise ValueError(f"exit policy: got entries {sorted(got)}, expected {sorted(wanted)}")
         if state["version"] != STATE_VERSION:
             raise ValueError(
                 f"exit policy: got version {state['version']!r}, expected {STATE_VERSION}"
