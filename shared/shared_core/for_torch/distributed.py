@@ -5,7 +5,8 @@ project's loop has no second branch.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,14 +21,17 @@ T = TypeVar("T")
 
 __all__ = [
     "World",
+    "accumulating",
     "all_mean",
     "barrier",
     "gather_objects",
     "gather_samples",
     "gather_uneven",
     "main_writes",
+    "share_buffers",
     "start",
     "stop",
+    "together",
     "unwrap",
     "wrap",
 ]
@@ -237,18 +241,80 @@ def all_mean(value: float, world: World, *, weight: float = 1.0) -> float:
 def wrap(model: nn.Module, world: World, *, unused_parameters: bool = False) -> nn.Module:
     """The model, averaging its gradients over the processes; itself when there is one process.
 
-    With equal shares of the batch and losses that are batch means, the gradients are those of one
-    process on the whole batch. Batch norm still normalises over each process' own share; use
-    ``torch.nn.SyncBatchNorm`` on GPUs where that matters.
+    torch's DistributedDataParallel: gradients travel in buckets while the backward pass still runs,
+    and each forward pass starts from the main process' buffers (batch-norm statistics). With equal
+    shares of the batch and losses that are batch means, the gradients are those of one process on
+    the whole batch. Batch norm still normalises over each process' own share; use
+    ``torch.nn.SyncBatchNorm`` on GPUs where that matters. Before an evaluation or a save call
+    :func:`share_buffers`: the last step has moved each process' own.
 
     Args:
-        model: already on ``world.device``, with the same weights in all processes.
+        model: already on ``world.device``, as are its inputs; the weights of the main process are
+            copied to the others.
         world: from :func:`start`.
         unused_parameters: True when some steps do not use all parameters (early exits).
     """
     if world.world_size == 1:
         return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, find_unused_parameters=unused_parameters
+        model, find_unused_parameters=unused_parameters, gradient_as_bucket_view=True
     )
+
+
+class _Together(nn.Module):
+    """A function of some modules as one module, so that it can be wrapped."""
+
+    def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def together(
+    function: Callable[..., Any],
+    modules: Sequence[nn.Module],
+    world: World,
+    *,
+    unused_parameters: bool = False,
+) -> nn.Module:
+    """``function`` such that a backward pass from what it gives averages the gradients.
+
+    For losses that call a model, parts of it and helpers as they like: see :func:`wrap`, which this
+    does to all of them at once. Call it once a backward pass, and the modules only inside it.
+
+    Args:
+        function: from a batch to a tensor, or a tuple, list, dict or dataclass with tensors.
+        modules: all that it trains, each at least one parameter that takes a gradient.
+        world, unused_parameters: as for :func:`wrap`.
+    """
+    return wrap(_Together(function, modules), world, unused_parameters=unused_parameters)
+
+
+def accumulating(wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Context of one forward and backward pass of a step that gathers gradients of several.
+
+    Args:
+        wrapped: of :func:`wrap` or :func:`together`; with one process the context does nothing.
+        last: the step's last batch, after which the gradients are averaged; nothing travels before.
+    """
+    if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    context: AbstractContextManager[None] = wrapped.no_sync()
+    return context
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module, world: World) -> None:
+    """Every process gets the main one's buffers (batch-norm statistics), in one message."""
+    buffers = list(unwrap(module).buffers())
+    if world.world_size == 1 or not buffers:
+        return
+    pieces = [buffer.detach().contiguous().reshape(-1).view(torch.uint8) for buffer in buffers]
+    flat = torch.cat(pieces)
+    dist.broadcast(flat, src=0)
+    for buffer, piece in zip(buffers, flat.split([len(piece) for piece in pieces]), strict=True):
+        # A copy: a slice may begin where numbers of the buffer's type must not.
+        buffer.copy_(piece.clone().view(buffer.dtype).reshape(buffer.shape))
