@@ -315,6 +315,8 @@ def share_buffers(module: nn.Module, world: World) -> None:
     pieces = [buffer.detach().contiguous().reshape(-1).view(torch.uint8) for buffer in buffers]
     flat = torch.cat(pieces)
     dist.broadcast(flat, src=0)
-    for buffer, piece in zip(buffers, flat.split([len(piece) for piece in pieces]), strict=True):
+    for buffer, piece in zip(
+        buffers, torch.split(flat, [len(piece) for piece in pieces]), strict=True
+    ):
         # A copy: a slice may begin where numbers of the buffer's type must not.
         buffer.copy_(piece.clone().view(buffer.dtype).reshape(buffer.shape))
