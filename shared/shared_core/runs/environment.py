@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +51,8 @@ def _gpu() -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout this file lies in, ``+changes`` when it was edited."""
+    import subprocess
+
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -75,6 +75,8 @@ def environment() -> dict[str, Any]:
 
     Names no user, host or path.
     """
+    from importlib import metadata  # here, for --help must not wait for it
+
     versions = {}
     for package in PACKAGES:
         try:

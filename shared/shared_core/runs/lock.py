@@ -19,13 +19,12 @@ class RunLock:
     is locked.
 
     Args:
-        folder: that is worked in.
+        folder: that is worked in; made where it is not there.
         shared: others may hold the lock as well if they, too, say ``shared``.
         wait: seconds to wait for another process; ``math.inf`` for as long as it takes.
 
     Raises (on entering):
         ValueError: another process holds the lock.
-        FileNotFoundError: there is no such folder.
     """
 
     def __init__(self, folder: str | Path, *, shared: bool = False, wait: float = 0.0) -> None:
@@ -41,7 +40,11 @@ class RunLock:
         kind = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
         end = time.monotonic() + self.wait
         while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # its last owner failed, and has just removed the folder
+                continue
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except OSError:

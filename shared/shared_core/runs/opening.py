@@ -242,24 +242,19 @@ class _Place:
         """Make the folder and lock it; not ``alone`` if others have got it going already."""
         self._missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         while self._lock is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock = RunLock(self.folder).__enter__()
-            except FileNotFoundError:  # its last owner failed, and has just removed the folder
-                continue
             except ValueError:
                 if alone:
                     raise
                 self._join()
 
     def _join(self) -> None:
-        lock = RunLock(self.folder, shared=True, wait=SHARED_WAIT_S)
-        with suppress(FileNotFoundError):
-            lock.__enter__()
-            if self.config_file.exists():
-                self._lock = lock
-            else:  # the first one has failed
-                lock.__exit__(None, None, None)
+        lock = RunLock(self.folder, shared=True, wait=SHARED_WAIT_S).__enter__()
+        if self.config_file.exists():
+            self._lock = lock
+        else:  # the first one has failed
+            lock.__exit__(None, None, None)
 
     def _names(self) -> set[str]:
         """Names of what lies in the folder, without our own scratch files."""
@@ -298,7 +293,7 @@ class _Place:
         if self.config_file.exists():
             os.replace(self.config_file, leaving)
         for name in self._names() - {_LEAVING}:
-            _remove(self.folder / name)
+            remove(self.folder / name)
         leaving.unlink(missing_ok=True)
 
     def undo(self) -> None:
@@ -308,14 +303,13 @@ class _Place:
         if not self._lock.alone():
             return
         for name in sorted(self._names() - self._before, key=lambda name: name == CONFIG_FILE):
-            _remove(self.folder / name)
+            remove(self.folder / name)
 
     def _has_durable(self, before: set[str]) -> bool:
         stages_file = self.folder / STAGES_FILE
         if stages_file.exists() and read_object(stages_file).keys() - set(QUICK_STAGES):
             return True
-        new = (self.folder / name for name in self._names() - before)
-        return any(_holds(path, DURABLE) for path in new)
+        return any(is_durable(self.folder / name) for name in self._names() - before)
 
     def leave(self) -> None:
         """Open the lock, and remove folders that were made and are empty."""
@@ -327,14 +321,15 @@ class _Place:
                     path.rmdir()
 
 
-def _holds(path: Path, patterns: Collection[str]) -> bool:
-    """Whether ``path`` is, or holds, a file that fits one of the patterns."""
+def is_durable(path: Path) -> bool:
+    """Whether a file, or one in a folder, took long to make; see :data:`DURABLE`."""
     if path.is_file():
-        return any(path.match(pattern) for pattern in patterns)
-    return any(next(path.rglob(pattern), None) is not None for pattern in patterns)
+        return any(path.match(pattern) for pattern in DURABLE)
+    return any(next(path.rglob(pattern), None) is not None for pattern in DURABLE)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Take away a file, or a folder with all in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
