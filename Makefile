@@ -21,57 +21,111 @@ TEST_FLAGS ?= $(if $(COVERAGE),--cov --cov-report=term:skip-covered --cov-fail-u
 # FRESH=1 starts a repro target anew instead of going on where it stopped.
 FRESH ?=
 
+# Another build of torch and torchvision (CPU only, another CUDA): the index that PyTorch's
+# installation page names for it.
+TORCH_INDEX ?=
+# Processes that run tests.
+WORKERS ?= 2
+# ONLY=1: `make test-<project>` in that project's own environment (`make setup-<project>`).
+ONLY ?=
+
 PY := .venv/bin/python
 READY := .venv/.ready
+# mypy and ruff need little: where the whole environment is not there, they get a small one.
+LINT_READY = $(if $(wildcard $(READY)),$(READY),.venv-lint/.ready)
+LINT_PY = $(dir $(LINT_READY))bin/python
+PIP_FLAGS := --disable-pip-version-check -c constraints.txt
+EXTRAS_gfnet_dynn := [mlflow,export]
+EXTRAS_landmark_distill := [export,faiss]
+EXTRAS_visiondistill_gc := [export,serve,notebook]
+EXTRAS_torch_cls_zoo := [export]
+EXTRAS_mpkd := [export,openvino]
 # Threads that hardly spin while they wait: on a busy machine the default makes training many
 # times slower.
 export GOMP_SPINCOUNT ?= 1000
+# One thread a test process: two of them share two cores.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(WORKERS) --dist loadscope
 
 REPROS := $(GFNET_SETS:%=repro-gfnet-%) $(LANDMARK_RECIPES:%=repro-landmark-%) \
 	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%) $(MPKD_SETS:%=repro-mpkd-%)
 
-.PHONY: help setup test lint format doctor ledger bench constraints mlflow visualdl tensorboard \
-	clean repro $(PROJECTS:%=install-%) $(PROJECTS:%=test-%) test-shared $(REPROS)
+.PHONY: help setup test test-slow mutants lint format doctor house ledger bench constraints wheels \
+	mlflow visualdl tensorboard clean repro $(REPROS) test-shared \
+	$(PROJECTS:%=install-%) $(PROJECTS:%=setup-%) $(PROJECTS:%=test-%)
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-zA-Z0-9_%<>-]*:.*?## ' $(firstword $(MAKEFILE_LIST)) | \
 		awk -F ':.*?## ' '{printf "  make %-26s %s\n", $$1, $$2}'
+	@echo "  make setup-<project>            .venv-<project>: what one project needs, and no more"
 	@echo "  make install-<project>          install one project into its own environment and try it"
 	@echo "  make test-<project>             the tests of one project"
 	@echo "  projects: $(PROJECTS)"
 	@echo "  variables: PYTHON DATA_ROOT=$(DATA_ROOT) SCALE=full|short|rehearsal EXTRA='more flags' FRESH=1"
+	@echo "             TORCH_INDEX=... (setup) WORKERS=$(WORKERS) ONLY=1 (test-<project>)"
 
-$(READY): constraints.txt tools/requirements-dev.in shared/pyproject.toml $(PROJECTS:%=packages/%/pyproject.toml)
+# $(call environment,FOLDER): a virtual environment, with the wanted build of torch where one is named.
+define environment
 	@test -n "$(PYTHON)" || { echo "error: no Python found; expected 3.10 to 3.13, name one by PYTHON=" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("error: $(PYTHON) is Python %d.%d, expected 3.10 to 3.13" % v)'
-	test -x $(PY) || "$(PYTHON)" -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r tools/requirements-dev.in \
-		-e 'packages/gfnet_dynn[mlflow,export]' -e 'packages/landmark_distill[export,faiss]' \
-		-e 'packages/visiondistill_gc[export,serve,notebook]' -e 'packages/torch_cls_zoo[export]' \
-		-e 'packages/mpkd[export,openvino]'
+	test -x $(1)/bin/python || "$(PYTHON)" -m venv $(1)
+	$(if $(TORCH_INDEX),$(1)/bin/python -m pip install $(PIP_FLAGS) --no-deps --index-url "$(TORCH_INDEX)" torch torchvision)
+endef
+
+$(READY): constraints.txt tools/requirements-dev.in shared/pyproject.toml $(PROJECTS:%=packages/%/pyproject.toml)
+	$(call environment,.venv)
+	$(PY) -m pip install $(PIP_FLAGS) -r tools/requirements-dev.in \
+		$(foreach p,$(PROJECTS),-e 'packages/$(p)$(EXTRAS_$(p))')
 	$(PY) -m pip install --disable-pip-version-check --no-deps -e shared
 	@touch $(READY)
 
-setup: $(READY) ## make .venv with the versions of constraints.txt
+.venv-lint/.ready: constraints.txt tools/requirements-lint.in
+	$(call environment,.venv-lint)
+	.venv-lint/bin/python -m pip install $(PIP_FLAGS) -r tools/requirements-lint.in
+	@touch $@
+
+$(PROJECTS:%=.venv-%/.ready): .venv-%/.ready: constraints.txt tools/requirements-test.in shared/pyproject.toml packages/%/pyproject.toml
+	$(call environment,.venv-$*)
+	.venv-$*/bin/python -m pip install $(PIP_FLAGS) -r tools/requirements-test.in -e 'packages/$*$(EXTRAS_$*)'
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --no-deps -e shared
+	@touch $@
+
+setup: $(READY) ## make .venv with the versions of constraints.txt (TORCH_INDEX=... for another torch)
 	@echo "environment ready: .venv"
 
-test: $(READY) ## run every test
-	$(PY) -m pytest -q $(TEST_FLAGS)
+$(PROJECTS:%=setup-%): setup-%: .venv-%/.ready
+	@echo "environment ready: .venv-$*"
+
+test: $(READY) ## run every test but the long ones
+	$(PYTEST) $(TEST_FLAGS)
+
+test-slow: $(READY) ## what is long by nature: kill loops, full trainings in several processes
+	$(PYTEST) -m slow $(TEST_FLAGS)
 
 test-shared: $(READY) ## the tests of the shared core, of parity and of the repository's contracts
-	$(PY) -m pytest -q tests/shared tests/parity tests/contracts
+	$(PYTEST) tests/shared tests/parity tests/contracts
 
-$(PROJECTS:%=test-%): test-%: $(READY)
-	$(PY) -m pytest -q $(wildcard tests/$*) tests/contracts
+.SECONDEXPANSION:
+$(PROJECTS:%=test-%): PY = $(if $(ONLY),.venv-$(@:test-%=%),.venv)/bin/python
+$(PROJECTS:%=test-%): test-%: $$(if $$(ONLY),.venv-$$*/.ready,$$(READY))
+	$(PYTEST) tests/$*
+
+mutants: $(READY) ## put each fault of tests/mutants.yaml into a copy: its tests must fail
+	$(PY) tools/mutants.py $(EXTRA)
 
 $(PROJECTS:%=install-%): install-%:
 	"$(PYTHON)" tools/project_env.py $*
 
-lint: $(READY) ## ruff (check and format) and mypy
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(PY) tools/ledger.py --check
+wheels: $(READY) ## wheels and sources in dist/ that install anywhere, without this checkout
+	$(PY) tools/wheels.py
+
+lint: $$(LINT_READY) ## ruff (check and format), mypy, the ledger
+	$(LINT_PY) -m ruff check .
+	$(LINT_PY) -m ruff format --check .
+	$(LINT_PY) -m mypy
+	$(LINT_PY) tools/ledger.py --check
+
+house: ## count files, lines, imports and import circles of every part
+	@"$(PYTHON)" tools/house.py
 
 format: $(READY) ## let ruff put the code in order
 	$(PY) -m ruff check --fix .
@@ -126,5 +180,5 @@ tensorboard: $(READY) ## open the TensorBoard pages of the runs on http://localh
 	$(PY) -m tensorboard.main --logdir runs --port 6006 $(EXTRA)
 
 clean: ## remove the environments and caches; runs/ and data/ stay
-	rm -rf .venv .envs .cache .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-* .envs dist .cache .pytest_cache .mypy_cache .ruff_cache .coverage
 	find packages shared tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import house
+
 REPO = Path(__file__).resolve().parents[2]
 PROJECTS = ("gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo", "mpkd")
 PADDLE = {"visiondistill_gc"}
@@ -93,6 +95,24 @@ def test_the_core_loads_without_a_framework():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("part", [*PROJECTS, "shared_core"])
+def test_no_part_has_an_import_circle(part):
+    assert house.count(house.PARTS[part])["circles"] == []
+
+
+def test_a_circle_is_found(tmp_path):
+    folder = tmp_path / "part"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from part import a\n")
+    (folder / "a.py").write_text("def f():\n    from part.b import g\n")
+    (folder / "b.py").write_text("from part import c\n")
+    (folder / "c.py").write_text("import part.a\n")
+    (folder / "d.py").write_text("from part import a\n")
+    counted = house.count(folder)
+    assert counted["circles"] == [["part.a", "part.b", "part.c"]] and counted["arrows"] == 4
+    assert (counted["files"], counted["lines"]) == (5, 6)
 
 
 def test_the_rule_finds_an_offender(tmp_path):

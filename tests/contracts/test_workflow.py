@@ -1,5 +1,6 @@
 """The Makefile, the CI workflow and the README name only what exists."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -9,10 +10,12 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
 WORKFLOW = REPO / ".github" / "workflows" / "ci.yml"
 PROJECTS = sorted(path.parent.name for path in (REPO / "packages").glob("*/pyproject.toml"))
 
 
+@functools.cache
 def make_targets() -> set[str]:
     """Every explicit target that make itself knows."""
     done = subprocess.run(
@@ -44,11 +47,15 @@ def expand(text: str, matrix: dict) -> list[str]:
     ]
 
 
-def test_the_workflow_names_only_packages_targets_and_steps_that_exist():
-    workflow = yaml.safe_load(WORKFLOW.read_text())
+def test_the_workflows_name_only_packages_targets_and_steps_that_exist():
     known = make_targets()
     seen = set()
-    for name, job in workflow["jobs"].items():
+    jobs = [
+        (f"{path.name} {name}", job)
+        for path in WORKFLOWS
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items()
+    ]
+    for name, job in jobs:
         matrix = job.get("strategy", {}).get("matrix", {})
         for step in job["steps"]:
             assert ("run" in step) != ("uses" in step), (name, step)
@@ -60,7 +67,7 @@ def test_the_workflow_names_only_packages_targets_and_steps_that_exist():
                     for target in targets_of(words):
                         assert target in known, f"job {name}: make has no target {target}"
                         seen.add(target)
-    assert {"lint", "test-shared"} <= seen
+    assert {"lint", "test-shared", "test-slow", "mutants"} <= seen
     assert {f"test-{p}" for p in PROJECTS} | {f"install-{p}" for p in PROJECTS} <= seen
 
 
@@ -73,7 +80,7 @@ def test_the_matrix_is_every_package_on_two_pythons_and_does_not_fail_fast():
 
 def test_the_local_ci_calls_the_same_targets():
     text = (REPO / ".ci" / "run").read_text()
-    for target in ("lint", "test", "setup"):
+    for target in ("lint", "test", "setup", "wheels"):
         assert f"make {target}" in text
     assert 'make "install-$project"' in text
     (listed,) = re.findall(r"for project in ([\w ]+); do", text)
@@ -119,38 +126,58 @@ def test_an_unfit_python_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.parametrize("project", PROJECTS)
-def test_the_tests_of_a_project_name_folders_that_exist(project):
-    done = subprocess.run(
-        ["make", "-n", f"test-{project}"], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    (line,) = [line for line in done.stdout.splitlines() if "pytest" in line]
-    folders = [word for word in line.split() if word.startswith("tests/")]
-    assert "tests/contracts" in folders
-    assert all((REPO / folder).is_dir() for folder in folders), line
-    assert (REPO / "tests" / project).is_dir() == (f"tests/{project}" in folders)
+def test_a_project_is_tested_in_the_whole_environment_or_in_its_own(project):
+    def plan(*words):
+        done = subprocess.run(
+            ["make", "-n", f"test-{project}", *words],
+            cwd=REPO, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    (line,) = [line for line in plan() if "pytest -q" in line]
+    assert line.split()[-1] == f"tests/{project}" and (REPO / "tests" / project).is_dir()
+    assert " .venv/bin/python" in line
+    own = plan("ONLY=1")
+    assert f" .venv-{project}/bin/python -m pytest" in own[-1]
+    others = [p for p in PROJECTS if p != project and any(f"packages/{p}" in one for one in own)]
+    assert not others
 
 
 def test_every_target_that_needs_the_environment_makes_it_first():
     """With no environment, each such target's plan begins by making one."""
-    chores = (
-        "test",
-        "lint",
-        "doctor",
-        "ledger",
-        "bench",
-        "constraints",
-        "mlflow",
-        "visualdl",
-        "tensorboard",
-    )
-    runs = (
-        "repro-gfnet-aid", "repro-gfnet-ucm", "repro-landmark-swin-tiny",
+    targets = (
+        "test", "test-slow", "mutants", "wheels", "doctor", "ledger", "bench", "constraints",
+        "mlflow", "visualdl", "tensorboard", "repro-gfnet-aid", "repro-landmark-swin-tiny",
         "repro-visiondistill-garbage", "repro-zoo-distill", "repro-mpkd-cifar10",
+        *(f"test-{project}" for project in PROJECTS),
     )  # fmt: skip
-    for target in (*chores, *runs, *(f"test-{project}" for project in PROJECTS)):
+    for target in targets:
         done = subprocess.run(
             ["make", "-n", "READY=.none/.ready", target],
             cwd=REPO, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert "pip install" in done.stdout, target
         assert done.stdout.index("pip install") < done.stdout.rindex(".venv/bin/python"), target
+
+
+def test_lint_takes_the_whole_environment_or_a_small_one():
+    def plan(ready):
+        done = subprocess.run(
+            ["make", "-n", "-B", f"READY={ready}", "lint"],
+            cwd=REPO, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    small = plan(".none/.ready")
+    assert "requirements-lint.in" in small and "packages/" not in small
+    assert ".venv-lint/bin/python -m mypy" in small
+
+
+def test_another_build_of_torch_comes_first_and_from_its_own_index():
+    done = subprocess.run(
+        ["make", "-n", "-B", "setup", "TORCH_INDEX=https://example.org/whl/cpu"],
+        cwd=REPO, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert '--no-deps --index-url "https://example.org/whl/cpu" torch torchvision' in lines[0]
+    assert not any("index-url" in line for line in lines[1:])

@@ -4,6 +4,7 @@ What to mix is drawn by :mod:`shared_core.datasets.views.mixing`.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import paddle
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.nn import functional as F  # noqa: N812
 
-Indices = NDArray[np.int64] | Sequence[int] | Tensor
+Indices: TypeAlias = NDArray[np.int64] | Sequence[int] | Tensor
 
 
 def _check(batch: int, lam: float, permutation: Indices) -> Tensor:

@@ -97,11 +97,11 @@ def _formula_for(module: nn.Module, formulas: Mapping[type[nn.Module], Formula])
     return None
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Adds the cost of each operation to the module that runs it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.macs: dict[str, int] = defaultdict(int)
         self.elementwise: dict[str, int] = defaultdict(int)
         self.running: list[str] = []  # modules at work, the innermost last

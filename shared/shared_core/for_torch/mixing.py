@@ -1,6 +1,7 @@
 """Mixup and cutmix, given what to mix; the draw is :mod:`shared_core.datasets.views.mixing`."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-Indices = NDArray[np.int64] | Sequence[int] | Tensor
+Indices: TypeAlias = NDArray[np.int64] | Sequence[int] | Tensor
 
 
 def _check(batch: int, lam: float, permutation: Indices, device: torch.device) -> Tensor:
