@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from shared_core import runs
-from shared_core.runs.command import UsageError, run_command
 from shared_core.runs.progress import format_seconds
 
 SHARED = str(Path(__file__).resolve().parents[2] / "shared")
@@ -161,48 +160,6 @@ class TestProgress:
     )
     def test_times_are_readable(self, seconds, text):
         assert format_seconds(seconds) == text
-
-
-class TestCommand:
-    @pytest.mark.parametrize(
-        ("error", "code"),
-        [(UsageError("a\nb"), 2), (ValueError("a\nb"), 1), (OSError(28, "full"), 1),
-         (ImportError("no mlflow"), 1)],
-    )  # fmt: skip
-    def test_what_a_user_can_cause_is_one_line(self, error, code, capsys):
-        def main(argv):
-            raise error
-
-        assert run_command(main) == code
-        said = capsys.readouterr()
-        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
-
-    def test_a_fault_of_the_program_keeps_its_traceback(self):
-        def main(argv):
-            raise KeyError("bug")
-
-        with pytest.raises(KeyError):
-            run_command(main)
-
-    def test_the_code_and_the_words_go_through(self):
-        assert run_command(lambda argv: len(argv), ["a", "b", "c"]) == 3
-        assert run_command(lambda argv: None) == 0
-
-    def test_tracebacks_on_request(self, monkeypatch):
-        monkeypatch.setenv("SMALLVISION_TRACEBACK", "1")
-
-        def main(argv):
-            raise ValueError("x")
-
-        with pytest.raises(ValueError):
-            run_command(main)
-
-    def test_interrupting_is_130(self, capsys):
-        def main(argv):
-            raise KeyboardInterrupt
-
-        assert run_command(main) == 130
-        assert "--resume" in capsys.readouterr().err
 
 
 class TestReport:

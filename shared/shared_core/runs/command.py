@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
+
+# Packages of this repository; scripts beside them are known by the function that they run.
+OURS = (
+    "shared_core", "gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo", "mpkd",
+    "__main__",
+)  # fmt: skip
+SAVE_MEMORY = "lower --batch-size or --input-size"
+_ABROAD = "the main process failed"  # main_writes, in all processes but that one
 
 
 class UsageError(ValueError):
@@ -16,9 +26,10 @@ def run_command(
 ) -> int:
     """Run ``main(argv)`` and turn what a user can cause into one line and an exit code.
 
-    ``UsageError`` gives 2; ``ValueError``, ``OSError`` (a missing file, a full disk) and a missing
-    package give 1; Ctrl-C gives 130. Anything else is a fault of the program and keeps its
-    traceback, and so does everything when ``SMALLVISION_TRACEBACK`` is set.
+    A ``ValueError`` that one of our modules raises is such an error (``UsageError`` gives 2, others
+    1); one that NumPy raises, or ``int("x")``, is a fault of the program. ``OSError`` (a missing
+    file, a full disk), a missing package and a lack of memory give 1, Ctrl-C gives 130. Anything
+    else keeps its traceback, and so does everything when ``SMALLVISION_TRACEBACK`` is set.
 
     Returns:
         The exit code, for ``sys.exit``.
@@ -33,7 +44,64 @@ def run_command(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line or type(error).__name__}", file=sys.stderr)
+    except Exception as error:
+        ours = (*OURS, getattr(main, "__module__", "").partition(".")[0])
+        line = _line(error, ours)
+        if line is None:
+            raise
+        if line:
+            print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _line(error: Exception, ours: Sequence[str]) -> str | None:
+    """What to say of an error; None where it is a fault of the program."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    memory = _memory(error)
+    if memory is not None:
+        return f"{memory}: {_first_sentence(line)}; {SAVE_MEMORY}"
+    if isinstance(error, OSError):
+        return line
+    if isinstance(error, ImportError):
+        return None if (error.name or "").partition(".")[0] in ours else line
+    if isinstance(error, ValueError):
+        return line if _raised_by(error.__traceback__, ours) else None
+    if isinstance(error, RuntimeError) and line.startswith(_ABROAD):
+        return ""  # that process says it
+    return None
+
+
+def _memory(error: Exception) -> str | None:
+    """Which memory is exhausted, if that is what happened; no framework is imported for it."""
+    kind, text = type(error), str(error)
+    framework = kind.__module__.partition(".")[0] in ("torch", "paddle", "onnxruntime")
+    if kind.__name__ == "OutOfMemoryError" and framework:
+        return "out of GPU memory"
+    if "ResourceExhausted" in text:  # Paddle
+        return "out of GPU memory" if "GPU" in text else "out of memory"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, RuntimeError) or framework:
+        if "CUDA" in text and "out of memory" in text:
+            return "out of GPU memory"
+        if any(sign in text for sign in ("can't allocate memory", "bad_alloc", "allocate memory")):
+            return "out of memory"
+    return None
+
+
+def _first_sentence(line: str) -> str:
+    """Frameworks go on for a screen after it."""
+    head = line.partition(". ")[0]
+    return head if len(head) <= 200 else f"{head[:200]}..."
+
+
+def _raised_by(trace: TracebackType | None, ours: Sequence[str]) -> bool:
+    """Whether a ``raise`` statement of one of ``ours`` made the error: not a library, and not an
+    operation such as ``int("x")``."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    code = trace.tb_frame.f_code.co_code
+    return package in ours and code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]

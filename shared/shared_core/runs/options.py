@@ -50,7 +50,7 @@ COMMON: dict[str, dict[str, Any]] = {
     },
     "lr": {
         "type": POSITIVE, "metavar": "RATE",
-        "help": "The learning rate after the warm-up.",
+        "help": "The learning rate that the training has after its warm-up.",
     },
     "seed": {
         "type": SEED, "metavar": "N", "default": 0,

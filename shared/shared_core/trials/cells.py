@@ -75,7 +75,8 @@ def groups_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 def shard_of(cells: Sequence[Cell], shard: tuple[int, int]) -> list[Cell]:
     """The cells of process ``shard[0]`` (from 1) of ``shard[1]``, in the order of ``cells``.
 
-    Every cell is in one shard, and cells that need one another are in the same.
+    Every cell is in one shard, cells that need one another are in the same, and the shards have
+    about as many cells.
 
     Raises:
         ValueError: a number that is not from 1 to the number of shards.
@@ -83,5 +84,7 @@ def shard_of(cells: Sequence[Cell], shard: tuple[int, int]) -> list[Cell]:
     index, count = shard
     if not 1 <= index <= count:
         raise ValueError(f"shard {index}/{count}: expected a number from 1 to {count}")
-    mine = [cell for group in groups_of(cells)[index - 1 :: count] for cell in group]
-    return [cell for cell in cells if cell in mine]
+    shards: list[list[Cell]] = [[] for _ in range(count)]
+    for group in sorted(groups_of(cells), key=len, reverse=True):
+        min(shards, key=len).extend(group)
+    return [cell for cell in cells if cell in shards[index - 1]]
