@@ -84,7 +84,7 @@ def load_files(
     for batch in loader:
         yield Loaded(sources(int(batch.indices[-1]) + 1), batch.images)
     if after < len(files):
-        yield Loaded(sources(len(files)), _no_images(view))
+        yield Loaded(sources(len(files)), no_images(view))
 
 
 def load_lines(
@@ -99,7 +99,7 @@ def load_lines(
         found = list_images(group)
         bad = [Source(str(path), error=reason) for path, reason in found.bad]
         if bad:
-            yield Loaded(bad, _no_images(view))
+            yield Loaded(bad, no_images(view))
         threads = workers if len(found.files) > 1 else 0
         yield from load_files(found.files, view, batch_size=batch_size, workers=threads)
 
@@ -208,5 +208,6 @@ def _views(batch: list[Source], view: View) -> Loaded:
     return Loaded(batch, images)
 
 
-def _no_images(view: View) -> Pixels:
-    return np.empty((0, *view.size, 3), np.uint8)
+def no_images(view: View, count: int = 0) -> Pixels:
+    """Views of no image, or of ``count`` black ones."""
+    return np.zeros((count, *view.size, 3), np.uint8)
