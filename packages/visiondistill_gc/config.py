@@ -1,124 +1,168 @@
-"""From a command line to the options of a run: recipe, data set, and flags that must agree."""
+"""From a command line to the settings of a run: recipe, data set, and words that must agree."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from shared_core import datasets
 from shared_core.runs import UsageError
-from visiondistill_gc.models.teacher_model import teacher_names
-from visiondistill_gc.options import build_parser
+from shared_core.runs.options import choose_scale, options_given, start_of
+from visiondistill_gc.options import Settings, StudentOptions, build_parser, settings_of
 from visiondistill_gc.recipes import RECIPES
 
+SOURCES_OF_TEACHING = ("teacher_weights", "teacher_knowledge", "teacher_pretrained")
 
-def parse(argv: Sequence[str] | None, *, prog: str) -> argparse.Namespace:
-    """Parse, choose the recipe, and check what one flag says of another.
+
+def parse(argv: Sequence[str] | None, *, prog: str) -> Settings:
+    """Parse, choose the recipe, and check what one word says of another.
 
     Raises:
-        UsageError: flags that contradict each other.
+        UsageError: words that contradict each other, or that would have no effect.
         FileNotFoundError: a file or folder that is not there.
     """
     parser = build_parser(prog)
     first = parser.parse_args(argv)
-    scale = first.scale or "auto"
-    if scale == "auto":
-        scale = "full" if first.data_path or _find(first.data_root, first.data_set) else "rehearsal"
+    given = options_given(parser, argv)
+    found = first.data_path or _find(first.data_root, first.data_set)
+    scale = choose_scale(first.scale, found=bool(found))
     parser.set_defaults(**RECIPES[scale])
     args = parser.parse_args(argv)
-    unset = object()  # argparse leaves alone what the namespace holds already
-    marks = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    given = {name for name, value in vars(marks).items() if value is not unset}
     args.scale = scale
-    args.threads_given = "threads" in given
+    args.data_path = _data_path(args)
+    if args.data_path is not None and first.data_path and "data_set" not in given:
+        args.data_set = args.data_path.resolve().name or "images"
+    if args.output is None:
+        args.output = Path("runs") / "visiondistill_gc" / f"garbage-{scale}"
+    args.folds = sorted(set(range(args.n_splits) if args.folds is None else args.folds))
+    settings = settings_of(args, start=start_of(args))
+    _check_files(settings)
+    _check_numbers(settings)
+    _check_data(settings, given)
+    _check_teacher(settings, given, prog)
+    return replace(settings, student=_student(settings.student, given))
+
+
+def _find(root: Path, name: str) -> Path | None:
+    from shared_core import datasets
+
+    return datasets.find(root, datasets.get(name)) if name in datasets.names() else None
+
+
+def _data_path(args: argparse.Namespace) -> Path | None:
+    """The folder of the images; None for built-in ones."""
+    from shared_core import datasets
+
     if args.data_path is not None:
         if not args.data_path.is_dir():
             raise FileNotFoundError(
                 f"--data-path {args.data_path} is not a folder: expected class folders in it"
             )
-        if "data_set" not in given:
-            args.data_set = args.data_path.resolve().name or "images"
-    elif scale != "rehearsal":
-        args.data_path = _require(args.data_root, args.data_set)
-    if args.output is None:
-        args.output = Path("runs") / "visiondistill_gc" / f"garbage-{scale}"
-    _check(args, given, prog)
-    return args
-
-
-def _find(root: Path, name: str) -> Path | None:
-    if name not in datasets.names():
+        return args.data_path
+    if args.scale == "rehearsal":
         return None
-    return datasets.find(root, datasets.get(name))
+    if args.data_set not in datasets.names():
+        known = ", ".join(datasets.names())
+        raise UsageError(f"--data-set {args.data_set}: expected one of {known}, or --data-path")
+    return datasets.require(args.data_root, datasets.get(args.data_set))
 
 
-def _require(root: Path, name: str) -> Path:
-    if name not in datasets.names():
-        raise UsageError(
-            f"--data-set {name}: expected one of {', '.join(datasets.names())}, or --data-path"
-        )
-    return datasets.require(root, datasets.get(name))
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def _check(args: argparse.Namespace, given: set[str], prog: str) -> None:
-    """Refuse now what would end the run later, and what would be ignored."""
-    for flag in ("pretrained", "teacher_pretrained", "teacher_weights", "quarantine"):
-        path = getattr(args, flag)
+def _check_files(settings: Settings) -> None:
+    """What is named must be there."""
+    data, teacher = settings.data, settings.teacher
+    files = {
+        "split": data.split, "quarantine": data.quarantine,
+        "teacher_pretrained": teacher.teacher_pretrained,
+        "teacher_weights": teacher.teacher_weights,
+    }  # fmt: skip
+    for name, path in files.items():
         if path is not None and not path.is_file():
-            raise FileNotFoundError(f"--{flag.replace('_', '-')} {path}: there is no such file")
-    if args.fresh and (args.resume or args.go_on):
-        raise UsageError("--fresh starts anew, --resume goes on: expected one of them")
-    if args.warmup_epochs >= args.epochs:
+            raise FileNotFoundError(f"{_flag(name)} {path}: there is no such file")
+    if teacher.teacher_knowledge is not None and not teacher.teacher_knowledge.is_dir():
+        raise FileNotFoundError(f"--teacher-knowledge {teacher.teacher_knowledge}: no such folder")
+
+
+def _check_numbers(settings: Settings) -> None:
+    """Numbers that bound each other."""
+    train, data, view = settings.training, settings.data, settings.view
+    if train.warmup_epochs >= train.epochs:
         raise UsageError(
-            f"--warmup-epochs {args.warmup_epochs} of --epochs {args.epochs}: expected fewer"
+            f"--warmup-epochs {train.warmup_epochs} of --epochs {train.epochs}: expected fewer"
         )
-    if args.folds is None:
-        args.folds = list(range(args.n_splits))
-    args.folds = sorted(set(args.folds))
-    if args.folds[-1] >= args.n_splits:
+    if settings.run.folds[-1] >= data.n_splits:
         raise UsageError(
-            f"--folds {args.folds[-1]}: expected 0 to {args.n_splits - 1}, there are "
-            f"--n-splits {args.n_splits}"
+            f"--folds {settings.run.folds[-1]}: expected 0 to {data.n_splits - 1}, there are "
+            f"--n-splits {data.n_splits}"
         )
-    low, high = args.crop_scale
+    low, high = view.crop_scale
     if not 0 < low <= high:
         raise UsageError(f"--crop-scale {low:g} {high:g}: expected 0 < low <= high <= 1")
-    if args.jitter[3] > 0.5:
-        raise UsageError(f"--jitter: the hue is {args.jitter[3]:g}, expected at most 0.5")
-    if args.teacher_source == "paddle.vision" and args.teacher not in teacher_names():
-        raise UsageError(f"--teacher {args.teacher}: expected one of {', '.join(teacher_names())}")
-    if args.student_source == "paddleclas":
-        wanted = {"frozen": 0, "head": "plain", "student_scale": 1.0}
-        for name, value in wanted.items():
-            if name in given and getattr(args, name) != value:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {getattr(args, name)}: expected {value}, a "
-                    "network of paddleclas has no list of blocks and its own head and width"
-                )
-            setattr(args, name, value)
-    if args.cache_size and not args.decoded_cache:
+    if view.jitter[3] > 0.5:
+        raise UsageError(f"--jitter: the hue is {view.jitter[3]:g}, expected at most 0.5")
+
+
+def _check_data(settings: Settings, given: set[str]) -> None:
+    """Words on data that would have no effect."""
+    data = settings.data
+    if data.cache_size and not data.decoded_cache:
         raise UsageError("--cache-size would have no effect: expected --decoded-cache with it")
-    if args.knowledge_seed and args.teacher_knowledge is None and prog == "main.py":
+    for name in ("test_share", "quarantine"):
+        if data.split is not None and name in given:
+            raise UsageError(f"{_flag(name)} would have no effect: --split says what is held out")
+
+
+def _student(student: StudentOptions, given: set[str]) -> StudentOptions:
+    """The student with what follows from its other words.
+
+    Layers are frozen only above trained weights; a network of paddleclas has its own head.
+    """
+    if student.init == "none":
+        student = replace(student, init=None)
+    if student.init is None:
+        if "frozen" in given and student.frozen:
+            raise UsageError(
+                f"--frozen {student.frozen} without --init would freeze random weights: expected "
+                "--init FILE with it, or --frozen 0"
+            )
+        student = replace(student, frozen=0)
+    elif not Path(student.init).is_file():
+        raise FileNotFoundError(f"--init {student.init}: there is no such file")
+    if student.student_source == "paddleclas":
+        wanted = {"head": "plain", "student_scale": 1.0}
+        for name, value in wanted.items():
+            if name in given and getattr(student, name) != value:
+                raise UsageError(
+                    f"{_flag(name)} {getattr(student, name)}: expected {value}, a network of "
+                    "paddleclas has its own head and width"
+                )
+        student = replace(student, **wanted)
+    if "head" in given and student.head == "plain" and "hidden" in given:
+        raise UsageError("--hidden would have no effect: --head plain has no hidden layer")
+    return student
+
+
+def _check_teacher(settings: Settings, given: set[str], prog: str) -> None:
+    """One source of teaching, and one that is used."""
+    teacher, alpha = settings.teacher, settings.training.alpha
+    named = [name for name in SOURCES_OF_TEACHING if getattr(teacher, name) is not None]
+    if teacher.knowledge_seed and teacher.teacher_knowledge is None and prog == "main.py":
         raise UsageError("--knowledge-seed would have no effect: expected --teacher-knowledge")
-    if args.teacher_knowledge is not None and not args.teacher_knowledge.is_dir():
-        raise FileNotFoundError(f"--teacher-knowledge {args.teacher_knowledge}: no such folder")
-    sources = ("teacher_weights", "teacher_knowledge", "teacher_pretrained")
-    named = [s for s in sources if getattr(args, s) is not None]
-    if args.alpha == 1 and named:
-        raise UsageError(f"--{named[0].replace('_', '-')} would have no effect with --alpha 1")
+    if alpha == 1 and named:
+        raise UsageError(f"{_flag(named[0])} would have no effect with --alpha 1")
     if len(named) > 1:
-        flags = " and ".join("--" + s.replace("_", "-") for s in named)
-        raise UsageError(f"{flags}: expected one source of teaching")
-    untrained = not args.teacher_epochs and not named and args.alpha != 1
-    if untrained and not args.allow_untrained_teacher:
+        raise UsageError(f"{' and '.join(map(_flag, named))}: expected one source of teaching")
+    untrained = not teacher.teacher_epochs and not named and alpha != 1
+    if untrained and not teacher.allow_untrained_teacher:
         raise UsageError(
             "--teacher-epochs 0 without --teacher-weights or --teacher-knowledge leaves the "
             "teacher's head untrained: expected one of them, or --allow-untrained-teacher"
         )
-    if "head" in given and args.head == "plain" and "hidden" in given:
-        raise UsageError("--hidden would have no effect: --head plain has no hidden layer")
-    if args.compare_seeds and args.alpha == 1:
+    if settings.records.compare_seeds and alpha == 1:
         raise UsageError("--compare-seeds compares teachers: expected --alpha below 1")
-    if args.compare_seeds and args.teacher_knowledge is not None:
+    if settings.records.compare_seeds and teacher.teacher_knowledge is not None:
         raise UsageError("--compare-seeds needs a teacher that runs, --teacher-knowledge is stored")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,24 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from shared_core.runs import run_command
+from shared_core.runs.options import words_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe: full when the data set is found, rehearsal otherwise. Returns the exit code."""
+    from visiondistill_gc.config import parse
+
+    settings = parse(argv, prog="main.py")
+    command = shlex.join(["packages/visiondistill_gc/main.py", *words_of(argv)])
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from visiondistill_gc.deploy_model import import_paddle
+    from visiondistill_gc.utils.paddle_inference import import_paddle
 
     import_paddle()  # once here, without its warning about a compiler cache
-    from visiondistill_gc.pipeline import run_main
+    from visiondistill_gc.run.pipeline import run_recipe
 
-    return run_main(argv, prog="main.py")
+    run_recipe(settings, command)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,158 +1,319 @@
-"""The options: every constant of the original is a flag with the original's value as default."""
+"""The options, once: a field is an option of the command line and a setting of the run.
+
+Every constant of the original is one, with the original's value as default. Nothing heavy is
+imported here, because ``--help`` reads this file. ``config.parse`` makes the settings.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from shared_core.runs.json_files import as_plain
 from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
-from visiondistill_gc.recipes import SCALES
-from visiondistill_gc.utils.folds import KINDS
-from visiondistill_gc.utils.precision import LEVELS
-from visiondistill_gc.utils.schedule import KINDS as SCHEDULES
-from visiondistill_gc.utils.teaching import ENGINES
+from shared_core.runs.opening import Start
+from shared_core.runs.options import CommandParser, add_common
 
 SOURCES = ("paddle.vision", "paddleclas")
 STAGES = ("prepare", "folds", "evaluate", "compare", "report")
-
+FOLD_KINDS = ("stratified", "plain")
+SCHEDULES = ("epoch", "step")
+ENGINES = ("auto", "dygraph", "inference")
+HEADS = ("improved", "plain")
+AMP = ("fp32", "bf16", "fp16", "bf16-O2", "fp16-O2")
+AMP_FIRST = {"O0": "fp32", "O1": "fp16", "O2": "fp16-O2"}  # what earlier commands called them
 
 _BELOW_ONE = number(float, 0, 0.99999)
 
 
+def own(default: Any, kind: Any = None, help: str = "", **more: Any) -> Any:
+    """A field that is an option of this project.
+
+    Args:
+        kind: what turns a word into the value; None for a flag.
+        more: further arguments of argparse.
+    """
+    if isinstance(default, bool):
+        more.setdefault("action", argparse.BooleanOptionalAction)
+    elif kind is not None:
+        more["type"] = kind
+    return field(default=default, metadata={"help": help, **more})
+
+
+def common(name: str, default: Any, *aliases: str, help: str | None = None, **more: Any) -> Any:
+    """A field that is one of the core's common options."""
+    about = {"common": name, "aliases": aliases, "help": help, "more": more}
+    return field(default=default, metadata=about)
+
+
+def _amp(word: str) -> str:
+    return AMP_FIRST.get(word, word)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class RunOptions:
+    """what to run"""
+
+    scale: str = common(
+        "scale", None,
+        help="The recipe. full is the README's, short takes half an hour on a CPU, rehearsal "
+        "takes built-in images, auto is full where the data set is found and else rehearsal "
+        "(default: auto). What you say yourself wins over the recipe.",
+    )
+    stage: str = own("all", str, "Run this stage only; what comes before it must be done.",
+                     choices=("all", *STAGES))
+    folds: tuple[int, ...] = own(None, COUNT, "Train only these of the folds (default: all).",
+                                 nargs="+", metavar="FOLD")
+    output: Path = common("output", None, help="The folder of the run (default: "
+                          "runs/visiondistill_gc/garbage-SCALE).")
+    log_dir: Path | None = own(None, Path, "The folder of VisualDL's logs (default: OUTPUT/logs).",
+                               metavar="DIR")
+    save_dir: Path | None = own(None, Path, "The folder of the finished models (default: "
+                                "OUTPUT/models_saved).", metavar="DIR")
+    seed: int = common("seed", 42)
+    device: str = common("device", "auto", help="Where to compute: cpu, gpu, gpu:1, or auto for a "
+                         "GPU where there is one.")
+    threads: int | None = common(
+        "threads", None,
+        help="How many CPU threads compute (default: 1). Another number rounds differently, so a "
+        "resumed run keeps the one it began with.",
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """data and folds"""
+
+    data_path: Path | None = common("data-path", None, help="The folder with the images: one "
+                                    "folder a class.")
+    data_root: Path = own(Path("data"), Path, "The folder that holds data sets, each under its "
+                          "name.", metavar="DIR")
+    data_set: str = own("garbage-4", str, "The name of the data set, to find it in DATA_ROOT.",
+                        metavar="NAME")
+    split: Path | None = common("split", None, help="A manifest that says which images are held "
+                                "out for the test. Without it their content decides.")
+    categories: tuple[str, ...] | None = own(
+        None, str, "The names of the class folders. They are checked against the data (default: "
+        "take them from the folders).", nargs="+", metavar="NAME")
+    num_classes: int | None = own(None, SIZE, "How many classes the data must have (default: any "
+                                  "number).", metavar="N")
+    input_size: int = common("input-size", 224)
+    workers: int = common("workers", 2, "--num-workers")
+    test_share: float = own(0.1, number(float, 0, 0.9), "The share of the images that is held out "
+                            "for the test; no fold sees them.", metavar="SHARE")
+    split_seed: int = own(42, COUNT, "The number that decides the held-out part and the folds.",
+                          metavar="N")
+    quarantine: Path | None = own(None, Path, "A list of files to leave out.", metavar="FILE")
+    decoded_cache: bool = own(False, None, "Decode every image once and keep the pixels on disk.")
+    cache_size: int = own(0, COUNT, "The side in pixels of the images in that cache; 0 keeps each "
+                          "image's own.", metavar="PIXELS")
+    builtin_classes: int = own(4, number(int, 2, 45), "How many classes the built-in scenes have.",
+                               metavar="N")
+    builtin_images: int = own(60, SIZE, "How many built-in scenes a class has.", metavar="N")
+    n_splits: int = own(5, number(int, 2, 100), "How many folds there are.", metavar="N")
+    kfold: str = own("stratified", str, "How the folds are made: stratified spreads every class "
+                     "evenly, plain looks at no class and moves no file when another comes.",
+                     choices=FOLD_KINDS)
+    group_by: str = own("near", str, "Which copies stay in one fold: near for nearly the same "
+                        "picture, exact for the same bytes.", choices=("near", "exact"))
+    group_pattern: str | None = own(
+        None, str, "A regular expression. Files of a class whose names match equally (its first "
+        "bracket, or all of it) stay together, in the folds and in the held-out part.",
+        metavar="REGEX")
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """augmentation"""
+
+    hflip: float = own(0.5, FRACTION, "The probability of a mirrored image.", metavar="P")
+    vflip: float = own(0.3, FRACTION, "The probability of an image upside down.", metavar="P")
+    rotation: float = own(30.0, number(float, 0, 180), "The largest angle in degrees by which an "
+                          "image is turned.", metavar="DEGREES")
+    crop_padding: int = own(8, COUNT, "How many pixels of black surround an image before it is "
+                            "cropped back to its size.", metavar="PIXELS")
+    jitter: tuple[float, ...] = own(
+        (0.3, 0.3, 0.3, 0.1), WEIGHT, "How much the colours change.", nargs=4,
+        metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"))
+    erasing: float = own(0.2, FRACTION, "The probability that a rectangle becomes black.",
+                         metavar="P")
+    crop_scale: tuple[float, ...] = own(
+        (1.0, 1.0), FRACTION, "The smallest and the largest share of the image's area that a "
+        "random crop keeps.", nargs=2, metavar=("LOW", "HIGH"))
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """teacher"""
+
+    teacher: str = own("resnet50", str, "The network: any classifier of paddle.vision.",
+                       metavar="NAME")
+    teacher_source: str = own("paddle.vision", str, "The package the network comes from.",
+                              choices=SOURCES)
+    teacher_pretrained: Path | None = own(
+        None, Path, "Weights to start the training of the teacher from; its head is new.",
+        metavar="FILE")
+    teacher_weights: Path | None = own(None, Path, "A finished teacher. It is not trained.",
+                                       metavar="FILE")
+    teacher_knowledge: Path | None = own(None, Path, "A store of a teacher's answers.",
+                                         metavar="DIR")
+    knowledge_seed: int = own(0, COUNT, "The seed of the views that the stored teacher was shown.",
+                              metavar="N")
+    teacher_epochs: int = own(10, COUNT, "How many epochs the teacher is trained for; 0 leaves its "
+                              "head untrained.", metavar="N")
+    teacher_lr: float = own(1e-4, POSITIVE, "The teacher's learning rate after the warm-up.",
+                            metavar="RATE")
+    teacher_batch_size: int = own(16, SIZE, "How many images a step of the teacher learns from, in "
+                                  "all processes together.", metavar="N")
+    allow_untrained_teacher: bool = own(
+        False, None, "Accept a teacher that knows nothing. The record says UNTRAINED.",
+        action="store_true")
+    teacher_engine: str = own("auto", str, "What runs the teacher: Paddle itself (dygraph) or "
+                              "Paddle Inference; auto takes the second on a CPU.",
+                              choices=ENGINES)
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """student"""
+
+    student_source: str = own("paddle.vision", str, "The package MobileNetV2 comes from.",
+                              choices=SOURCES)
+    student_scale: float = own(1.0, POSITIVE, "The width of MobileNetV2.", metavar="FACTOR")
+    head: str = own("improved", str, "The classifier: improved has a hidden layer, plain none.",
+                    choices=HEADS)
+    hidden: int = own(1024, SIZE, "The width of the improved head's hidden layer.", metavar="N")
+    dropout: float = own(0.5, _BELOW_ONE, "The probability of dropout before the last layer.",
+                         metavar="P")
+    init: str | None = common(
+        "init", None, "--pretrained", metavar="FILE",
+        help="Weights to start the student's layers below the head from, a .pdparams file or "
+        "safetensors; none (default) trains from nothing.")
+    frozen: int = own(14, number(int, 0, 19), "How many of the 19 blocks do not learn. Without "
+                      "--init nothing is frozen.", metavar="N")
+    freeze_bn: bool = own(True, None, "Keep the statistics of the frozen blocks' batch norms, "
+                          "too.")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """training"""
+
+    epochs: int = common("epochs", 50)
+    batch_size: int = common("batch-size", 16, help="How many images a step learns from, in all "
+                             "processes together.")
+    lr: float = common("lr", 1e-4, "--base-lr")
+    warmup_epochs: int = own(5, COUNT, "For how many epochs the learning rate rises.", metavar="N")
+    schedule: str = own("epoch", str, "When the learning rate changes.", choices=SCHEDULES)
+    optimizer: str = own("adam", str, "adam decays through the gradients, adamw decays the "
+                         "weights.", choices=("adam", "adamw"))
+    weight_decay: float = own(1e-4, WEIGHT, "The weight decay.", metavar="W")
+    clip_grad: float = own(0.0, WEIGHT, "The largest norm of the gradient; 0 does not clip.",
+                           metavar="NORM")
+    patience: int = own(10, COUNT, "Stop after so many epochs without a better validation "
+                        "accuracy; 0 never stops early.", metavar="N")
+    temperature: float = own(4.0, POSITIVE, "The temperature of the distillation.", metavar="T")
+    alpha: float = own(0.5, FRACTION, "The weight of the labels against the teacher; 1 asks no "
+                       "teacher.", metavar="WEIGHT")
+    class_weights: str = own("balanced", str, "balanced counts images of rare classes more.",
+                             choices=("balanced", "none"))
+    mixup: float = own(0.2, WEIGHT, "The alpha of Mixup's Beta distribution; 0 mixes nothing.",
+                       metavar="ALPHA")
+    mixup_start: int = own(5, COUNT, "The first epoch, from 0, whose images are mixed.",
+                           metavar="EPOCH")
+    label_smoothing: float = own(0.0, _BELOW_ONE, "How much of each label is spread over all "
+                                 "classes.", metavar="SHARE")
+    ema: float = own(0.0, _BELOW_ONE, "The decay of the moving average of the weights, which is "
+                     "what is kept; 0 has none.", metavar="DECAY")
+    amp: str = common("amp", "fp32", type=_amp, choices=AMP, help="The precision of the "
+                      "computation. All but fp32 need a GPU; -O2 keeps the weights small, too.")
+    save_every: int = own(0, COUNT, "After how many steps the state is saved; 0 saves after every "
+                          "epoch.", metavar="STEPS")
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """records"""
+
+    visualdl: bool = own(True, None, "Log curves, images and histograms for VisualDL.")
+    floor: bool = own(True, None, "Measure what a linear classifier of plain image features "
+                      "reaches without a network.")
+    compare_seeds: tuple[int, ...] = own(
+        (), COUNT, "Seeds of the comparison: distilled or not, Mixup or not, the right teacher or "
+        "one with a random head (default: no comparison).", nargs="*", metavar="SEED")
+    compare_epochs: int = own(10, SIZE, "How many epochs its students are trained for.",
+                              metavar="N")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on, by concern."""
+
+    run: RunOptions
+    data: DataOptions
+    view: ViewOptions
+    teacher: TeacherOptions
+    student: StudentOptions
+    training: TrainingOptions
+    records: RecordOptions
+    start: Start = "new"
+
+    def plain(self) -> dict[str, Any]:
+        """All options under their names, as ``config.json`` holds them."""
+        parts = asdict(self)
+        del parts["start"]
+        return as_plain({name: value for part in parts.values() for name, value in part.items()})
+
+
+CONCERNS: dict[str, type] = {
+    "run": RunOptions, "data": DataOptions, "view": ViewOptions, "teacher": TeacherOptions,
+    "student": StudentOptions, "training": TrainingOptions, "records": RecordOptions,
+}  # fmt: skip
+
+
+def settings_of(args: argparse.Namespace, *, start: Start = "new") -> Settings:
+    """The parsed words as settings; lists become tuples."""
+
+    def value(name: str) -> Any:
+        found = getattr(args, name)
+        return tuple(found) if isinstance(found, list) else found
+
+    parts = {
+        concern: kind(**{f.name: value(f.name) for f in fields(kind)})
+        for concern, kind in CONCERNS.items()
+    }
+    return Settings(**parts, start=start)
+
+
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """The parser."""
-    p = argparse.ArgumentParser(
+    """The parser: a group of options for each concern."""
+    parser = CommandParser(
         prog=prog,
         description="Garbage classification: a trained teacher, K folds, a distilled student.",
         epilog="Results go to --output: report.html, result.json, metrics.jsonl, logs/ for "
         "VisualDL, models_saved/best_model_fold0.pdparams ...",
     )
-    on_off = argparse.BooleanOptionalAction
-    g = p.add_argument_group("what to run")
-    g.add_argument(
-        "--scale",
-        choices=("auto", *SCALES),
-        help="recipe: full = the README's, short = minutes on a CPU, rehearsal = built-in data; "
-        "auto (default) = full when the data set is found, else rehearsal. Flags win over it",
-    )
-    g.add_argument("--stage", choices=("all", *STAGES), default="all", help="one stage, or all")
-    g.add_argument("--folds", type=COUNT, nargs="+", help="only these of the folds (default: all)")
-    g.add_argument("--output", type=Path, help="run folder (runs/visiondistill_gc/garbage-<scale>)")
-    g.add_argument("--log-dir", type=Path, help="VisualDL logs (default: <output>/logs)")
-    g.add_argument("--save-dir", type=Path, help="models (default: <output>/models_saved)")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    g.add_argument(
-        "--continue", dest="go_on", action="store_true", help="resume if there is a run, else start"
-    )
-    g.add_argument("--fresh", action="store_true", help="start anew, delete what --output holds")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42)
-    g.add_argument("--device", default="auto", help="auto, cpu, gpu, gpu:1")
-    g.add_argument(
-        "--threads",
-        type=SIZE,
-        default=1,
-        help="of the CPU in a network's arithmetic; a resumed run keeps the number it began with",
-    )
-
-    g = p.add_argument_group("data")
-    g.add_argument("--data-path", type=Path, help="folder of class folders (data/data101031)")
-    g.add_argument("--data-root", type=Path, default=Path("data"), help="folder of data sets")
-    g.add_argument("--data-set", default="garbage-4", help="name, to find it under --data-root")
-    g.add_argument("--categories", nargs="+", help="class folders, checked against the data")
-    g.add_argument("--num-classes", type=SIZE, help="checked against the data")
-    g.add_argument("--input-size", type=SIZE, default=224, help="pixels")
-    g.add_argument("--num-workers", type=COUNT, default=2, help="threads that decode")
-    g.add_argument("--test-share", type=number(float, 0, 0.9), default=0.1, help="held out")
-    g.add_argument("--split-seed", type=COUNT, default=42)
-    g.add_argument("--quarantine", type=Path, help="list of files to leave out")
-    g.add_argument("--decoded-cache", action=on_off, default=False, help="decode once, to disk")
-    g.add_argument("--cache-size", type=COUNT, default=0, help="pixels of cached images; 0 = own")
-    g.add_argument("--builtin-classes", type=number(int, 2, 45), default=4)
-    g.add_argument("--builtin-images", type=SIZE, default=60, help="per class")
-
-    g = p.add_argument_group("folds")
-    g.add_argument("--n-splits", type=number(int, 2, 100), default=5)
-    g.add_argument("--kfold", choices=KINDS, default="stratified")
-    g.add_argument(
-        "--group-by",
-        choices=("near", "exact"),
-        default="near",
-        help="copies that stay on one side: of nearly the same picture, or of the same bytes",
-    )
-    g.add_argument(
-        "--group-pattern", help="regular expression: equal matches in a name are a group"
-    )
-
-    g = p.add_argument_group("augmentation")
-    g.add_argument("--hflip", type=FRACTION, default=0.5)
-    g.add_argument("--vflip", type=FRACTION, default=0.3)
-    g.add_argument("--rotation", type=number(float, 0, 180), default=30.0, help="degrees")
-    g.add_argument("--crop-padding", type=COUNT, default=8, help="pixels")
-    g.add_argument(
-        "--jitter",
-        type=WEIGHT,
-        nargs=4,
-        default=(0.3, 0.3, 0.3, 0.1),
-        metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"),
-    )
-    g.add_argument("--erasing", type=FRACTION, default=0.2, help="probability")
-    g.add_argument(
-        "--crop-scale", type=FRACTION, nargs=2, default=(1.0, 1.0), help="area of a random crop"
-    )
-    g.add_argument("--mixup", type=WEIGHT, default=0.2, help="alpha of Beta; 0 = off")
-    g.add_argument("--mixup-start", type=COUNT, default=5, help="first epoch with it")
-    g.add_argument("--label-smoothing", type=_BELOW_ONE, default=0.0)
-
-    g = p.add_argument_group("teacher")
-    g.add_argument("--teacher", default="resnet50", help="any classifier of paddle.vision")
-    g.add_argument("--teacher-source", choices=SOURCES, default="paddle.vision")
-    g.add_argument("--teacher-pretrained", type=Path, help="weights for its layers below the head")
-    g.add_argument("--teacher-weights", type=Path, help="a finished teacher; it is not trained")
-    g.add_argument("--teacher-knowledge", type=Path, help="stored answers of a teacher")
-    g.add_argument("--knowledge-seed", type=COUNT, default=0, help="of the views it was shown")
-    g.add_argument("--teacher-epochs", type=COUNT, default=10, help="0 = its head stays untrained")
-    g.add_argument("--teacher-lr", type=POSITIVE, default=1e-4)
-    g.add_argument("--teacher-batch-size", type=SIZE, default=16)
-    g.add_argument("--allow-untrained-teacher", action="store_true")
-    g.add_argument("--teacher-engine", choices=ENGINES, default="auto")
-
-    g = p.add_argument_group("student")
-    g.add_argument("--student-source", choices=SOURCES, default="paddle.vision")
-    g.add_argument("--student-scale", type=POSITIVE, default=1.0, help="width")
-    g.add_argument("--head", choices=("improved", "plain"), default="improved")
-    g.add_argument("--hidden", type=SIZE, default=1024, help="width of the improved head")
-    g.add_argument("--dropout", type=_BELOW_ONE, default=0.5)
-    g.add_argument("--frozen", type=number(int, 0, 19), default=14, help="blocks that do not learn")
-    g.add_argument("--freeze-bn", action=on_off, default=True, help="nor their statistics")
-    g.add_argument("--pretrained", type=Path, help="weights for its layers below the head")
-
-    g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=SIZE, default=50)
-    g.add_argument("--batch-size", type=SIZE, default=16, help="of all processes together")
-    g.add_argument("--base-lr", type=POSITIVE, default=1e-4)
-    g.add_argument("--warmup-epochs", type=COUNT, default=5)
-    g.add_argument("--schedule", choices=SCHEDULES, default="epoch", help="when the rate changes")
-    g.add_argument("--optimizer", choices=("adam", "adamw"), default="adam")
-    g.add_argument("--weight-decay", type=WEIGHT, default=1e-4)
-    g.add_argument("--clip-grad", type=WEIGHT, default=0.0, help="0 = off")
-    g.add_argument("--patience", type=COUNT, default=10, help="0 = never stop early")
-    g.add_argument("--temperature", type=POSITIVE, default=4.0)
-    g.add_argument("--alpha", type=FRACTION, default=0.5, help="weight of labels; 1 = no teacher")
-    g.add_argument("--class-weights", choices=("balanced", "none"), default="balanced")
-    g.add_argument("--ema", type=_BELOW_ONE, default=0.0, help="decay, 0 = off")
-    g.add_argument("--amp", choices=LEVELS, default="O0", help="O1, O2: on a GPU")
-    g.add_argument("--amp-dtype", choices=("fp16", "bf16"), default="fp16")
-    g.add_argument("--save-every", type=COUNT, default=0, help="steps; 0 = after every epoch")
-
-    g = p.add_argument_group("records")
-    g.add_argument("--visualdl", action=on_off, default=True, help="log curves for VisualDL")
-    g.add_argument("--floor", action=on_off, default=True, help="measure the floor of no network")
-    g.add_argument(
-        "--compare-seeds",
-        type=COUNT,
-        nargs="*",
-        default=(),
-        help="seeds of the comparison: distilled or not, Mixup or not, right or random teacher",
-    )
-    g.add_argument("--compare-epochs", type=SIZE, default=10)
-    return p
+    for kind in CONCERNS.values():
+        group = parser.add_argument_group(str(kind.__doc__))
+        for one in fields(kind):
+            about = dict(one.metadata)
+            name = about.pop("common", None)
+            if name is None:
+                group.add_argument("--" + one.name.replace("_", "-"), default=one.default, **about)
+                continue
+            more = {"dest": one.name, **about["more"]}
+            add_common(
+                group,
+                [name],
+                defaults={name: one.default},
+                aliases={name: about["aliases"]},
+                help={name: about["help"]} if about["help"] else None,
+                more={name: more},
+            )
+        if kind is RunOptions:
+            add_common(group, ("resume", "continue", "fresh"))
+    return parser

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-SCALES = ("full", "short", "rehearsal")
-
 # COMMAND  make repro-visiondistill-garbage DATA_ROOT=<folder holding data101031/> SCALE=full
 # The README's recipe at 224 pixels on the user's 64,000 images: 5 folds of 50 epochs, a ResNet50 a
 # fold before it. It is made for a GPU; two CPU cores need months. The original starts from
-# ImageNet weights, which are not ours to ship: --teacher-pretrained FILE and --pretrained FILE load
-# them. Without --pretrained the 14 frozen blocks stay random.
+# ImageNet weights, which are not ours to ship: --teacher-pretrained FILE and --init FILE load
+# them. Without --init no block is frozen.
 FULL: dict[str, Any] = {}
 
 # COMMAND  make repro-visiondistill-garbage DATA_ROOT=<folder holding garbage4_255/> SCALE=short
@@ -37,7 +35,7 @@ SHORT: dict[str, Any] = {
     "hidden": 256,
     "epochs": 15,
     "batch_size": 32,
-    "base_lr": 3e-3,
+    "lr": 3e-3,
     "warmup_epochs": 1,
     "mixup_start": 1,
     "schedule": "step",
@@ -60,7 +58,7 @@ REHEARSAL: dict[str, Any] = {
     "n_splits": 2,
     "builtin_classes": 4,
     "builtin_images": 110,
-    "num_workers": 1,
+    "workers": 1,
     "crop_padding": 4,
     "rotation": 0.0,
     "vflip": 0.5,
@@ -76,7 +74,7 @@ REHEARSAL: dict[str, Any] = {
     "hidden": 64,
     "epochs": 6,
     "batch_size": 16,
-    "base_lr": 3e-3,
+    "lr": 3e-3,
     "warmup_epochs": 1,
     "mixup_start": 5,
     "schedule": "step",

@@ -24,7 +24,8 @@ TINY = (
 # Forks a process for each line of its input, so that Paddle is imported once.
 SETUP = """
 import matplotlib.backends.backend_agg, matplotlib.figure, visualdl
-from visiondistill_gc import main, pipeline
+from visiondistill_gc import main
+from visiondistill_gc.run import pipeline
 def prepare(job):
     pipeline.write_report = lambda *words: None
 """

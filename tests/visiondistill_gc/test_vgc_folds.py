@@ -7,7 +7,7 @@ import pytest
 
 from shared_core.datasets import DatasetError
 from shared_core.datasets.splitting.manifest import Entry
-from visiondistill_gc.utils.folds import group_names, make_folds
+from visiondistill_gc.utils.folds import group_matcher, group_names, make_folds
 
 
 def entry(path, label=0, key=None):
@@ -64,7 +64,7 @@ def test_group_names():
     assert alone[0] == alone[2] and len(set(alone)) == 5
     near = group_names(entries, duplicates=[("b/cup_3.jpg", "b/near.jpg", "gone.jpg")])
     assert near[4] == near[5] and len(set(near)) == 4
-    named = group_names(entries, pattern=r"^([a-z]+)_\d+$")
+    named = group_names(entries, matcher=group_matcher(r"^([a-z]+)_\d+$"))
     assert named[0] == named[1] == named[2] and named[4] != named[0] and len(set(named)) == 4
 
 
@@ -79,4 +79,4 @@ def test_bad_folds(words, said):
 
 def test_bad_pattern():
     with pytest.raises(DatasetError, match="regular expression"):
-        group_names([entry("a/b.jpg")], pattern="(")
+        group_matcher("(")

@@ -18,7 +18,7 @@ from shared_core import datasets
 from shared_core.for_paddle.data import Normalizer
 from visiondistill_gc import deploy_images, deploy_model, inference, inference_show
 from visiondistill_gc.utils.model_files import load_model
-from visiondistill_gc.utils.prediction import predict_logits, softmax
+
 from visiondistill_gc.utils.transforms import eval_view
 
 _spec = importlib.util.spec_from_file_location(

@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from shared_core.for_paddle.losses import cross_entropy
 from visiondistill_gc.utils.loss import DistillationLoss, balanced_weights, target_cross_entropy
-from visiondistill_gc.utils.schedule import learning_rate
+from visiondistill_gc.utils.train_utils import learning_rate
 
 STUDENT = np.array([[1.0, 2, 3, 4], [2, 0, 1, 0]])
 TEACHER = np.array([[0.0, 1, 0, 3], [1, 1, 1, 1]])

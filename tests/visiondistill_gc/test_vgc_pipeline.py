@@ -13,9 +13,9 @@ import pytest
 from sklearn.metrics import classification_report, confusion_matrix
 
 from shared_core.knowledge import KnowledgeStore
-from shared_core.metrics.predictions import load_predictions
 from shared_core.runs import read_metrics, read_result
 from visiondistill_gc.utils.model_files import load_model
+from visiondistill_gc.utils.prediction_files import load_predictions
 from visiondistill_gc.utils.transforms import eval_view
 
 
@@ -194,8 +194,8 @@ def test_written_answers_are_the_live_teachers(tmp_path, finished, tiny, command
         )
         == 0
     )
-    args = parse(words, prog="write_knowledge.py")
-    data, view = prepare(args, args.output), train_view(args, seed=3)
+    settings = parse(words, prog="write_knowledge.py")
+    data, view = prepare(settings, settings.run.output), train_view(settings, seed=3)
     store = KnowledgeStore.open(tmp_path / "s", view=view.settings(), classes=list(data.classes))
     assert store.views == (0, 1) and len(store) == 2 * len(data.images)
     loaded = load_model(teacher)
@@ -247,7 +247,9 @@ def test_own_folder_with_a_bad_file(tmp_path, tiny, command):
         (("--cache-size", "64"), "--decoded-cache"),
         (("--knowledge-seed", "3"), "--teacher-knowledge"),
         (("--fresh", "--resume"), "expected one of them"),
-        (("--student-source", "paddleclas", "--frozen", "14"), "--frozen 14"),
+        (("--student-source", "paddleclas", "--head", "improved"), "--head improved"),
+        (("--frozen", "14"), "--frozen 14 without --init"),
+        (("--split", __file__, "--test-share", "0.2"), "--test-share"),
         (("--amp", "O1"), "needs a GPU"),
         (("--mixup", "-1"), "[0, inf)"),
         (("--head", "plain", "--hidden", "8"), "--hidden"),
@@ -263,7 +265,7 @@ def test_refused(tmp_path, tiny, command, words, said):
 
 @pytest.mark.parametrize(
     "words",
-    [("--pretrained", "none.pdparams"), ("--data-path", "none"), ("--teacher-knowledge", "none")],
+    [("--pretrained", "x.none"), ("--init", "x.none"), ("--split", "x.none"), ("--data-path", "none"), ("--teacher-knowledge", "none")],
 )
 def test_missing_files(tmp_path, tiny, command, words):
     done = command(*tiny(tmp_path / "run"), *words)
@@ -286,12 +288,14 @@ def test_defaults_are_the_originals(tmp_path):
     from visiondistill_gc.config import parse
 
     (tmp_path / "x").mkdir()
-    args = parse(["--data-path", str(tmp_path)], prog="main.py")
-    assert (args.input_size, args.seed, args.n_splits, args.batch_size) == (224, 42, 5, 16)
-    assert (args.epochs, args.temperature, args.alpha, args.patience) == (50, 4.0, 0.5, 10)
-    assert (args.base_lr, args.weight_decay, args.warmup_epochs) == (1e-4, 1e-4, 5)
-    assert (args.mixup, args.mixup_start, args.frozen, args.dropout) == (0.2, 5, 14, 0.5)
-    assert (args.hidden, args.teacher, args.erasing) == (1024, "resnet50", 0.2)
-    assert (args.hflip, args.vflip, args.rotation, args.crop_padding) == (0.5, 0.3, 30.0, 8)
-    assert tuple(args.jitter) == (0.3, 0.3, 0.3, 0.1)
-    assert args.output == Path("runs/visiondistill_gc/garbage-full")
+    settings = parse(["--data-path", str(tmp_path)], prog="main.py")
+    found = settings.plain()
+    assert (found["input_size"], found["seed"], found["n_splits"]) == (224, 42, 5)
+    assert (found["batch_size"], found["epochs"], found["patience"]) == (16, 50, 10)
+    assert (found["temperature"], found["alpha"], found["lr"]) == (4.0, 0.5, 1e-4)
+    assert (found["weight_decay"], found["warmup_epochs"], found["dropout"]) == (1e-4, 5, 0.5)
+    assert (found["mixup"], found["mixup_start"], found["hidden"]) == (0.2, 5, 1024)
+    assert (found["teacher"], found["erasing"], found["rotation"]) == ("resnet50", 0.2, 30.0)
+    assert (found["hflip"], found["vflip"], found["crop_padding"]) == (0.5, 0.3, 8)
+    assert found["jitter"] == [0.3, 0.3, 0.3, 0.1]
+    assert found["output"] == "runs/visiondistill_gc/garbage-full"

@@ -8,8 +8,8 @@ import pytest
 
 from shared_core.datasets.views.mixing import Mix
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
+from shared_core.metrics import softmax
 from visiondistill_gc.models.teacher_model import build_teacher, freeze, teach
-from visiondistill_gc.utils.prediction import softmax
 from visiondistill_gc.utils.teaching import (
     LiveTeacher,
     StoredTeacher,

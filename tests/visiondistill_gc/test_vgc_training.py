@@ -13,12 +13,12 @@ from shared_core.datasets.views.mixing import Mix
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import World
 from shared_core.for_paddle.mixing import one_hot
-from shared_core.runs import StageLog, UsageError, read_metrics
+from shared_core.for_paddle.precision import Precision
+from shared_core.runs import StageLog, read_metrics
 from visiondistill_gc.models.student_model import build_student
-from visiondistill_gc.utils.ema import Ema
+from visiondistill_gc.options import TrainingOptions
 from visiondistill_gc.utils.loss import DistillationLoss
-from visiondistill_gc.utils.precision import LeveledPrecision
-from visiondistill_gc.utils.pretrained import load_pretrained
+from visiondistill_gc.utils.model_files import load_pretrained
 from visiondistill_gc.utils.train_utils import Plan, Training, draw_mix, fit, train_step
 from visiondistill_gc.utils.transforms import GarbageView
 from visiondistill_gc.utils.visual_log import VisualLog, precision_recall_points
@@ -58,7 +58,7 @@ def step(net, teacher, mix, images, labels, alpha=0.5):
         one_hot(labels, num_classes=3),
         optimizer=optimizer,
         loss=DistillationLoss(alpha=alpha),
-        precision=LeveledPrecision("cpu"),
+        precision=Precision("cpu"),
         teacher=teacher,
         keys=["k"],
         view=5,
@@ -92,7 +92,7 @@ def test_weight_one_is_no_mixup():
 
 
 def test_when_batches_are_mixed():
-    plan = Plan(epochs=9, base_lr=1.0, mixup=0.2, mixup_start=5, seed=3)
+    plan = Plan(TrainingOptions(mixup=0.2, mixup_start=5), seed=3)
     assert draw_mix(plan, epoch=4, batch=0, size=8) is None
     mix = draw_mix(plan, epoch=5, batch=1, size=8)
     again = draw_mix(plan, epoch=5, batch=1, size=8)
@@ -100,7 +100,7 @@ def test_when_batches_are_mixed():
     lams = [draw_mix(plan, epoch=5, batch=n, size=2).lam for n in range(3000)]
     assert np.mean(lams) == pytest.approx(0.5, abs=0.03)
     assert np.var(lams) == pytest.approx(1 / (4 * (2 * 0.2 + 1)), abs=0.01)  # of Beta(0.2, 0.2)
-    assert draw_mix(Plan(epochs=9, base_lr=1.0, mixup=0.0), epoch=8, batch=0, size=8) is None
+    assert draw_mix(Plan(TrainingOptions(mixup=0.0)), epoch=8, batch=0, size=8) is None
 
 
 def training(folder, *, found, plan, net=None):
@@ -125,7 +125,7 @@ def training(folder, *, found, plan, net=None):
         validate=lambda trained: {"loss": 0.0, "acc": next(answers)},
         num_classes=3,
         normalizer=Normalizer(),
-        precision=LeveledPrecision("cpu"),
+        precision=Precision("cpu"),
         plan=plan,
         log=StageLog(folder),
         world=WORLD,
@@ -134,7 +134,7 @@ def training(folder, *, found, plan, net=None):
 
 
 def test_stops_after_exactly_the_patience_and_keeps_the_best(tmp_path):
-    plan = Plan(epochs=20, base_lr=0.01, warmup=1, patience=3, mixup=0.0)
+    plan = Plan(TrainingOptions(epochs=20, lr=0.01, warmup_epochs=1, patience=3, mixup=0.0))
     found = [0.2, 0.5, 0.5, 0.4, 0.5, 0.9]
     kept, weights = {}, []
     net, job = training(tmp_path, found=found, plan=plan)
@@ -154,40 +154,16 @@ def test_stops_after_exactly_the_patience_and_keeps_the_best(tmp_path):
 
 
 def test_last_epoch_is_kept_when_nothing_is_chosen(tmp_path):
-    plan = Plan(epochs=3, base_lr=0.01, warmup=0, patience=0, keep="last")
+    plan = Plan(TrainingOptions(epochs=3, lr=0.01, warmup_epochs=0, patience=0), keep="last")
     best, _ = fit(training(tmp_path, found=[0.9, 0.2, 0.1], plan=plan)[1])
     assert (best.epoch, best.accuracy) == (2, 0.1)
 
 
 def test_rates_are_the_schedules(tmp_path):
-    plan = Plan(epochs=4, base_lr=0.01, warmup=2, patience=0)
+    plan = Plan(TrainingOptions(epochs=4, lr=0.01, warmup_epochs=2, patience=0))
     fit(training(tmp_path, found=[0.1] * 4, plan=plan)[1])
     lines = [x for x in read_metrics(tmp_path / "metrics.jsonl") if x["split"] == "train"]
     assert [x["lr"] for x in lines] == pytest.approx([0.005, 0.01, 0.01, 0.005])
-
-
-def test_ema_is_the_average_by_hand():
-    net = Linear()
-    ema = Ema(net, decay=0.5)
-    average = net.body.weight.numpy().astype(np.float64)
-    for number in range(1, 4):
-        net.body.weight.set_value(net.body.weight + number)
-        ema.update(net)
-        decay = min(0.5, (1 + number) / (10 + number))
-        average = decay * average + (1 - decay) * net.body.weight.numpy()
-    own = net.body.weight.numpy()
-    with ema.applied(net):
-        assert net.body.weight.numpy() == pytest.approx(average, rel=1e-6)
-    assert np.array_equal(net.body.weight.numpy(), own)
-    with pytest.raises(ValueError, match="decay is 1"):
-        Ema(net, decay=1.0)
-
-
-def test_mixed_precision_needs_a_gpu():
-    for level in ("O1", "O2"):
-        with pytest.raises(UsageError, match="needs a GPU"):
-            LeveledPrecision("cpu", level=level)
-    assert LeveledPrecision("cpu").dtype == "fp32"
 
 
 def small(**more):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from shared_core import datasets
-from shared_core.checkpoints import atomic_write
 from shared_core.datasets import DatasetError, ImageSet
 from shared_core.datasets.splitting.manifest import Entry
 from shared_core.datasets.splitting.prepared import VERIFY_FILE, PreparedData, prepare_data
 from shared_core.runs import derive_seed
-from visiondistill_gc.utils.folds import group_names, make_folds
+from shared_core.runs.json_files import write_json
+from visiondistill_gc.options import Settings
+from visiondistill_gc.utils.folds import Matcher, group_matcher, group_names, make_folds
 from visiondistill_gc.utils.transforms import GarbageView, eval_view
 
 FOLDS_FILE, CACHE_FOLDER = "folds.json", "decoded"
@@ -64,7 +64,7 @@ class GarbageData:
         return self.prepared.facts(self.input_size)
 
 
-def prepare(args: argparse.Namespace, output: Path) -> GarbageData:
+def prepare(settings: Settings, output: Path) -> GarbageData:
     """Find or draw the images, look at every file once, split and fold them, write it all down.
 
     Files that cannot be read are listed in ``quarantine.txt`` and left out.
@@ -72,61 +72,80 @@ def prepare(args: argparse.Namespace, output: Path) -> GarbageData:
     Raises:
         DatasetError, FileNotFoundError: no images, too few, other classes, or changed folds.
     """
-    known = args.data_path is not None and args.data_set in datasets.names()
-    test = args.test_share
-    prepared = prepare_data(
-        output,
-        root=args.data_path,
-        name=args.data_set if args.data_path else None,
-        spec=datasets.get(args.data_set) if known else None,
-        num_classes=args.num_classes,
-        fractions=(("train", 1.0 - test), ("test", test)) if test else (("train", 1.0),),
-        split_seed=args.split_seed,
-        quarantine=args.quarantine,
-        workers=args.num_workers,
-        scenes={
-            "num_classes": args.builtin_classes,
-            "image_size": args.input_size,
-            "images_per_class": args.builtin_images,
-            "seed": derive_seed(args.seed, "scenes") % 2**31,
-        },
-    )
-    if args.categories and sorted(args.categories) != sorted(prepared.classes):
+    options, matcher = settings.data, group_matcher(settings.data.group_pattern)
+    prepared = _prepared(settings, output, matcher)
+    if options.categories and sorted(options.categories) != sorted(prepared.classes):
         raise DatasetError(
-            f"--categories {' '.join(args.categories)}: expected the class folders of "
+            f"--categories {' '.join(options.categories)}: expected the class folders of "
             f"{prepared.root}: {' '.join(prepared.classes)}"
         )
+    if options.group_pattern and all(matcher(e.path) is None for e in prepared.manifest.entries):
+        raise DatasetError(f"--group-pattern {options.group_pattern} matches no file's name")
+    held = [e for e in prepared.manifest.entries if e.split == "test"]
     entries = tuple(e for e in prepared.manifest.entries if e.split != "test")
-    duplicates = _near_copies(output / VERIFY_FILE) if args.group_by == "near" else []
-    groups = group_names(entries, duplicates=duplicates, pattern=args.group_pattern)
+    duplicates = _near_copies(output / VERIFY_FILE) if options.group_by == "near" else []
+    groups = group_names(entries, duplicates=duplicates, matcher=matcher)
     folds = make_folds(
         [e.label for e in entries],
         groups,
-        folds=args.n_splits,
-        seed=args.split_seed,
-        kind=args.kfold,
+        folds=options.n_splits,
+        seed=options.split_seed,
+        kind=options.kfold,
     )
     _write_folds(output / FOLDS_FILE, entries, folds)
-    images = ImageSet.from_rows([(e.path, e.label, e.key) for e in entries], root=prepared.root)
-    held = [e for e in prepared.manifest.entries if e.split == "test"]
-    test_images = None
-    if held:
-        test_images = ImageSet.from_rows(
-            [(e.path, e.label, e.key) for e in held], root=prepared.root
-        )
-    if args.decoded_cache:
-        both = ImageSet.from_rows(
-            [(e.path, e.label, e.key) for e in (*entries, *held)], root=prepared.root
-        )
-        size = (args.cache_size, args.cache_size) if args.cache_size else None
+    images, test = (_images(part, prepared.root) for part in (entries, held))
+    if options.decoded_cache:
+        size = (options.cache_size, options.cache_size) if options.cache_size else None
         cache = datasets.DecodedCache.open_or_build(
-            both, output / CACHE_FOLDER, size=size, threads=max(1, args.num_workers)
+            _images((*entries, *held), prepared.root),
+            output / CACHE_FOLDER,
+            size=size,
+            threads=max(1, options.workers),
         )
-        images = images.with_source(cache)
-        test_images = None if test_images is None else test_images.with_source(cache)
+        images, test = images.with_source(cache), test.with_source(cache)
     return GarbageData(
-        prepared, args.input_size, entries, images, folds, test_images, len(set(groups))
+        prepared,
+        options.input_size,
+        entries,
+        images,
+        folds,
+        test if held else None,
+        len(set(groups)),
     )
+
+
+def _prepared(settings: Settings, output: Path, matcher: Matcher) -> PreparedData:
+    """The images and their held-out part; copies and groups lie whole on one side of it."""
+    options, test = settings.data, settings.data.test_share
+    known = options.data_path is not None and options.data_set in datasets.names()
+
+    def group(path: str) -> str | None:
+        match = matcher(path)
+        return None if match is None else f"{path.split('/')[0]}/{match}"  # the first is the class
+
+    return prepare_data(
+        output,
+        root=options.data_path,
+        name=options.data_set if options.data_path else None,
+        spec=datasets.get(options.data_set) if known else None,
+        num_classes=options.num_classes,
+        fractions=(("train", 1.0 - test), ("test", test)) if test else (("train", 1.0),),
+        split_seed=options.split_seed,
+        quarantine=options.quarantine,
+        workers=options.workers,
+        scenes={
+            "num_classes": options.builtin_classes,
+            "image_size": options.input_size,
+            "images_per_class": options.builtin_images,
+            "seed": derive_seed(settings.run.seed, "scenes") % 2**31,
+        },
+        groups=group,
+        split=options.split,
+    )
+
+
+def _images(entries: Sequence[Entry], root: Path) -> ImageSet:
+    return ImageSet.from_rows([(e.path, e.label, e.key) for e in entries], root=root)
 
 
 def _near_copies(path: Path) -> list[list[str]]:
@@ -138,25 +157,24 @@ def _near_copies(path: Path) -> list[list[str]]:
 
 def _write_folds(path: Path, entries: Sequence[Entry], folds: np.ndarray) -> None:
     table = {entry.path: int(fold) for entry, fold in zip(entries, folds, strict=True)}
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != table:
-            raise DatasetError(f"{path} holds other folds than this run makes: it was changed")
-        return
-    text = json.dumps(table, indent=0) + "\n"
-    atomic_write(path, lambda target: target.write_text(text, encoding="utf-8"))
+    if not path.exists():
+        write_json(path, table)
+    elif json.loads(path.read_text(encoding="utf-8")) != table:
+        raise DatasetError(f"{path} holds other folds than this run makes: it was changed")
 
 
-def train_view(args: argparse.Namespace, *, seed: int) -> GarbageView:
+def train_view(settings: Settings, *, seed: int) -> GarbageView:
     """The training view that the options describe."""
+    view = settings.view
     return GarbageView(
-        args.input_size,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        rotation=args.rotation,
-        padding=args.crop_padding,
-        jitter=args.jitter,
-        erasing=args.erasing,
-        crop_scale=args.crop_scale,
+        settings.data.input_size,
+        hflip=view.hflip,
+        vflip=view.vflip,
+        rotation=view.rotation,
+        padding=view.crop_padding,
+        jitter=view.jitter,
+        erasing=view.erasing,
+        crop_scale=view.crop_scale,
         seed=seed,
     )
 

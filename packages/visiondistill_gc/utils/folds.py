@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from shared_core.datasets import DatasetError
-from shared_core.datasets.finding.placing import place
 from shared_core.datasets.splitting.manifest import Entry
+from shared_core.datasets.splitting.placing import place
+from visiondistill_gc.options import FOLD_KINDS
 
-KINDS = ("stratified", "plain")
+Matcher = Callable[[str], str | None]  # path below the root to what its name has in common
 
 
-def group_names(
-    entries: Sequence[Entry],
-    *,
-    duplicates: Iterable[Sequence[str]] = (),
-    pattern: str | None = None,
-) -> list[str]:
-    """The group of each sample; samples of one group stay on one side.
-
-    Exact copies (equal content keys) always are a group.
+def group_matcher(pattern: str | None) -> Matcher:
+    """What a file's name tells of its group: files of a class with equal matches belong together.
 
     Args:
-        entries: samples of a manifest.
-        duplicates: groups of paths that belong together, near copies say.
-        pattern: a regular expression on the file's name without suffix; files with equal matches
-            (its first bracket, or all of it) in one class belong together. It suits augmented
-            copies that carry the name of their original.
+        pattern: a regular expression on the name without suffix; its first bracket counts, or all
+            of it. It suits augmented copies that carry the name of their original. None matches
+            nothing.
 
     Raises:
         DatasetError: not a regular expression.
@@ -39,6 +31,30 @@ def group_names(
         wanted = re.compile(pattern) if pattern else None
     except re.error as error:
         raise DatasetError(f"group pattern {pattern!r} is no regular expression: {error}") from None
+
+    def group(path: str) -> str | None:
+        name = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+        found = wanted.search(name) if wanted else None
+        return found and (found.group(1) if found.groups() else found.group(0))
+
+    return group
+
+
+def group_names(
+    entries: Sequence[Entry],
+    *,
+    duplicates: Iterable[Sequence[str]] = (),
+    matcher: Matcher | None = None,
+) -> list[str]:
+    """The group of each sample; samples of one group stay on one side.
+
+    Exact copies (equal content keys) always are a group.
+
+    Args:
+        entries: samples of a manifest.
+        duplicates: groups of paths that belong together, near copies say.
+        matcher: see :func:`group_matcher`.
+    """
     parent: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -57,13 +73,11 @@ def group_names(
         members = [by_path[path] for path in copies if path in by_path]
         for member in members[1:]:
             link(members[0], member)
-    if wanted is not None:
-        seen: dict[tuple[int, str], str] = {}
-        for entry, node in zip(entries, nodes, strict=True):
-            found = wanted.search(entry.path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-            if found:
-                text = found.group(1) if found.groups() else found.group(0)
-                link(seen.setdefault((entry.label, text), node), node)
+    seen: dict[tuple[int, str], str] = {}
+    for entry, node in zip(entries, nodes, strict=True):
+        match = matcher(entry.path) if matcher else None
+        if match is not None:
+            link(seen.setdefault((entry.label, match), node), node)
     return [top(node) for node in nodes]
 
 
@@ -91,9 +105,9 @@ def make_folds(
     Raises:
         DatasetError: too few samples, or a fold without samples.
     """
-    if folds < 2 or kind not in KINDS:
+    if folds < 2 or kind not in FOLD_KINDS:
         raise DatasetError(
-            f"{folds} folds of kind {kind!r}, expected 2 or more, {', '.join(KINDS)}"
+            f"{folds} folds of kind {kind!r}, expected 2 or more, {', '.join(FOLD_KINDS)}"
         )
     labels = np.asarray(labels)
     members: dict[str, list[int]] = defaultdict(list)

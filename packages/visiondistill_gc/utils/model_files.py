@@ -1,4 +1,4 @@
-"""Model files of this project: weights with the facts that rebuild the network and its inputs."""
+"""Model files: what rebuilds a network of this project, and weights from elsewhere for it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from typing import Any
 from paddle import nn
 
 from shared_core import checkpoints
-from shared_core.checkpoints import CheckpointError
-from shared_core.for_paddle.checkpoints import fit_into, load_checkpoint, save_checkpoint, unwrap
+from shared_core.checkpoints import CheckpointError, check_fit, names
+from shared_core.for_paddle.checkpoints import (
+    fit_into,
+    from_numpy,
+    load_checkpoint,
+    load_foreign_weights,
+    save_checkpoint,
+    to_numpy,
+    unwrap,
+)
 from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.models.teacher_model import build_teacher
 
 PROJECT = "visiondistill_gc"
+HEADS = ("classifier.", "fc.", "head.", "out.")  # how the names of a head's weights begin
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,8 @@ def load_model(path: str | Path, *, categories: Sequence[str] | None = None) -> 
         ImportError: a network of paddleclas without that package.
     """
     weights, facts = load_checkpoint(path, project=PROJECT)
-    names = tuple(facts["class_names"])
-    check_categories(path, names, categories)
+    class_names = tuple(facts["class_names"])
+    check_categories(path, class_names, categories)
     try:
         recipe = dict(facts["model"])
         build = {"student": build_student, "teacher": build_teacher}[recipe.pop("kind")]
@@ -108,21 +117,56 @@ def load_model(path: str | Path, *, categories: Sequence[str] | None = None) -> 
         raise CheckpointError(f"{path}: no network is described there: {reason}") from error
     fit_into(net, weights, path=path)
     net.eval()
-    return LoadedModel(net, names, size, mean, std, facts)
+    return LoadedModel(net, class_names, size, mean, std, facts)
 
 
 def check_categories(
-    path: str | Path, names: Sequence[str], categories: Sequence[str] | None
+    path: str | Path, known: Sequence[str], categories: Sequence[str] | None
 ) -> None:
     """Refuse categories that contradict those a model was trained with.
 
     Raises:
         ValueError: another number, other names, or another order; both lists are named.
     """
-    if categories is None or list(categories) == list(names):
+    if categories is None or list(categories) == list(known):
         return
-    what = "in another order" if sorted(categories) == sorted(names) else "other classes"
+    what = "in another order" if sorted(categories) == sorted(known) else "other classes"
     raise ValueError(
-        f"categories are {' '.join(categories)}, expected those of {path}: {' '.join(names)} "
+        f"categories are {' '.join(categories)}, expected those of {path}: {' '.join(known)} "
         f"({what}); leave them out to take the model's own"
     )
+
+
+def load_pretrained(path: str | Path, net: nn.Layer) -> list[str]:
+    """Fill ``net`` with the weights of a file; only the head may be missing or of other classes.
+
+    Takes a ``.pdparams`` file (a bare state dict, or one of this repository) and safetensors under
+    Paddle's or torch's names; torch's are renamed and its linear matrices transposed. A ``.pth`` of
+    torch must become safetensors first: reading it needs torch.
+
+    Returns:
+        Names of the weights of ``net`` that were not filled: those of a new head, or none.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: no weights, or a weight below the head that does not fit.
+    """
+    arrays = to_numpy(load_foreign_weights(path))
+    if any(name.endswith("running_mean") for name in arrays):
+        arrays = names.to_paddle(arrays, names.linear_names(arrays))
+    own = {name: list(value.shape) for name, value in net.state_dict().items()}
+    fitting = {k: v for k, v in arrays.items() if k in own and list(v.shape) == own[k]}
+    if not fitting:
+        raise CheckpointError(
+            f"{path}: none of its weights ({', '.join(list(arrays)[:3])}...) is one of the network "
+            f"({', '.join(list(own)[:3])}...)"
+        )
+    new_head = [name for name in own if name.startswith(HEADS)]
+    if all(name in fitting for name in new_head):
+        new_head = []
+    body = {name: shape for name, shape in own.items() if name not in new_head}
+    given = {k: list(v.shape) for k, v in arrays.items() if k in body or not k.startswith(HEADS)}
+    check_fit(path, model=body, weights=given)
+    # With the head as it is: Paddle warns about every weight that it is not given.
+    net.set_state_dict(net.state_dict() | from_numpy({name: arrays[name] for name in body}))
+    return new_head

@@ -13,10 +13,11 @@ from paddle import Tensor, nn
 from shared_core.datasets.views.mixing import Mix
 from shared_core.for_paddle.export import export_inference
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
+from shared_core.metrics import softmax
 from visiondistill_gc.models.teacher_model import freeze, teach
-from visiondistill_gc.utils.prediction import softmax
+from visiondistill_gc.options import ENGINES
+from visiondistill_gc.utils.paddle_inference import Network, paddle_inference
 
-ENGINES = ("auto", "dygraph", "inference")
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit
 
 
@@ -59,13 +60,13 @@ class LiveTeacher:
         self.net = freeze(net)
         on_gpu = str(paddle.device.get_device()).startswith("gpu")
         self.engine = ("dygraph" if on_gpu else "inference") if engine == "auto" else engine
-        self._predictor: Any = None
+        self._network: Network | None = None
         self._checked = False
         if self.engine == "inference":
             prefix = folder / "teacher"
             folder.mkdir(parents=True, exist_ok=True)
             export_inference(net, prefix, input_size=(3, input_size, input_size))
-            self._predictor = onednn_predictor(prefix, threads=threads)
+            self._network = paddle_inference(prefix, threads=threads)
 
     def __call__(
         self, images: Tensor, *, keys: Sequence[str], view: int, mix: Mix | None
@@ -75,33 +76,13 @@ class LiveTeacher:
         Raises:
             ValueError: the first answer of Paddle Inference is not dygraph's.
         """
-        if self._predictor is None:
+        if self._network is None:
             return teach(self.net, images)
-        logits = run_predictor(self._predictor, images.numpy())
+        logits = self._network(images.numpy())
         if not self._checked:
             check_same(logits, teach(self.net, images).numpy())
             self._checked = True
         return paddle.to_tensor(logits)
-
-
-def onednn_predictor(prefix: Path, *, threads: int = 1) -> Any:
-    """Paddle Inference on ``prefix.json``, on the CPU, with oneDNN."""
-    from paddle import inference
-
-    config = inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
-    config.disable_gpu()
-    config.enable_mkldnn()
-    config.set_cpu_math_library_num_threads(threads)
-    config.disable_glog_info()
-    return inference.create_predictor(config)
-
-
-def run_predictor(predictor: Any, images: np.ndarray) -> np.ndarray:
-    """Logits ``(N, C)`` of float32 images ``(N, 3, H, W)``."""
-    entry = predictor.get_input_handle(predictor.get_input_names()[0])
-    entry.copy_from_cpu(np.ascontiguousarray(images))
-    predictor.run()
-    return predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
 
 
 def check_same(found: np.ndarray, expected: np.ndarray, *, tolerance: float = TOLERANCE) -> float:

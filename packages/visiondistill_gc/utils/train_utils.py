@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,45 +16,126 @@ from paddle import Tensor, nn
 from shared_core.checkpoints import weights_sha256
 from shared_core.datasets import BatchLoader, ImageSet
 from shared_core.datasets.views.mixing import Mix, draw_mixup
-from shared_core.for_paddle.checkpoints import to_numpy, unwrap
+from shared_core.for_paddle.checkpoints import load_run_state, save_run_state, to_numpy, unwrap
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import World, gather_objects, main_writes, wrap
+from shared_core.for_paddle.ema import Ema
 from shared_core.for_paddle.mixing import mix_targets, mixup, one_hot
+from shared_core.for_paddle.precision import Precision
+from shared_core.for_paddle.seeds import capture_rng
 from shared_core.runs import StageLog, derive_seed, progress
-from visiondistill_gc.utils.ema import Ema
+from visiondistill_gc.options import SCHEDULES, TrainingOptions
 from visiondistill_gc.utils.loss import DistillationLoss
-from visiondistill_gc.utils.precision import LeveledPrecision
-from visiondistill_gc.utils.run_state import Best, StageState
-from visiondistill_gc.utils.schedule import learning_rate
 from visiondistill_gc.utils.teaching import Teacher
 from visiondistill_gc.utils.visual_log import VisualLog
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one network is trained; rates and weights as in the options."""
+    """How one network is trained, beyond the options of its training."""
 
-    epochs: int
-    base_lr: float
-    warmup: int = 5  # epochs of rising rate
-    schedule: str = "epoch"
-    mixup: float = 0.2  # alpha of the Beta distribution; 0 mixes nothing
-    mixup_start: int = 5  # first epoch, from 0, whose batches are mixed
-    smoothing: float = 0.0
-    patience: int = 10  # epochs without a better validation accuracy; 0 never stops early
-    keep: str = "best"  # "best" by validation accuracy, or "last": nothing is chosen there
-    clip: float = 0.0  # largest norm of the gradient; 0 does not clip
-    ema: float = 0.0  # decay of the average of weights; 0 has none
-    save_every: int = 0  # steps between saved states; 0 saves after every epoch
+    how: TrainingOptions
     seed: int = 0
+    keep: str = "best"  # "best" by validation accuracy, or "last": nothing is chosen there
+
+
+def learning_rate(
+    epoch: float, *, base: float, epochs: int, warmup: int, kind: str = "epoch"
+) -> float:
+    """The rate at a time of the run.
+
+    ``epoch``: ``base * (e + 1) / warmup`` while the epoch ``e`` (from 0) is below ``warmup``, then
+    ``base / 2 * (1 + cos(pi * (e - warmup) / (epochs - warmup)))``; constant within an epoch. It is
+    the original's rule. ``step``: the same with the epoch as a fraction, and a rise from
+    ``base * t / warmup``, so that short runs have no jumps.
+
+    Args:
+        epoch: epochs done, a fraction within one.
+        base: highest rate, above 0.
+        epochs: of the whole run.
+        warmup: epochs of rising rate, below ``epochs``.
+        kind: ``epoch`` or ``step``.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if not base > 0 or not 0 <= warmup < epochs or kind not in SCHEDULES:
+        raise ValueError(
+            f"base {base}, warm-up {warmup} of {epochs} epochs by {kind!r}: expected a rate above "
+            "0, a warm-up shorter than the run, by epoch or step"
+        )
+    if kind == "epoch":
+        epoch = math.floor(epoch)
+        if epoch < warmup:
+            return base * (epoch + 1) / warmup
+    elif epoch < warmup:
+        return base * epoch / warmup
+    return base / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+class Best:
+    """The weights to keep, and the validation accuracy they had."""
+
+    def __init__(self) -> None:
+        self.accuracy = -1.0  # fraction in [0, 1]; -1: none yet
+        self.epoch = -1
+        self.weights: dict[str, Any] = {}
+
+    def keep(self, net: nn.Layer, accuracy: float, epoch: int) -> None:
+        """Keep a copy of the weights whatever the accuracy."""
+        self.accuracy, self.epoch = float(accuracy), int(epoch)
+        self.weights = {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"accuracy": self.accuracy, "epoch": self.epoch, "weights": self.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.accuracy, self.epoch = float(state["accuracy"]), int(state["epoch"])
+        self.weights = {k: paddle.to_tensor(v) for k, v in state["weights"].items()}
+
+
+class StageState:
+    """Saves and restores the parts of one stage with its counters, log position and clock."""
+
+    def __init__(self, stage: str, parts: Mapping[str, Any], log: StageLog, world: World) -> None:
+        self.path = log.folder / "state" / f"{stage}.pdparams"
+        self.parts, self.log, self.world = parts, log, world
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the stage, that of earlier processes up to their last save included."""
+        return self._seconds + time.monotonic() - self._since
+
+    def restore(self) -> dict[str, Any] | None:
+        """Go on from the saved state: its counters; None when there is none."""
+        if not self.path.exists():
+            return None
+        counters = load_run_state(self.path, self.parts, rank=self.world.rank)
+        position, seconds = counters.pop("log_position"), counters.pop("seconds")
+        if self.world.is_main:
+            self.log.metrics.cut(position)
+        self._seconds, self._since = seconds, time.monotonic()
+        return counters
+
+    def save(self, **counters: Any) -> None:
+        """Write everything; ``counters`` are plain numbers, strings and lists."""
+        rng = gather_objects(capture_rng(), self.world)
+        if not self.world.is_main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        told = {"log_position": self.log.metrics.position(), "seconds": self.seconds}
+        save_run_state(self.path, self.parts, counters={**counters, **told}, rng=rng)
 
 
 def draw_mix(plan: Plan, *, epoch: int, batch: int, size: int, rank: int = 0) -> Mix | None:
     """How a batch is mixed, decided by the seed and its place in the run; None where it is not."""
-    if not plan.mixup or epoch < plan.mixup_start:
+    if not plan.how.mixup or epoch < plan.how.mixup_start:
         return None
     rng = np.random.default_rng(derive_seed(plan.seed, "mixup", epoch, batch, rank))
-    return draw_mixup(rng, size, alpha=plan.mixup)
+    return draw_mixup(rng, size, alpha=plan.how.mixup)
 
 
 def train_step(
@@ -61,7 +145,7 @@ def train_step(
     *,
     optimizer: Any,
     loss: DistillationLoss,
-    precision: LeveledPrecision,
+    precision: Precision,
     teacher: Teacher | None = None,
     keys: Sequence[str] = (),
     view: int = 0,
@@ -109,7 +193,7 @@ class Training:
     validate: Callable[[nn.Layer], dict[str, float]]  # net in eval mode -> loss, accuracy
     num_classes: int
     normalizer: Normalizer
-    precision: LeveledPrecision
+    precision: Precision
     plan: Plan
     log: StageLog
     world: World
@@ -125,9 +209,8 @@ def fit(training: Training) -> tuple[Best, StageState]:
     Raises:
         RuntimeError: the processes of a distributed run ended with different weights.
     """
-    plan, world, log = training.plan, training.world, training.log
-    net, plain = training.net, unwrap(training.net)
-    best = Best()
+    how, world, log = training.plan.how, training.world, training.log
+    plain, best = unwrap(training.net), Best()
     parts: dict[str, Any] = {
         "net": plain,
         "optimizer": training.optimizer,
@@ -135,7 +218,7 @@ def fit(training: Training) -> tuple[Best, StageState]:
         "best": best,
         "precision": training.precision,
     }
-    ema = Ema(plain, decay=plan.ema) if plan.ema else None
+    ema = Ema(plain, decay=how.ema) if how.ema else None
     if ema is not None:
         parts["ema"] = ema
     state = StageState(training.stage, parts, log, world)
@@ -145,37 +228,13 @@ def fit(training: Training) -> tuple[Best, StageState]:
     else:
         log.say(f"{training.stage}: resumed at epoch {counters['epoch'] + 1}")
     training.visual.begin(training.stage, log)
-    net = wrap(net, world)
-    while counters["epoch"] < plan.epochs and not 0 < plan.patience <= counters["waited"]:
-        epoch = counters["epoch"]
+    net = wrap(training.net, world)
+    while counters["epoch"] < how.epochs and not 0 < how.patience <= counters["waited"]:
         _train_epoch(training, net, counters, state, ema)
-        sums = _gathered(counters["sums"], world)
-        trained = {k: v / sums["n"] for k, v in sums.items() if k != "n"}
-        trained["lr"] = training.optimizer.get_lr()
-        plain.eval()
-        found = main_writes(lambda: _validated(training, plain, ema), world)
-        if plan.keep == "last":
-            _with_average(ema, plain, lambda e=epoch, f=found: best.keep(plain, f["acc"], e))
-            better = True
-        else:
-            better = _with_average(
-                ema, plain, lambda e=epoch, f=found: best.offer(plain, f["acc"], e)
-            )
-        counters.update(
-            epoch=epoch + 1, batch=0, sums={}, waited=0 if better else counters["waited"] + 1
-        )
-        if world.is_main:
-            log.write(training.stage, "train", epoch, trained)
-            log.write(training.stage, "val", epoch, found)
-            training.visual.epoch(epoch, trained, found)
-        log.say(
-            f"{training.stage}: epoch {epoch + 1}/{plan.epochs}, train loss {trained['loss']:.4f} "
-            f"acc {trained['acc']:.4f}, val loss {found['loss']:.4f} acc {found['acc']:.4f}"
-            + (" (best)" if better and plan.keep == "best" else "")
-        )
+        _end_epoch(training, plain, counters, best, ema)
         state.save(**counters)
-    if 0 < plan.patience <= counters["waited"] and counters["epoch"] < plan.epochs:
-        log.say(f"{training.stage}: no better epoch for {plan.patience}, stopped early")
+    if 0 < how.patience <= counters["waited"] and counters["epoch"] < how.epochs:
+        log.say(f"{training.stage}: no better epoch for {how.patience}, stopped early")
     if world.world_size > 1:
         _check_same_weights(plain, world)
     plain.set_state_dict(best.weights)
@@ -191,74 +250,85 @@ def _train_epoch(
     ema: Ema | None,
 ) -> None:
     """The rest of the current epoch; ``counters`` are moved along."""
-    plan, optimizer = training.plan, training.optimizer
-    plain, epoch = unwrap(net), counters["epoch"]
+    plan, how = training.plan, training.plan.how
+    plain, epoch, steps = unwrap(net), counters["epoch"], len(training.loader)
     plain.train()
-    steps = len(training.loader)
     rest = progress(
         training.loader,
         total=steps,
         done=counters["batch"],
-        label=f"{training.stage} epoch {epoch + 1}/{plan.epochs}",
+        label=f"{training.stage} epoch {epoch + 1}/{how.epochs}",
     )
     for batch in rest:
         number = counters["batch"]
-        optimizer.set_lr(
+        now = epoch + (number + 1) / (steps + 1)
+        training.optimizer.set_lr(
             learning_rate(
-                epoch + (number + 1) / (steps + 1),
-                base=plan.base_lr,
-                epochs=plan.epochs,
-                warmup=plan.warmup,
-                kind=plan.schedule,
+                now, base=how.lr, epochs=how.epochs, warmup=how.warmup_epochs, kind=how.schedule
             )
         )
-        targets = one_hot(
-            paddle.to_tensor(batch.labels),
-            num_classes=training.num_classes,
-            smoothing=plan.smoothing,
-        )
-        losses, logits, mixed = train_step(
+        losses, logits, targets = train_step(
             net,
             training.normalizer(batch.images),
-            targets,
-            optimizer=optimizer,
+            one_hot(
+                paddle.to_tensor(batch.labels),
+                num_classes=training.num_classes,
+                smoothing=how.label_smoothing,
+            ),
+            optimizer=training.optimizer,
             loss=training.loss,
             precision=training.precision,
             teacher=training.teacher,
             keys=[training.images.keys[i] for i in batch.indices],
             view=batch.view_id,
-            mix=draw_mix(
-                plan, epoch=epoch, batch=number, size=len(batch), rank=training.world.rank
-            ),
-            clip=plan.clip,
+            mix=draw_mix(plan, epoch=epoch, batch=number, size=len(batch), rank=state.world.rank),
+            clip=how.clip_grad,
         )
         if ema is not None:
             ema.update(plain)
-        sums, n = counters["sums"], len(batch)
-        chosen = logits.astype("float32").numpy().argmax(axis=1)
-        right = float(mixed.numpy()[np.arange(n), chosen].sum())  # both labels of a mixture count
-        for name, value in (*losses.items(), ("acc", right / n), ("n", 1.0)):
-            sums[name] = sums.get(name, 0.0) + value * n
+        _add_up(counters["sums"], losses, logits, targets)
         counters["batch"] = number + 1
-        if plan.save_every and counters["batch"] % plan.save_every == 0 < steps - number - 1:
+        if how.save_every and counters["batch"] % how.save_every == 0 < steps - number - 1:
             state.save(**counters)
 
 
-def _validated(training: Training, plain: nn.Layer, ema: Ema | None) -> dict[str, float]:
-    return _with_average(ema, plain, lambda: training.validate(plain))
+def _add_up(
+    sums: dict[str, float], losses: dict[str, float], logits: Tensor, targets: Tensor
+) -> None:
+    """Losses and accuracy of a batch to the epoch's; both labels of a mixture count by weight."""
+    n = logits.shape[0]
+    chosen = logits.astype("float32").numpy().argmax(axis=1)
+    right = float(targets.numpy()[np.arange(n), chosen].sum())
+    for name, value in (*losses.items(), ("acc", right / n), ("n", 1.0)):
+        sums[name] = sums.get(name, 0.0) + value * n
 
 
-def _with_average(ema: Ema | None, net: nn.Layer, work: Callable[[], Any]) -> Any:
-    """Do ``work`` while the network holds its averages, if there are any."""
-    if ema is None:
-        return work()
-    with ema.applied(net):
-        return work()
-
-
-def _gathered(sums: dict[str, float], world: World) -> dict[str, float]:
-    parts = gather_objects(sums, world)
-    return {name: sum(part[name] for part in parts) for name in sums}
+def _end_epoch(
+    training: Training, plain: nn.Layer, counters: dict[str, Any], best: Best, ema: Ema | None
+) -> None:
+    """Validate, keep what is better (or last), write the numbers down, move to the next epoch."""
+    plan, how, world, log = training.plan, training.plan.how, training.world, training.log
+    epoch = counters["epoch"]
+    parts = gather_objects(counters["sums"], world)
+    sums = {name: sum(part[name] for part in parts) for name in counters["sums"]}
+    trained = {name: value / sums["n"] for name, value in sums.items() if name != "n"}
+    trained["lr"] = training.optimizer.get_lr()
+    plain.eval()
+    with ema.applied(plain) if ema is not None else nullcontext():
+        found = main_writes(lambda: training.validate(plain), world)
+        better = plan.keep == "last" or found["acc"] > best.accuracy
+        if better:
+            best.keep(plain, found["acc"], epoch)
+    waited = 0 if better else counters["waited"] + 1
+    counters.update(epoch=epoch + 1, batch=0, sums={}, waited=waited)
+    log.write(training.stage, "train", epoch, trained)
+    log.write(training.stage, "val", epoch, found)
+    training.visual.epoch(epoch, trained, found)
+    log.say(
+        f"{training.stage}: epoch {epoch + 1}/{how.epochs}, train loss {trained['loss']:.4f} "
+        f"acc {trained['acc']:.4f}, val loss {found['loss']:.4f} acc {found['acc']:.4f}"
+        + (" (best)" if better and plan.keep == "best" else "")
+    )
 
 
 def _check_same_weights(net: nn.Layer, world: World) -> None:

@@ -76,7 +76,7 @@ class VisualLog:
         """Precision and recall of each class against the rest; ``probs`` is ``(N, C)``."""
         if self._writer is None:
             return
-        # VisualDL's own add_pr_curve needs a NumPy before 1.24; it packs the same record.
+        # VisualDL's own add_pr_curve (2.5.3) needs a NumPy before 1.24; it packs the same record.
         from visualdl.component.base_component import pr_curve_raw
 
         for index, name in enumerate(classes):
@@ -116,19 +116,12 @@ def precision_recall_points(
         scores: fractions in [0, 1], ``(N,)``.
 
     Returns:
-        ``tp``, ``fp``, ``tn``, ``fn``, ``precision``, ``recall``; where nothing is predicted
-        positive the precision is 0.
+        ``tp``, ``fp``, ``tn``, ``fn``, ``precision`` (0 where nothing is said), ``recall``.
     """
-    thresholds = np.linspace(0.0, 1.0, points)
-    said = scores[None, :] >= thresholds[:, None]
-    truth = np.asarray(positive, dtype=bool)[None, :]
-    tp, fp = (said & truth).sum(axis=1), (said & ~truth).sum(axis=1)
-    fn, tn = (~said & truth).sum(axis=1), (~said & ~truth).sum(axis=1)
-    return {
-        "tp": tp.tolist(),
-        "fp": fp.tolist(),
-        "tn": tn.tolist(),
-        "fn": fn.tolist(),
-        "precision": (tp / np.maximum(tp + fp, 1)).tolist(),
-        "recall": (tp / np.maximum(tp + fn, 1)).tolist(),
-    }
+    said = scores[None, :] >= np.linspace(0.0, 1.0, points)[:, None]
+    tp, fp = (said & positive).sum(axis=1), (said & ~positive).sum(axis=1)
+    fn, tn = positive.sum() - tp, (~positive).sum() - fp
+    found = {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
+    found["precision"] = tp / np.maximum(tp + fp, 1)
+    found["recall"] = tp / np.maximum(tp + fn, 1)
+    return {name: values.tolist() for name, values in found.items()}

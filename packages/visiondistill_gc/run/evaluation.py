@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared_core.checkpoints import atomic_write
-from shared_core.metrics import Confusion, classification_report, summarize
+from shared_core.metrics import Confusion, classification_report, softmax, summarize
 from shared_core.metrics.calibration import ece, nll
-from shared_core.metrics.predictions import load_predictions, save_predictions
-from visiondistill_gc.run_context import Run, accuracy, predict
-from visiondistill_gc.stages import load_teacher
+from shared_core.runs.json_files import write_json, write_text
+from visiondistill_gc.run.context import Run, predict
+from visiondistill_gc.run.stages import load_teacher
 from visiondistill_gc.utils.model_files import load_model
-from visiondistill_gc.utils.prediction import softmax
-
-
-def _text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda target: target.write_text(text, encoding="utf-8"))
+from visiondistill_gc.utils.prediction_files import load_predictions, save_predictions
 
 
 def write_tables(folder: Path, name: str, matrix: np.ndarray, classes: Sequence[str]) -> str:
@@ -30,13 +23,14 @@ def write_tables(folder: Path, name: str, matrix: np.ndarray, classes: Sequence[
     Args:
         matrix: counts ``(C, C)``, rows are the true classes.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [",".join(["true \\ predicted", *classes])]
     rows += [",".join([c, *map(str, row)]) for c, row in zip(classes, matrix.tolist(), strict=True)]
-    _text(folder / f"{name}_confusion.csv", "\n".join(rows) + "\n")
+    write_text(folder / f"{name}_confusion.csv", "\n".join(rows) + "\n")
     text = classification_report(matrix, classes, digits=4)
-    _text(folder / f"{name}_report.txt", text)
+    write_text(folder / f"{name}_report.txt", text)
     table = classification_report(matrix, classes, output_dict=True)
-    _text(folder / f"{name}_report.json", json.dumps(table, indent=1) + "\n")
+    write_json(folder / f"{name}_report.json", table)
     return text
 
 
@@ -53,21 +47,21 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 
 def out_of_fold(run: Run) -> dict[str, Any]:
     """Summary over the folds that were run, from the predictions they left."""
-    classes, folder = run.data.classes, run.folder / "predictions"
-    parts = [load_predictions(folder / f"fold{fold}.npz") for fold in run.args.folds]
+    classes, folder, folds = run.data.classes, run.folder / "predictions", run.settings.run.folds
+    parts = [load_predictions(folder / f"fold{fold}.npz") for fold in folds]
     probs = np.concatenate([part.probs for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     keys = [key for part in parts for key in part.keys]
     save_predictions(folder / "out_of_fold.csv", probs, labels, keys, class_names=classes)
     matrix = _confusion(probs, labels)
     text = write_tables(run.folder / "tables", "out_of_fold", matrix, classes)
-    for fold, part in zip(run.args.folds, parts, strict=True):
+    for fold, part in zip(folds, parts, strict=True):
         own = _confusion(part.probs, part.labels)
         write_tables(run.folder / "tables", f"fold{fold}", own, classes)
     run.log.say(f"out of fold:\n{text}")
     by_fold = [float((p.probs.argmax(axis=1) == p.labels).mean()) for p in parts]
     return {
-        "folds": list(run.args.folds),
+        "folds": list(folds),
         "accuracy": _summary(by_fold),
         "pooled_accuracy": float((probs.argmax(axis=1) == labels).mean()),
         "images": len(labels),
@@ -82,12 +76,9 @@ def held_out(run: Run) -> dict[str, Any] | None:
     images = run.data.test
     if images is None:
         return None
-    alone, tables = [], []
-    for fold in run.args.folds:
-        outputs = predict(run, load_model(run.student_file(fold)).net, images)
-        alone.append(accuracy(outputs))
-        tables.append(softmax(outputs.logits))
-    labels = outputs.labels
+    folds, labels = run.settings.run.folds, images.labels
+    every = [predict(run, load_model(run.student_file(fold)).net, images) for fold in folds]
+    alone, tables = [one.accuracy for one in every], [softmax(one.logits) for one in every]
     mean = np.mean(tables, axis=0)
     matrix = _confusion(mean, labels)
     text = write_tables(run.folder / "tables", "ensemble", matrix, run.data.classes)
@@ -109,9 +100,9 @@ def held_out(run: Run) -> dict[str, Any] | None:
         },
         "confusion": matrix.tolist(),
     }
-    if run.args.alpha != 1 and run.args.teacher_knowledge is None:
-        folds = run.args.folds[:1] if run.args.teacher_weights else run.args.folds
+    if run.teacher_runs:
+        own = folds[:1] if run.settings.teacher.teacher_weights else folds
         found["teachers"] = _summary(
-            [accuracy(predict(run, load_teacher(run, fold).net, images)) for fold in folds]
+            [predict(run, load_teacher(run, fold).net, images).accuracy for fold in own]
         )
     return found

@@ -6,6 +6,7 @@ train on one fold's training part, keep the last epoch, and are judged on images
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,10 @@ from shared_core.for_paddle.distributed import main_writes
 from shared_core.for_paddle.seeds import seed_all
 from shared_core.metrics import paired_difference, summarize
 from shared_core.runs import derive_seed
-from visiondistill_gc.run_context import Run, accuracy, predict
-from visiondistill_gc.stages import (
-    class_weights,
-    load_teacher,
-    make_teacher,
-    new_student,
-    student_plan,
-    train,
-)
-from visiondistill_gc.utils.loss import DistillationLoss
+from visiondistill_gc.run.context import Run, predict
+from visiondistill_gc.run.stages import load_teacher, make_teacher, new_student, train
 from visiondistill_gc.utils.teaching import Teacher, with_random_head
+from visiondistill_gc.utils.train_utils import Plan
 from visiondistill_gc.utils.visual_log import VisualLog
 
 # name: (whether a teacher, whether it has a random head, whether batches are mixed)
@@ -39,7 +33,7 @@ ARMS = {
 
 def fold_of(run: Run) -> int:
     """The first of the folds that this run trains."""
-    return int(run.args.folds[0])
+    return run.settings.run.folds[0]
 
 
 def judged_on(run: Run) -> tuple[str, ImageSet]:
@@ -51,9 +45,9 @@ def judged_on(run: Run) -> tuple[str, ImageSet]:
 
 def compare_one(run: Run, arm: str, number: int) -> dict[str, Any]:
     """Train one arm with one seed; its accuracy."""
-    args, stage = run.args, f"compare-{arm}-{number}"
+    how, epochs = run.settings.training, run.settings.records.compare_epochs
     taught, random_head, mixed = ARMS[arm]
-    seed = derive_seed(args.seed, "compare", number)
+    seed = derive_seed(run.settings.run.seed, "compare", number)
     teacher: Teacher | None = None
     if taught:
         net = load_teacher(run, fold_of(run)).net
@@ -62,43 +56,36 @@ def compare_one(run: Run, arm: str, number: int) -> dict[str, Any]:
         teacher = make_teacher(run, fold_of(run), net=net)
     seed_all(seed % 2**32)
     student = new_student(run)
+    own = replace(
+        how,
+        epochs=epochs,
+        warmup_epochs=min(how.warmup_epochs, epochs - 1),
+        mixup=(how.mixup or 0.2) if mixed else 0.0,
+        mixup_start=min(how.mixup_start, epochs // 2),
+        patience=0,
+    )
     _, state = train(
         run,
-        stage,
+        f"compare-{arm}-{number}",
         student,
-        plan=student_plan(
-            args,
-            seed=seed,
-            epochs=args.compare_epochs,
-            warmup=min(args.warmup_epochs, args.compare_epochs - 1),
-            mixup=(args.mixup or 0.2) if mixed else 0.0,
-            mixup_start=min(args.mixup_start, args.compare_epochs // 2),
-            patience=0,
-            keep="last",
-        ),
+        plan=Plan(own, seed=seed, keep="last"),
         fold=fold_of(run),
-        loss=DistillationLoss(
-            temperature=args.temperature,
-            alpha=args.alpha if taught else 1.0,
-            class_weights=class_weights(run, fold_of(run)),
-        ),
         teacher=teacher,
-        batch_size=args.batch_size,
         visual=VisualLog(None),
         view_seed=derive_seed(seed, "views"),
     )
     _, images = judged_on(run)
-    found = main_writes(lambda: accuracy(predict(run, student, images)), run.world)
-    return {"accuracy": found, "seconds": state.seconds, "state": str(state.path)}
+    found = main_writes(lambda: predict(run, student, images).accuracy, run.world)
+    return {"accuracy": found, "seconds": state.seconds}
 
 
 def teacher_accuracies(run: Run) -> dict[str, float]:
     """What the right teacher and one with a random head know of the same images."""
     _, images = judged_on(run)
     net = load_teacher(run, fold_of(run)).net
-    right = accuracy(predict(run, net, images))
-    with_random_head(net, seed=derive_seed(run.args.seed, "compare", 0) % 2**32)
-    return {"right": right, "random_head": accuracy(predict(run, net, images))}
+    right = predict(run, net, images).accuracy
+    with_random_head(net, seed=derive_seed(run.settings.run.seed, "compare", 0) % 2**32)
+    return {"right": right, "random_head": predict(run, net, images).accuracy}
 
 
 def summary(run: Run, results: dict[str, dict[int, float]]) -> dict[str, Any]:
@@ -107,7 +94,7 @@ def summary(run: Run, results: dict[str, dict[int, float]]) -> dict[str, Any]:
     Args:
         results: accuracy by arm and seed.
     """
-    seeds = list(run.args.compare_seeds)
+    seeds = list(run.settings.records.compare_seeds)
     arms, differences = {}, {}
     for arm, by_seed in results.items():
         values = [by_seed[seed] for seed in seeds]
@@ -127,7 +114,7 @@ def summary(run: Run, results: dict[str, dict[int, float]]) -> dict[str, Any]:
         }
     where, images = judged_on(run)
     return {
-        "epochs": run.args.compare_epochs,
+        "epochs": run.settings.records.compare_epochs,
         "judged_on": where,
         "images": len(images),
         "seeds": seeds,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from shared_core.metrics.predictions import load_predictions
 from shared_core.runs import Report, read_metrics, write_result
-from visiondistill_gc import plots
-from visiondistill_gc.run_context import Run
+from visiondistill_gc.run import plots
+from visiondistill_gc.run.context import Run
+from visiondistill_gc.utils.prediction_files import load_predictions
 
 NOT_REPRODUCED = "rehearsal on built-in data: this is not a reproduction of any published number"
 WRONG_SHOWN = 12
@@ -18,11 +17,11 @@ WRONG_SHOWN = 12
 
 def headline(run: Run) -> str:
     """The line that says what was run on what; a run's first and last."""
-    facts = run.data.facts()
+    facts, scale = run.data.facts(), run.settings.run.scale
     what = (
-        f"visiondistill_gc, scale {run.args.scale}: {facts['name']} ({facts['kind']}), "
+        f"visiondistill_gc, scale {scale}: {facts['name']} ({facts['kind']}), "
         f"{facts['images']} images, {len(run.data.classes)} classes, {facts['pixels']} px, "
-        f"{run.args.n_splits} folds, split {facts['split_hash'][:12]}"
+        f"{run.settings.data.n_splits} folds, split {facts['split_hash'][:12]}"
     )
     if not run.data.prepared.rehearsal:
         return what
@@ -31,83 +30,94 @@ def headline(run: Run) -> str:
 
 def teacher_facts(run: Run) -> dict[str, Any]:
     """Who taught, and what is known of it; an untrained head is called so."""
-    args = run.args
-    if args.alpha == 1:
+    if run.settings.training.alpha == 1:
         return {"kind": "none"}
-    if args.teacher_knowledge is not None:
+    if not run.teacher_runs:
         about = (run.log.done("prepare") or {}).get("knowledge", {})
         return {"kind": "stored answers", **about}
-    own = [run.log.stages[f"teacher{fold}"] for fold in args.folds]
-    trained = all(result["trained"] for result in own)
+    own = [run.log.stages[f"teacher{fold}"] for fold in run.settings.run.folds]
+    options, trained = run.settings.teacher, all(result["trained"] for result in own)
+    given = options.teacher_weights is not None
     return {
-        "kind": "given file" if args.teacher_weights else "trained on each fold's training part",
-        "name": args.teacher,
+        "kind": "given file" if given else "trained on each fold's training part",
+        "name": options.teacher,
         "head": "trained" if trained else "UNTRAINED",
         "validation_accuracy": [result["accuracy"] for result in own],
         "mixup": "the teacher sees the mixed images",
     }
 
 
-def write_record(
-    run: Run, measured: dict[str, Any], *, command: str, started: datetime, seconds: float
-) -> dict[str, Any]:
+def write_record(run: Run, measured: dict[str, Any], *, command: str) -> dict[str, Any]:
     """``result.json``."""
+    what, seeds = run.settings.run, run.settings.records.compare_seeds
     return write_result(
         run.folder / "result.json",
-        task=f"visiondistill_gc/{run.args.data_set.lower()}",
+        task=f"visiondistill_gc/{run.settings.data.data_set.lower()}",
         command=command,
-        scale=run.args.scale,
+        scale=what.scale,
         data=run.data.facts(),
-        seeds=sorted({run.args.seed, *run.args.compare_seeds}),
+        seeds=sorted({what.seed, *seeds}),
         measured=measured,
-        started=started,
-        wall_seconds=seconds,
+        started=run.opened.started,
+        wall_seconds=run.opened.seconds,
     )
-
-
-def _runs(found: dict[str, Any]) -> list[object]:
-    return [found["mean"], found["std"], found["runs"]]
 
 
 def write_report(run: Run, record: dict[str, Any]) -> None:
     """Draw the plots and write both forms of the report."""
-    measured, folder, args = record["measured"], run.folder, run.args
+    measured = record["measured"]
     report = Report(f"Garbage classification on {run.data.prepared.name}")
+    _opening(run, report, record)
+    report.heading("Result")
+    _results(report, measured)
+    report.text(_networks(run, measured))
+    _pictures(run, report, measured)
+    if "comparison" in measured:
+        _comparison(run, report, measured["comparison"], _floor(measured))
+    report.heading("Training")
+    _curves(run, report, measured["out_of_fold"]["folds"])
+    report.write(run.folder)
+
+
+def _floor(measured: dict[str, Any]) -> float | None:
+    return measured.get("floor", {}).get("plain")
+
+
+def _opening(run: Run, report: Report, record: dict[str, Any]) -> None:
+    """On what, where, and what a reader must be warned of."""
     (report.note if run.data.prepared.rehearsal else report.text)(headline(run))
     for note in run.data.prepared.notes:
         report.text(f"Differs from the published set: {note}.")
     environment = record["environment"]
     report.text(
         f"Measured on {environment['gpu'] or environment['cpu']} with paddlepaddle "
-        f"{environment['packages'].get('paddlepaddle')}, {args.threads} threads, seed {args.seed}, "
-        f"{record['wall_seconds'] / 60:.1f} minutes. Command: {record['command']}"
+        f"{environment['packages'].get('paddlepaddle')}, {run.threads} threads, seed "
+        f"{run.settings.run.seed}, {record['wall_seconds'] / 60:.1f} minutes. "
+        f"Command: {record['command']}"
     )
-    teacher = measured["teacher"]
-    if teacher.get("head") == "UNTRAINED":
+    if record["measured"]["teacher"].get("head") == "UNTRAINED":
         report.note("The teacher's head is untrained: its answers are noise. It was asked for.")
 
-    report.heading("Result")
-    folds, test = measured["out_of_fold"], measured.get("test")
-    floor = measured.get("floor", {}).get("plain")
+
+def _results(report: Report, measured: dict[str, Any]) -> None:
+    """The table of accuracies, and what each stands for."""
+    folds, test, floor = measured["out_of_fold"], measured.get("test"), _floor(measured)
     rows: list[list[object]] = []
-    if "floor" in measured:
-        rows += [
-            ["held out", "plain features, linear (floor)", floor, None, None],
-            [
-                "held out",
-                "engineered features, linear",
-                measured["floor"]["engineered"],
-                None,
-                None,
-            ],
-        ]
+
+    def add(images: str, model: str, mean: float, std: object = None, runs: object = None) -> None:
+        rows.append([images, model, mean, std, runs])
+
+    if floor is not None:
+        add("held out", "plain features, linear (floor)", floor)
+        add("held out", "engineered features, linear", measured["floor"]["engineered"])
     if test:
-        if "teachers" in test:
-            rows.append(["held out", "teachers", *_runs(test["teachers"])])
-        rows.append(["held out", "students, one a fold", *_runs(test["students"])])
-        count = len(folds["folds"])
-        rows.append(["held out", f"ensemble of {count}", test["ensemble"]["accuracy"], None, None])
-    rows.append(["out of fold", "students", *_runs(folds["accuracy"])])
+        for name, model in (("teachers", "teachers"), ("students", "students, one a fold")):
+            if name in test:
+                found = test[name]
+                add("held out", model, found["mean"], found["std"], found["runs"])
+        add("held out", f"ensemble of {len(folds['folds'])}", test["ensemble"]["accuracy"])
+    found = folds["accuracy"]
+    add("out of fold", "students", found["mean"], found["std"], found["runs"])
     report.table(["images", "model", "accuracy", "deviation", "runs"], rows)
     report.text(
         "Out of fold: each image is judged by the model whose training part lacks it. That model's "
@@ -119,46 +129,50 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
         report.text(
             f"The ensemble is {abs(lead):.1f} points {'above' if lead > 0 else 'BELOW'} the floor."
         )
-    report.text(
-        f"Student: {measured['parameters']['total'] / 1e6:.2f} M parameters, "
-        f"{measured['parameters']['trainable'] / 1e6:.2f} M of them trained. "
-        f"Teacher: {teacher.get('name', '')} {teacher['kind']}"
+
+
+def _networks(run: Run, measured: dict[str, Any]) -> str:
+    """How large the student is, what it began with, who taught it."""
+    size, teacher, init = measured["parameters"], measured["teacher"], run.settings.student.init
+    return (
+        f"Student: {size['total'] / 1e6:.2f} M parameters, "
+        f"{size['trainable'] / 1e6:.2f} M of them trained, from "
+        + (f"the weights of {init}. " if init else "nothing: no block is frozen. ")
+        + f"Teacher: {teacher.get('name', '')} {teacher['kind']}"
         + (f", head {teacher['head']}." if "head" in teacher else ".")
     )
+
+
+def _pictures(run: Run, report: Report, measured: dict[str, Any]) -> None:
+    """Confusion matrices, precision and recall, the surest mistakes."""
+    folder, classes = run.folder, run.data.classes
     pooled = load_predictions(folder / "predictions" / "out_of_fold.csv")
-    classes = run.data.classes
-    matrix = np.array(folds["confusion"])
-    report.figure(
-        plots.confusion(folder / "out_of_fold_confusion.png", matrix, classes),
-        "Out-of-fold confusion matrix.",
-    )
+    matrices = [("out_of_fold", "Out-of-fold confusion matrix.", measured["out_of_fold"])]
+    if "test" in measured:
+        text = "Confusion matrix of the ensemble on held-out images."
+        matrices.append(("ensemble", text, measured["test"]))
+    for name, text, found in matrices:
+        path = folder / f"{name}_confusion.png"
+        report.figure(plots.confusion(path, np.array(found["confusion"]), classes), text)
     report.figure(
         plots.precision_recall(folder / "out_of_fold_pr.png", pooled.probs, pooled.labels, classes),
         "Precision and recall of each class, out of fold.",
     )
-    if test:
-        report.figure(
-            plots.confusion(
-                folder / "ensemble_confusion.png", np.array(test["confusion"]), classes
-            ),
-            "Confusion matrix of the ensemble on held-out images.",
-        )
     _wrong_images(run, report, pooled)
 
-    if "comparison" in measured:
-        _comparison(run, report, measured["comparison"], floor)
-    report.heading("Training")
-    lines = read_metrics(folder / "metrics.jsonl")
-    students = [f"fold{fold}" for fold in folds["folds"]]
+
+def _curves(run: Run, report: Report, folds: list[int]) -> None:
+    """Losses and accuracies by epoch, and what the augmentation does."""
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    students = [f"fold{fold}" for fold in folds]
     teachers = sorted({str(x["stage"]) for x in lines if str(x["stage"]).startswith("teacher")})
     for name, stages in (("students", students), ("teachers", teachers)):
         if stages:
-            picture = plots.training_curves(folder / f"curves_{name}.png", lines, stages)
+            picture = plots.training_curves(run.folder / f"curves_{name}.png", lines, stages)
             report.figure(picture, f"Curves by epoch, {name}.")
-    preview = folder / "augmentations.png"
+    preview = run.folder / "augmentations.png"
     if preview.exists():
         report.figure(preview, "Left: as evaluation sees an image. Right: training views of it.")
-    report.write(folder)
 
 
 def _comparison(run: Run, report: Report, found: dict[str, Any], floor: float | None) -> None:

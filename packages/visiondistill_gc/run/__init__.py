@@ -1,0 +1,1 @@
+"""A run of the recipe: its stages one after the other, the evaluation, the record, the report."""

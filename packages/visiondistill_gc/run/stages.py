@@ -1,0 +1,331 @@
+"""The training stages of a fold: its teacher, then its student; each ends with a model file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from shared_core.checkpoints import CheckpointError
+from shared_core.for_paddle.checkpoints import unwrap
+from shared_core.for_paddle.distributed import main_writes
+from shared_core.for_paddle.seeds import seed_all
+from shared_core.metrics import nll_from_logits, softmax
+from shared_core.runs import derive_seed
+from visiondistill_gc.models.student_model import build_student, count_parameters
+from visiondistill_gc.models.teacher_model import build_teacher, freeze
+from visiondistill_gc.options import TrainingOptions
+from visiondistill_gc.run.context import Run, normalizer, predict
+from visiondistill_gc.utils.data_utils import train_loader, train_view
+from visiondistill_gc.utils.loss import DistillationLoss, balanced_weights
+from visiondistill_gc.utils.model_files import (
+    LoadedModel,
+    check_categories,
+    load_model,
+    load_pretrained,
+    save_model,
+)
+from visiondistill_gc.utils.prediction_files import save_predictions
+from visiondistill_gc.utils.teaching import LiveTeacher, StoredTeacher, Teacher
+from visiondistill_gc.utils.train_utils import Best, Plan, StageState, Training, fit
+from visiondistill_gc.utils.transforms import eval_view
+from visiondistill_gc.utils.visual_log import VisualLog
+
+
+def make_optimizer(net: nn.Layer, how: TrainingOptions) -> Any:
+    """Adam with L2 through the gradients, as the original; or AdamW, which decays the weights."""
+    learned = [p for p in net.parameters() if not p.stop_gradient]
+    kind = {"adam": paddle.optimizer.Adam, "adamw": paddle.optimizer.AdamW}[how.optimizer]
+    return kind(learning_rate=how.lr, parameters=learned, weight_decay=how.weight_decay)
+
+
+def train(
+    run: Run,
+    stage: str,
+    net: nn.Layer,
+    *,
+    plan: Plan,
+    fold: int,
+    teacher: Teacher | None,
+    visual: VisualLog,
+    view_seed: int,
+    views: int | None = None,
+) -> tuple[Best, StageState]:
+    """Train ``net`` on a fold's training part; its validation part is looked at every epoch."""
+    data, how = run.data, plan.how
+    images = data.images.subset(data.train_rows(fold))
+    held = data.images.subset(data.validation_rows(fold))
+    loader = train_loader(
+        images,
+        view=train_view(run.settings, seed=view_seed),
+        batch_size=how.batch_size // run.world.world_size,
+        order_seed=derive_seed(plan.seed, "order"),
+        workers=run.settings.data.workers,
+        rank=run.world.rank,
+        world_size=run.world.world_size,
+        views=views,
+    )
+    precision = run.precision()
+    net, optimizer = precision.decorate(net, make_optimizer(net, how))
+
+    def validate(trained: nn.Layer) -> dict[str, float]:
+        answers = predict(run, trained, held, precision=precision)
+        loss = nll_from_logits(answers.logits, answers.labels)
+        return {"loss": loss, "acc": answers.accuracy}
+
+    loss = DistillationLoss(
+        temperature=how.temperature,
+        alpha=1.0 if teacher is None else how.alpha,
+        class_weights=class_weights(run, fold),
+    )
+    training = Training(
+        stage=stage,
+        net=net,
+        optimizer=optimizer,
+        loss=loss,
+        teacher=teacher,
+        images=images,
+        loader=loader,
+        validate=validate,
+        num_classes=len(data.classes),
+        normalizer=normalizer(),
+        precision=precision,
+        plan=plan,
+        log=run.log,
+        world=run.world,
+        visual=visual,
+    )
+    return fit(training)
+
+
+def class_weights(run: Run, fold: int) -> np.ndarray | None:
+    """Balanced weights of a fold's training part, unless ``--class-weights none``."""
+    if run.settings.training.class_weights == "none":
+        return None
+    labels = run.data.images.labels[run.data.train_rows(fold)]
+    return balanced_weights(labels, num_classes=len(run.data.classes))
+
+
+def _save(run: Run, path: Path, net: nn.Layer, fold: int, **facts: Any) -> None:
+    """A model file of this run; ``facts``: architecture, epoch, metrics and more."""
+    save_model(
+        path,
+        net,
+        class_names=run.data.classes,
+        input_size=run.settings.data.input_size,
+        weights={k: v.astype("float32") for k, v in net.state_dict().items()},
+        split_hash=run.data.prepared.manifest.hash,
+        config=run.opened.config,
+        fold=fold,
+        **facts,
+    )
+
+
+# -- the teacher ----------------------------------------------------------------------------------
+
+
+def teacher_plan(run: Run, seed: int) -> Plan:
+    """The training options with the teacher's epochs, rate and batch; its last epoch is kept."""
+    how, teacher = run.settings.training, run.settings.teacher
+    own = replace(
+        how,
+        epochs=teacher.teacher_epochs,
+        lr=teacher.teacher_lr,
+        batch_size=teacher.teacher_batch_size,
+        warmup_epochs=min(how.warmup_epochs, teacher.teacher_epochs - 1),
+        mixup_start=min(how.mixup_start, teacher.teacher_epochs // 2),
+        patience=0,
+    )
+    return Plan(own, seed=seed, keep="last")
+
+
+def train_teacher(run: Run, fold: int) -> dict[str, Any]:
+    """A teacher of its own for a fold, from the fold's training part alone.
+
+    Nothing is chosen on the validation part: the last epoch (its average, with ``--ema``) is kept.
+    Its accuracy there is what is printed before it teaches.
+
+    Raises:
+        ValueError: an untrained head, or one that knows nothing, without
+            ``--allow-untrained-teacher``.
+    """
+    options, stage = run.settings.teacher, f"teacher{fold}"
+    seed = derive_seed(run.settings.run.seed, stage)
+    seed_all(seed % 2**32)
+    classes = len(run.data.classes)
+    net = build_teacher(options.teacher, num_classes=classes, source=options.teacher_source)
+    if options.teacher_pretrained is not None:
+        new = load_pretrained(options.teacher_pretrained, net)
+        run.log.say(
+            f"{stage}: starts from {options.teacher_pretrained}, "
+            + (f"new: {', '.join(new)}" if new else "with its head")
+        )
+    epoch, seconds = 0, 0.0
+    if options.teacher_epochs:
+        visual = run.visual(f"teacher_fold_{fold}")
+        best, state = train(
+            run,
+            stage,
+            net,
+            plan=teacher_plan(run, seed),
+            fold=fold,
+            teacher=None,
+            visual=visual,
+            view_seed=derive_seed(seed, "views"),
+        )
+        visual.close()
+        epoch, seconds = best.epoch + 1, state.seconds
+    result = _judge_teacher(run, net, fold, trained=bool(options.teacher_epochs))
+    facts: dict[str, Any] = {
+        "architecture": options.teacher,
+        "epoch": epoch,
+        "metrics": {"validation_accuracy": result["accuracy"]},
+        "head_trained": result["trained"],
+    }
+    main_writes(lambda: _save(run, run.teacher_file(fold), net, fold, **facts), run.world)
+    return {**result, "file": run.teacher_file(fold).name, "seconds": seconds}
+
+
+def _judge_teacher(run: Run, net: nn.Layer, fold: int, *, trained: bool) -> dict[str, Any]:
+    """Say what a teacher knows; refuse one that knows nothing."""
+    held = run.data.images.subset(run.data.validation_rows(fold))
+    found = main_writes(lambda: predict(run, freeze(net), held).accuracy, run.world)
+    share = float(np.bincount(held.labels).max() / len(held))
+    run.log.say(
+        f"teacher of fold {fold}: validation accuracy {found:.4f}, "
+        f"always the commonest class {share:.4f}" + ("" if trained else "; its head is UNTRAINED")
+    )
+    allowed = run.settings.teacher.allow_untrained_teacher
+    if not allowed and (not trained or found <= share):
+        what = "has an untrained head" if not trained else "is no better than one answer for all"
+        raise ValueError(
+            f"the teacher of fold {fold} {what} (validation accuracy {found:.4f}): train it "
+            "(--teacher-epochs), name a trained one (--teacher-weights), or add "
+            "--allow-untrained-teacher"
+        )
+    return {"accuracy": found, "commonest": share, "trained": trained}
+
+
+def given_teacher(run: Run, fold: int) -> dict[str, Any]:
+    """The teacher that ``--teacher-weights`` names, looked at before it teaches.
+
+    Raises:
+        CheckpointError, ValueError: no model of this project, or one of other classes.
+    """
+    loaded = load_teacher(run, fold)
+    trained = bool(loaded.facts.get("head_trained", loaded.facts["epoch"]))
+    return _judge_teacher(run, loaded.net, fold, trained=trained)
+
+
+def load_teacher(run: Run, fold: int) -> LoadedModel:
+    """A finished teacher; it must know the run's classes and take its pixels."""
+    path, pixels = run.teacher_file(fold), run.settings.data.input_size
+    loaded = load_model(path)
+    check_categories(path, loaded.class_names, run.data.classes)
+    if loaded.input_size != pixels:
+        raise CheckpointError(
+            f"{path} takes images of {loaded.input_size} pixels, expected --input-size {pixels}"
+        )
+    return loaded
+
+
+def make_teacher(run: Run, fold: int, *, net: nn.Layer | None = None) -> Teacher | None:
+    """Whatever answers for a fold: a store, the fold's teacher (or ``net``), or nobody."""
+    if run.settings.training.alpha == 1:
+        return None
+    if not run.teacher_runs:
+        return stored_teacher(run)
+    return LiveTeacher(
+        load_teacher(run, fold).net if net is None else net,
+        engine=run.settings.teacher.teacher_engine,
+        folder=run.folder / "state" / f"teacher_engine_{run.world.rank}",
+        input_size=run.settings.data.input_size,
+        threads=run.threads,
+    )
+
+
+def stored_teacher(run: Run) -> StoredTeacher:
+    """The answers that ``--teacher-knowledge`` names."""
+    options = run.settings.teacher
+    return StoredTeacher(
+        options.teacher_knowledge,
+        classes=run.data.classes,
+        train_view=train_view(run.settings, seed=options.knowledge_seed).settings(),
+        eval_view=eval_view(run.settings.data.input_size).settings(),
+        temperature=run.settings.training.temperature,
+    )
+
+
+# -- the student ----------------------------------------------------------------------------------
+
+
+def new_student(run: Run) -> nn.Layer:
+    """A student of the options, from the weights of ``--init`` if there are any."""
+    options = run.settings.student
+    net = build_student(
+        num_classes=len(run.data.classes),
+        scale=options.student_scale,
+        head=options.head,
+        frozen=options.frozen,
+        freeze_bn=options.freeze_bn,
+        dropout=options.dropout,
+        hidden=options.hidden,
+        source=options.student_source,
+    )
+    if options.init is not None:
+        load_pretrained(options.init, net)
+    return net
+
+
+def train_student(run: Run, fold: int) -> dict[str, Any]:
+    """The student of a fold; its best epoch by validation accuracy is kept."""
+    stage = f"fold{fold}"
+    seed = derive_seed(run.settings.run.seed, stage)
+    teacher = make_teacher(run, fold)
+    seed_all(seed % 2**32)
+    net = new_student(run)
+    views = teacher.views if isinstance(teacher, StoredTeacher) else None
+    visual = run.visual(f"fold_{fold}")
+    best, state = train(
+        run,
+        stage,
+        net,
+        plan=Plan(run.settings.training, seed=seed),
+        fold=fold,
+        teacher=teacher,
+        visual=visual,
+        view_seed=run.settings.teacher.knowledge_seed if views else derive_seed(seed, "views"),
+        views=views,
+    )
+    main_writes(lambda: _keep_student(run, unwrap(net), fold, best, visual), run.world)
+    visual.close()
+    return {
+        "accuracy": best.accuracy,
+        "epoch": best.epoch,
+        "file": run.student_file(fold).name,
+        "parameters": count_parameters(net),
+        "seconds": state.seconds,
+    }
+
+
+def _keep_student(run: Run, net: nn.Layer, fold: int, best: Best, visual: VisualLog) -> None:
+    """Model file, predictions of the validation part, and what VisualDL shows at the end."""
+    data, path = run.data, run.student_file(fold)
+    metrics = {"validation_accuracy": best.accuracy}
+    _save(run, path, net, fold, architecture="mobilenet_v2", epoch=best.epoch, metrics=metrics)
+    rows = data.validation_rows(fold)
+    answers = predict(run, load_model(path).net, data.images.subset(rows))
+    probs = softmax(answers.logits)
+    save_predictions(
+        run.folder / "predictions" / f"fold{fold}.npz",
+        probs,
+        answers.labels,
+        [data.entries[row].path for row in rows],
+        class_names=data.classes,
+    )
+    visual.pr_curves(probs, answers.labels, data.classes, step=best.epoch)
+    visual.histograms(net, step=best.epoch)
