@@ -100,8 +100,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(work):
         code_of(work)
 
 
-class OutOfMemoryError(RuntimeError):
-    """As torch names its own."""
+class OutOfMemoryError(Exception):
+    """As a framework names its own."""
 
 
 OutOfMemoryError.__module__ = "torch"

@@ -13,6 +13,8 @@ OURS = (
     "shared_core", "gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo", "mpkd",
     "__main__",
 )  # fmt: skip
+# How torch, Paddle and ONNX Runtime say that memory is exhausted.
+MEMORY_SIGNS = ("out of memory", "allocate memory", "bad_alloc", "ResourceExhausted")
 SAVE_MEMORY = "lower --batch-size or --input-size"
 _ABROAD = "the main process failed"  # main_writes, in all processes but that one
 
@@ -73,19 +75,12 @@ def _line(error: Exception, ours: Sequence[str]) -> str | None:
 
 def _memory(error: Exception) -> str | None:
     """Which memory is exhausted, if that is what happened; no framework is imported for it."""
-    kind, text = type(error), str(error)
+    text, kind = str(error), type(error)
     framework = kind.__module__.partition(".")[0] in ("torch", "paddle", "onnxruntime")
-    if kind.__name__ == "OutOfMemoryError" and framework:
-        return "out of GPU memory"
-    if "ResourceExhausted" in text:  # Paddle
-        return "out of GPU memory" if "GPU" in text else "out of memory"
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    if isinstance(error, RuntimeError) or framework:
-        if "CUDA" in text and "out of memory" in text:
-            return "out of GPU memory"
-        if any(sign in text for sign in ("can't allocate memory", "bad_alloc", "allocate memory")):
-            return "out of memory"
+    told = any(sign in text for sign in MEMORY_SIGNS)
+    if isinstance(error, MemoryError) or (told and (framework or isinstance(error, RuntimeError))):
+        on_gpu = any(word in text for word in ("CUDA", "GPU", "HIP"))
+        return "out of GPU memory" if on_gpu else "out of memory"
     return None
 
 
