@@ -333,9 +333,9 @@ class TestSeveralProcesses:
 
             def work():
                 run.log.write("learn", "train", 0, {"main": run.is_main})
-                return {"seconds": 1.0}
+                return {"main": run.is_main}
 
-            run.stage("learn", work)
+            assert run.stage("learn", work)["main"] and run.log.stages["learn"]["main"]
             return run.config, run.resumed, sorted(run.log.stages)
 
         found = self.both(finished, body, start="resume")

@@ -104,7 +104,8 @@ class OpenRun:
                 the log stay; it is removed when the stage is finished.
 
         Returns:
-            What the stage left: ``work``'s result and ``log_position``.
+            What the stage left, the same in all processes: the result of the main one's ``work``,
+            and ``log_position``.
         """
         if self.shared:
             raise TypeError(f"stage {name}: a shared run has cells, see shared_core.trials")
@@ -118,7 +119,8 @@ class OpenRun:
         begun = time.monotonic()
         result = dict(work())
         result.setdefault("seconds", round(time.monotonic() - begun, 3))
-        done = self.log.finish(name, result)
+        done = self._from_main(lambda: self.log.finish(name, result))
+        self.log.stages[name] = done
         if state is not None and self.is_main:
             state.unlink(missing_ok=True)
         self.log.say(
