@@ -373,6 +373,23 @@ class TestSharing:
         with opened(folder, "fresh", lr=0.2, shared=True) as run:
             assert run.config["lr"] == 0.2
 
+    def test_what_is_for_all_is_made_once(self, tmp_path):
+        def prepare():
+            with opened(tmp_path, "continue", shared=True) as run, run.one_at_a_time():
+                made = tmp_path / "scenes.txt"
+                if not made.exists():
+                    made.write_text("half")
+                    time.sleep(0.1)
+                    made.write_text("whole")
+                os._exit(0 if made.read_text() == "whole" else 1)
+
+        processes = [FORK.Process(target=prepare) for _ in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(10)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+
     def test_one_that_fails_takes_nothing_from_the_others(self, tmp_path):
         folder = tmp_path / "sweep"
         with pytest.raises(ValueError, match="bad"):

@@ -297,6 +297,8 @@ class TestDifferences:
         assert column([{"a": {"b": 1}}, {"a": {"b": 2}}], ("a", "b")) == [1.0, 2.0]
         with pytest.raises(ValueError, match="a.c: a result lacks 'c'"):
             column([{"a": {"b": 1}}], ("a", "c"))
+        with pytest.raises(ValueError, match="a: a result is no finite number"):
+            column([{"a": None}], "a")
         found = spread([1.0, 3.0])
         assert found == {"mean": 2.0, "std": math.sqrt(2), "n": 2, "values": [1.0, 3.0]}
         assert spread([1.0])["std"] is None

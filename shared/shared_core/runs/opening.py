@@ -7,11 +7,12 @@ the lock comes before anything is read, compared or removed. What the run depend
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -91,6 +92,11 @@ class OpenRun:
         """Write the wall time down, every few seconds at most; the log's own writes do it, too."""
         self._clock.mark()
 
+    def one_at_a_time(self) -> AbstractContextManager[object]:
+        """For what commands that share a run prepare for all (a split, drawn images): the first
+        one makes it, the others wait, and find it."""
+        return RunLock(self.folder / "preparing", wait=math.inf) if self.shared else nullcontext()
+
     def stage(
         self, name: str, work: Callable[[], Mapping[str, Any]], *, state: Path | None = None
     ) -> dict[str, Any]:
@@ -119,15 +125,15 @@ class OpenRun:
         begun = time.monotonic()
         result = dict(work())
         result.setdefault("seconds", round(time.monotonic() - begun, 3))
-        done = self._from_main(lambda: self.log.finish(name, result))
-        self.log.stages[name] = done
+        kept: dict[str, Any] = self._from_main(lambda: self.log.finish(name, result))
+        self.log.stages[name] = kept
         if state is not None and self.is_main:
             state.unlink(missing_ok=True)
         self.log.say(
             f"{name}: {format_seconds(time.monotonic() - begun)}, "
             f"{format_seconds(self.seconds)} in all"
         )
-        return done
+        return kept
 
 
 @contextmanager

@@ -5,9 +5,10 @@ it is killed, what the numbers say. What a cell trains and measures is its proje
 """
 
 from shared_core.trials.cells import Cell, shard_of
-from shared_core.trials.differences import Difference, column, compare, spread, verdict
+from shared_core.trials.differences import Difference, compare, verdict
 from shared_core.trials.page import add_arms, add_differences, write_page
-from shared_core.trials.running import Trials, run_cell, run_trials
+from shared_core.trials.results import Trials, column, spread
+from shared_core.trials.running import run_cell, run_trials
 from shared_core.trials.trial_options import add_trial_options, check_trial_options
 
 __all__ = [

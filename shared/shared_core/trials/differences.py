@@ -1,40 +1,11 @@
-"""What cells say of one another: numbers over seeds, differences paired by seed, a verdict."""
+"""What settings say of one another: their difference paired by seed, its interval, a verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from shared_core.trials.running import Trials
-
-Metric = str | tuple[str, ...]  # a key of a cell's result, or the keys that lead to a number
-
-
-def column(rows: Sequence[Mapping[str, Any]], metric: Metric) -> list[float]:
-    """One number of every row.
-
-    Raises:
-        ValueError: a row has no such number.
-    """
-    keys = (metric,) if isinstance(metric, str) else metric
-    values = []
-    for row in rows:
-        value: Any = row
-        for key in keys:
-            if not isinstance(value, Mapping) or key not in value:
-                raise ValueError(f"{'.'.join(keys)}: a result lacks {key!r}")
-            value = value[key]
-        values.append(float(value))
-    return values
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample deviation (None of one seed), number of seeds, and the values themselves."""
-    from shared_core.metrics import summarize  # loads NumPy
-
-    return {**asdict(summarize(values)), "values": list(values)}
+from shared_core.trials.results import Metric, Trials
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared_core.runs.report import Report
-from shared_core.trials.differences import Difference, Metric, spread
-
-if TYPE_CHECKING:
-    from shared_core.trials.running import Trials
+from shared_core.trials.differences import Difference
+from shared_core.trials.results import Metric, Trials, spread
 
 COLOURS = ("#9ecae1", "#08519c")  # the mean, single seeds
 EXPLAINED = (

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +21,12 @@ from shared_core.runs.log import _plain
 from shared_core.runs.opening import is_durable, remove
 from shared_core.runs.progress import format_seconds
 from shared_core.trials.cells import Cell, check_cells, groups_of, shard_of
-from shared_core.trials.differences import Metric, column
+from shared_core.trials.results import Metric, Trials, column
 
 CELLS, WORK, SETTINGS_FILE, CELL_FILE = "cells", "run", "settings.json", "cell.json"
 SCHEMA = "smallvision.cell/1"
 Measure = Callable[[Cell, Path], Mapping[str, Any]]
 Say = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Trials:
-    """What the cells of a sweep gave.
-
-    Attributes:
-        cells: all of them, in order.
-        results: by name and seed, of those that are done.
-        seconds: wall time of the cells, added up.
-    """
-
-    cells: tuple[Cell, ...]
-    results: Mapping[tuple[str, int], dict[str, Any]]
-    seconds: float
-
-    @property
-    def names(self) -> list[str]:
-        """The settings, in order."""
-        return list(dict.fromkeys(cell.name for cell in self.cells))
-
-    @property
-    def missing(self) -> list[Cell]:
-        """Cells that are not done: another process has them, or another folder."""
-        return [cell for cell in self.cells if (cell.name, cell.seed) not in self.results]
-
-    @property
-    def missing_text(self) -> str:
-        """A line for a process that finds cells missing."""
-        return (
-            f"{len(self.missing)} of {len(self.cells)} trials are not done here "
-            f"({self.missing[0].label}, ...): the command that finds all of them writes the report"
-        )
-
-    def seeds(self, *names: str) -> list[int]:
-        """Seeds that are done for all of ``names``, in order."""
-        order = dict.fromkeys(cell.seed for cell in self.cells)
-        return [seed for seed in order if all((name, seed) in self.results for name in names)]
-
-    def rows(self, name: str, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Results of a setting, one for each of ``seeds`` (all that are done)."""
-        return [self.results[name, seed] for seed in (self.seeds(name) if seeds is None else seeds)]
-
-    def values(self, name: str, metric: Metric, seeds: Sequence[int] | None = None) -> list[float]:
-        """One number of a setting, one value for each of ``seeds`` (all that are done)."""
-        return column(self.rows(name, seeds), metric)
 
 
 def run_trials(
