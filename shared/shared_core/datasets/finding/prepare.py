@@ -1,17 +1,14 @@
-"""A zip, a tar or a folder becomes a checked data set folder with its split.
-
-``smallvision prepare SOURCE TARGET [--spec AID] [--seed N] [--workers N]``
-"""
+"""A zip, a tar or a folder becomes a checked data set with its split: ``smallvision prepare``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared_core.dataset_options import PrepareOptions, prepare_options
 from shared_core.datasets.errors import DatasetError
 from shared_core.datasets.finding.quarantine import FILE_NAME, write_quarantine
 from shared_core.datasets.finding.scan import scan
@@ -22,6 +19,7 @@ from shared_core.datasets.sets import specs
 from shared_core.datasets.sets.spec_check import class_mismatch
 from shared_core.datasets.splitting.manifest import Manifest
 from shared_core.datasets.splitting.split import FRACTIONS, Fractions, from_layout, make_split
+from shared_core.runs.command import run_command
 
 
 @dataclass(frozen=True)
@@ -88,41 +86,32 @@ def prepare(
     return Prepared(root, report, manifest)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shared_core.datasets.finding.prepare",
-        description="Unpack an archive or copy a folder of images, check every file, split.",
-    )
-    parser.add_argument("source", type=Path, help="zip, tar or folder")
-    parser.add_argument("target", type=Path, help="the data set's folder, to be made")
-    parser.add_argument("--spec", help=f"facts to compare with: {', '.join(specs.names())}")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
-    parser.add_argument("--workers", type=int, help="processes; 0 for none; default: the cores")
-    parser.add_argument("--no-near", action="store_true", help="skip near duplicates")
-    args = parser.parse_args(argv)
-    if args.workers is not None and args.workers < 0:
-        parser.error(f"--workers is {args.workers}, expected 0 or more")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the manifest's notes are printed below
-            done = prepare(
-                args.source,
-                args.target,
-                spec=specs.get(args.spec) if args.spec else None,
-                seed=args.seed,
-                workers=args.workers,
-                near=not args.no_near,
-                progress=counter_line("verify") if sys.stderr.isatty() else None,
-            )
-    except (DatasetError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def run_prepare(options: PrepareOptions) -> int:
+    """Prepare a set and print what was found. Returns the exit code.
+
+    Raises:
+        DatasetError: what :func:`prepare` refuses.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the manifest's notes are printed below
+        done = prepare(
+            options.source,
+            options.target,
+            spec=specs.get(options.spec) if options.spec else None,
+            seed=options.seed,
+            workers=options.workers,
+            near=options.near,
+            progress=counter_line("verify") if sys.stderr.isatty() else None,
+        )
     print(done.report.summary())
     print(done.manifest.summary())
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    prog = "python -m shared_core.datasets.finding.prepare"
+    return run_command(lambda words: run_prepare(prepare_options(words, prog=prog)), argv)
 
 
 if __name__ == "__main__":

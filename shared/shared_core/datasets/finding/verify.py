@@ -1,13 +1,7 @@
-"""Read every file of a data set once and say what is wrong with it.
-
-``python -m shared_core.datasets.finding.verify ROOT [--spec AID] [--workers N] [--report F]
-[--quarantine F] [--no-near]``: exit code 0 when the set can be used as it is, 1 when not, 2 for
-wrong usage.
-"""
+"""Read every file of a data set once and say what is wrong with it: ``smallvision verify``."""
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -22,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_core.dataset_options import VerifyOptions, verify_options
 from shared_core.datasets.errors import DatasetError
 from shared_core.datasets.finding import fingerprint
 from shared_core.datasets.finding.quarantine import (
@@ -35,6 +30,7 @@ from shared_core.datasets.reading.decode import decode
 from shared_core.datasets.reading.image_headers import kind_of
 from shared_core.datasets.sets import specs
 from shared_core.datasets.sets.spec_check import class_mismatch, describe_counts, describe_sizes
+from shared_core.runs.command import run_command
 
 __all__ = [
     "Problem",
@@ -251,42 +247,32 @@ def _near_groups(facts: Sequence[_Facts], exact: Sequence[Sequence[int]]) -> lis
     return [g for g in fingerprint.join(links, len(facts)) if tuple(g) not in known]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shared_core.datasets.finding.verify",
-        description="Decode every image of a folder of class folders and report what is wrong.",
+def run_verify(options: VerifyOptions) -> int:
+    """Check a folder, print what was found, write what was asked for. Returns the exit code.
+
+    Raises:
+        DatasetError: no such folder, no class folders, an unknown spec.
+        OSError: a report that cannot be written.
+    """
+    report = verify(
+        scan(options.root),
+        spec=specs.get(options.spec) if options.spec else None,
+        workers=options.workers,
+        near=options.near,
+        progress=counter_line("verify") if sys.stderr.isatty() else None,
     )
-    parser.add_argument("root", type=Path, help="folder of class folders, or of split folders")
-    parser.add_argument("--spec", help=f"facts to compare with: {', '.join(specs.names())}")
-    parser.add_argument("--workers", type=int, help="processes; 0 for none; default: the cores")
-    parser.add_argument("--report", type=Path, help="write the report here (.json, and .md beside)")
-    parser.add_argument("--quarantine", type=Path, help="write the unusable files' list here")
-    parser.add_argument("--no-near", action="store_true", help="skip near duplicates")
-    args = parser.parse_args(argv)
-    if args.workers is not None and args.workers < 0:
-        parser.error(f"--workers is {args.workers}, expected 0 or more")
-    try:
-        spec = specs.get(args.spec) if args.spec else None
-        listing = scan(args.root)
-        report = verify(
-            listing,
-            spec=spec,
-            workers=args.workers,
-            near=not args.no_near,
-            progress=counter_line("verify") if sys.stderr.isatty() else None,
-        )
-        if args.report:
-            report.write(args.report)
-        if args.quarantine:
-            write_quarantine(args.quarantine, report.quarantine())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if options.report:
+        report.write(options.report)
+    if options.quarantine:
+        write_quarantine(options.quarantine, report.quarantine())
     print(report.summary())
     return 0 if report.ok else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    prog = "python -m shared_core.datasets.finding.verify"
+    return run_command(lambda words: run_verify(verify_options(words, prog=prog)), argv)
 
 
 def counter_line(label: str) -> Progress:

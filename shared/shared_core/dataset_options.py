@@ -1,0 +1,106 @@
+"""The options of ``smallvision verify`` and ``prepare``; light, because ``--help`` comes here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared_core.runs.numbers import COUNT, number
+from shared_core.runs.options import HelpFormatter
+
+SPEC = (
+    "The name of a known data set, such as AID, whose facts the folder is compared with. An "
+    "unknown name is refused with the list of those that are known."
+)
+WORKERS = (
+    "How many processes decode. 0 works in this one. By default as many as there are cores, at "
+    "most 8."
+)
+NEAR = "Do not look for images that are almost the same: re-encoded, rescaled, mirrored or turned."
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Which folder is checked, against what, and where the findings go."""
+
+    root: Path
+    spec: str | None
+    workers: int | None
+    near: bool
+    report: Path | None
+    quarantine: Path | None
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What becomes a data set, where, and how it is split."""
+
+    source: Path
+    target: Path
+    spec: str | None
+    workers: int | None
+    near: bool
+    seed: int
+
+
+def _parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=HelpFormatter
+    )
+
+
+def _add_checks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--spec", metavar="NAME", help=SPEC)
+    parser.add_argument("--workers", type=COUNT, metavar="N", help=WORKERS)
+    parser.add_argument("--no-near", action="store_true", help=NEAR)
+
+
+def verify_options(argv: Sequence[str] | None, *, prog: str) -> VerifyOptions:
+    """Parse the words of ``verify``; a mistake ends the program with exit code 2."""
+    p = _parser(
+        prog,
+        "Decode every image of a folder of class folders and say what is wrong with the set.",
+        "Exit code: 0 when the set can be used as it is, 1 when not, 2 for options that do not "
+        "fit.",
+    )
+    p.add_argument(
+        "root", type=Path, metavar="FOLDER",
+        help="The folder with the images: one folder a class, or train/, val/ and test/ with class "
+        "folders in each.",
+    )  # fmt: skip
+    _add_checks(p)
+    p.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="Write everything that was found to this .json file, and as a page to .md beside it.",
+    )  # fmt: skip
+    p.add_argument(
+        "--quarantine", type=Path, metavar="FILE",
+        help="Write the list of the files that cannot be used to this file.",
+    )  # fmt: skip
+    a = p.parse_args(argv)
+    return VerifyOptions(a.root, a.spec, a.workers, not a.no_near, a.report, a.quarantine)
+
+
+def prepare_options(argv: Sequence[str] | None, *, prog: str) -> PrepareOptions:
+    """Parse the words of ``prepare``; a mistake ends the program with exit code 2."""
+    p = _parser(
+        prog,
+        "Unpack an archive or copy a folder of images, check every file, and split the set.",
+        "Writes the images, verify.json, verify.md, quarantine.txt and split.json. Stopped, the "
+        "same command goes on.",
+    )
+    p.add_argument(
+        "source", type=Path, metavar="SOURCE", help="A .zip, a .tar (.gz, .bz2, .xz), or a folder."
+    )
+    p.add_argument(
+        "target", type=Path, metavar="TARGET", help="The folder that becomes the data set."
+    )
+    _add_checks(p)
+    p.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="The number that decides, with the content of the images, which go to which part.",
+    )  # fmt: skip
+    a = p.parse_args(argv)
+    return PrepareOptions(a.source, a.target, a.spec, a.workers, not a.no_near, a.seed)
