@@ -1,0 +1,1 @@
+"""Trained networks to start from: which there are, where to find them, how to read them safely."""
