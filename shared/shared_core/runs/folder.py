@@ -10,7 +10,7 @@ from typing import Any
 from shared_core.runs.command import UsageError
 from shared_core.runs.json_files import as_plain, read_object, write_json
 from shared_core.runs.lock import RunLock
-from shared_core.runs.opening import CONFIG_FILE, check_same, is_run
+from shared_core.runs.place import CONFIG_FILE, check_same, is_run
 
 
 class RunFolder:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from shared_core.runs.command import UsageError
 from shared_core.runs.numbers import COUNT, POSITIVE, SIZE, number
-from shared_core.runs.opening import Start
+from shared_core.runs.place import Start
 
 SCALES = ("auto", "full", "short", "rehearsal")
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -18,7 +18,7 @@ from shared_core.runs.clock import RunClock
 from shared_core.runs.json_files import as_plain, read_object, write_json
 from shared_core.runs.lock import RunLock
 from shared_core.runs.log import _plain
-from shared_core.runs.opening import is_durable, remove
+from shared_core.runs.place import is_durable, remove
 from shared_core.runs.progress import format_seconds
 from shared_core.trials.cells import Cell, check_cells, groups_of, shard_of
 from shared_core.trials.results import Metric, Trials, column

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared_core.runs.command import UsageError
-from shared_core.runs.opening import Start
 from shared_core.runs.options import SEED, start_of
+from shared_core.runs.place import Start
 
 
 def add_trial_options(
