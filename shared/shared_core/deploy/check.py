@@ -34,21 +34,44 @@ class Agreement:
 
     Attributes:
         images: how many were asked.
-        same_class: fraction that got the same class; None for features, which have none.
+        same: how many got the same class; for features, which have none, all of them.
         max_distance: the largest distance of two probabilities (of two features' entries).
     """
 
-    images: int
-    same_class: float | None
-    max_distance: float
+    images: int = 0
+    same: int = 0
+    max_distance: float = 0.0
+
+    def __add__(self, other: Agreement) -> Agreement:
+        """Of two parts of a split together."""
+        distance = max(self.max_distance, other.max_distance)
+        return Agreement(self.images + other.images, self.same + other.same, distance)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            "images": self.images,
-            "same_class": self.same_class,
-            "max_distance": self.max_distance,
-        }
+        """Plain JSON; ``same_class`` is a fraction."""
+        share = self.same / self.images if self.images else None
+        return {"images": self.images, "same_class": share, "max_distance": self.max_distance}
+
+    def check(self, *, name: str, min_same: float = 0.999, max_distance: float = 1e-3) -> None:
+        """Refuse a file that answers otherwise than its network.
+
+        Args:
+            name: of the file, for messages.
+            min_same: least fraction of images that must get the same class.
+            max_distance: most that two probabilities (entries of features) may differ by.
+
+        Raises:
+            ExportError: nothing was asked, or they differ; the message holds the numbers.
+        """
+        if not self.images:
+            raise ExportError(f"{name}: no image was asked, expected a whole split")
+        share = self.same / self.images
+        if share < min_same or not self.max_distance <= max_distance:
+            raise ExportError(
+                f"{name} does not answer as its network: the same class for {100 * share:.2f} % of "
+                f"{self.images} images (expected {100 * min_same:.2f} %), largest distance of two "
+                f"answers {self.max_distance:.1e} (expected {max_distance:.0e})"
+            )
 
 
 def compare_answers(
@@ -67,16 +90,16 @@ def compare_answers(
     Raises:
         ExportError: no answers, other shapes, or numbers that are not finite.
     """
-    if expected.shape != got.shape or expected.ndim != 2 or not len(expected):
+    if expected.shape != got.shape or expected.ndim != 2 or not expected.size:
         raise ExportError(f"{name}: answers of shape {got.shape}, expected {expected.shape}")
     first, second = np.asarray(expected, np.float64), np.asarray(got, np.float64)
-    for whose, values in (("the network", first), (name, second)):
+    for whose, values in (("its network", first), (name, second)):
         if not np.isfinite(values).all():
-            raise ExportError(f"{whose} gives answers that are not finite")
-    same = None
+            raise ExportError(f"{name}: {whose} gives answers that are not finite")
+    same = len(first)
     if task == "classify":
         chosen = np.take_along_axis(first, second.argmax(axis=1)[:, None], axis=1)[:, 0]
-        same = float((chosen >= first.max(axis=1) - TIE).mean())
+        same = int((chosen >= first.max(axis=1) - TIE).sum())
     return Agreement(len(first), same, float(np.abs(second - first).max()))
 
 
@@ -89,28 +112,15 @@ def check_answers(
     min_same: float = 0.999,
     max_distance: float = 1e-3,
 ) -> Agreement:
-    """The same, and an error unless they agree.
+    """The same for a split that is there as a whole, with an error unless they agree.
 
-    Args:
-        min_same: least fraction of images that must get the same class.
-        max_distance: most that two probabilities (entries of features) may differ by.
+    Arguments as for :func:`compare_answers` and :meth:`Agreement.check`.
 
     Raises:
         ExportError: they do not; the message holds the numbers.
     """
     found = compare_answers(expected, got, task=task, name=name)
-    if found.same_class is not None and found.same_class < min_same:
-        raise ExportError(
-            f"{name} gives {100 * found.same_class:.2f} % of {found.images} images the network's "
-            f"class, expected {100 * min_same:.2f} %; the largest distance of two probabilities "
-            f"is {found.max_distance:.1e}"
-        )
-    if not found.max_distance <= max_distance:
-        what = "probabilities" if task == "classify" else "features"
-        raise ExportError(
-            f"{name}: {what} differ by {found.max_distance:.1e} from the network's on "
-            f"{found.images} images, expected at most {max_distance:.0e}"
-        )
+    found.check(name=name, min_same=min_same, max_distance=max_distance)
     return found
 
 

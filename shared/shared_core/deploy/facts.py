@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -97,6 +98,7 @@ class ModelFacts:
         files: file names in the folder by runtime: one file, or a segment for each exit and the
             final head. ``onnx`` and ``onnx-int8`` are the core's, others the project's.
         default: which runtime of ``files`` is taken when none is asked for.
+        sha256: of each file, hex, so that a damaged or swapped one is noticed.
         exits: of a network with early exits.
         unknown_threshold: an image whose largest probability is below is "none of these"; None if
             nobody set one.
@@ -124,6 +126,7 @@ class ModelFacts:
     bgr: bool = False
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     default: str = ONNX
+    sha256: Mapping[str, str] = field(default_factory=dict)
     exits: Exits | None = None
     unknown_threshold: float | None = None
     costs: Mapping[str, Any] = field(default_factory=dict)
@@ -207,6 +210,9 @@ class ModelFacts:
                 raise ModelError(f"files.{runtime} names {len(names)} files, expected {parts}")
         if files and self.default not in files:
             raise ModelError(f"default is {self.default!r}, expected one of {', '.join(files)}")
+        for name, digest in _mapping("sha256", self.sha256).items():
+            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ModelError(f"sha256.{name} is {digest!r}, expected 64 hexadecimal digits")
         _set(self, "files", files)
 
     def make_view(self) -> EvalView | LetterboxView:

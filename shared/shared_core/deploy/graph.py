@@ -13,9 +13,10 @@ from shared_core.deploy.check import ExportError
 from shared_core.deploy.facts import METADATA_KEY, ModelFacts
 
 INPUT = "images"  # uint8 (N, H, W, 3), RGB
+LOGITS = "logits"  # of a segment's head
 PROBABILITIES, FEATURES = "probabilities", "features"  # float32 (N, K), (N, D)
 LEAST_OPSET = 13  # of softmax over one axis, and of a scale for each channel in int8
-_OWN = "smallvision/"  # begins the names of what is added
+OWN = "smallvision/"  # begins the names of what is added
 _TINY = 1e-12  # the least length that features are divided by
 
 
@@ -49,10 +50,11 @@ def wrap_chain(sources: Sequence[str | Path | Any], facts: ModelFacts) -> list[A
     outside, because the exit policy wants the logits.
 
     Args:
-        sources: G+1 of them; each gives tokens, logits and a gate logit, the last logits alone.
+        sources: G+1 of them; each gives ``logits`` and what the next one takes (see
+            ``deploy.exit_chain``), the last ``logits`` alone.
 
     Raises:
-        ExportError: another number of segments than the facts have exits, or of outputs.
+        ExportError: another number of segments than the facts have exits, or other outputs.
     """
     exits = facts.exits
     if exits is None or len(sources) != len(exits.costs):
@@ -61,14 +63,13 @@ def wrap_chain(sources: Sequence[str | Path | Any], facts: ModelFacts) -> list[A
     made = []
     for index, source in enumerate(sources):
         model = _load(source)
-        wanted = 1 if index == len(sources) - 1 else 3
-        if len(model.graph.output) != wanted:
-            raise ExportError(
-                f"segment {index} has {len(model.graph.output)} outputs, expected {wanted}"
-            )
+        heads = [one for one in model.graph.output if one.name == LOGITS]
+        if len(heads) != 1 or (index == len(sources) - 1 and len(model.graph.output) > 1):
+            names = ", ".join(one.name for one in model.graph.output)
+            raise ExportError(f"segment {index} gives {names}; expected {LOGITS} (the last: alone)")
         if index == 0:
             _take_images(model, facts)
-        _check_width(model.graph.output[0 if wanted == 1 else 1], facts)
+        _check_width(heads[0], facts)
         made.append(_finished(model, facts))
     return made
 
@@ -105,7 +106,7 @@ def _load(source: str | Path | Any) -> Any:
         if hasattr(node, "metadata_props"):
             del node.metadata_props[:]
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    if taken & {INPUT, PROBABILITIES, FEATURES} or any(n.startswith(_OWN) for n in taken):
+    if taken & {INPUT, PROBABILITIES, FEATURES} or any(n.startswith(OWN) for n in taken):
         # Values alone: layers that stay float are known by the names of their nodes.
         model = onnx.compose.add_prefix(model, "network/", rename_nodes=False)
     return model
@@ -128,18 +129,18 @@ def _take_images(model: Any, facts: ModelFacts) -> None:
             )
     scale, shift = facts.scale_and_shift()
     order = [2, 1, 0] if facts.bgr else [0, 1, 2]
-    nodes = [helper.make_node("Transpose", [INPUT], [_OWN + "planes"], perm=[0, 3, 1, 2])]
-    last = _OWN + "planes"
+    nodes = [helper.make_node("Transpose", [INPUT], [OWN + "planes"], perm=[0, 3, 1, 2])]
+    last = OWN + "planes"
     if facts.bgr:
         _constant(model, "bgr", np.array(order, np.int64))
-        nodes.append(helper.make_node("Gather", [last, _OWN + "bgr"], [_OWN + "turned"], axis=1))
-        last = _OWN + "turned"
+        nodes.append(helper.make_node("Gather", [last, OWN + "bgr"], [OWN + "turned"], axis=1))
+        last = OWN + "turned"
     _constant(model, "scale", scale[order].reshape(1, 3, 1, 1))
     _constant(model, "shift", shift[order].reshape(1, 3, 1, 1))
     nodes += [
-        helper.make_node("Cast", [last], [_OWN + "floats"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [_OWN + "floats", _OWN + "scale"], [_OWN + "scaled"]),
-        helper.make_node("Add", [_OWN + "scaled", _OWN + "shift"], [old.name]),
+        helper.make_node("Cast", [last], [OWN + "floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [OWN + "floats", OWN + "scale"], [OWN + "scaled"]),
+        helper.make_node("Add", [OWN + "scaled", OWN + "shift"], [old.name]),
     ]
     _add(model, nodes, front=True)
     images = helper.make_tensor_value_info(
@@ -160,12 +161,12 @@ def _give_answers(model: Any, facts: ModelFacts) -> None:
     name = PROBABILITIES if facts.task == "classify" else FEATURES
     last, nodes = old.name, []
     if old.type.tensor_type.elem_type != TensorProto.FLOAT:
-        nodes.append(helper.make_node("Cast", [last], [_OWN + "out"], to=TensorProto.FLOAT))
-        last = _OWN + "out"
+        nodes.append(helper.make_node("Cast", [last], [OWN + "out"], to=TensorProto.FLOAT))
+        last = OWN + "out"
     if facts.temperature != 1:
         _constant(model, "temperature", np.array(facts.temperature, np.float32))
-        nodes.append(helper.make_node("Div", [last, _OWN + "temperature"], [_OWN + "cooled"]))
-        last = _OWN + "cooled"
+        nodes.append(helper.make_node("Div", [last, OWN + "temperature"], [OWN + "cooled"]))
+        last = OWN + "cooled"
     if facts.activation == "softmax":
         nodes.append(helper.make_node("Softmax", [last], [name], axis=1))
     elif facts.activation == "sigmoid":
@@ -186,12 +187,12 @@ def _unit_length(model: Any, features: str, name: str) -> list[Any]:
 
     _constant(model, "axes", np.array([1], np.int64))
     _constant(model, "tiny", np.array(_TINY, np.float32))
-    square, total, length, divisor = (_OWN + n for n in ("square", "total", "length", "divisor"))
+    square, total, length, divisor = (OWN + n for n in ("square", "total", "length", "divisor"))
     return [
         helper.make_node("Mul", [features, features], [square]),
-        helper.make_node("ReduceSum", [square, _OWN + "axes"], [total], keepdims=1),
+        helper.make_node("ReduceSum", [square, OWN + "axes"], [total], keepdims=1),
         helper.make_node("Sqrt", [total], [length]),
-        helper.make_node("Max", [length, _OWN + "tiny"], [divisor]),
+        helper.make_node("Max", [length, OWN + "tiny"], [divisor]),
         helper.make_node("Div", [features, divisor], [name]),
     ]
 
@@ -230,12 +231,12 @@ def _dims(value: Any) -> list[int | str]:
 def _constant(model: Any, name: str, value: Any) -> None:
     from onnx import numpy_helper
 
-    model.graph.initializer.append(numpy_helper.from_array(value, _OWN + name))
+    model.graph.initializer.append(numpy_helper.from_array(value, OWN + name))
 
 
 def _add(model: Any, nodes: Sequence[Any], *, front: bool = False) -> None:
     for node in nodes:
-        node.name = _OWN + node.op_type.lower() + "/" + node.output[0].rpartition("/")[2]
+        node.name = OWN + node.op_type.lower() + "/" + node.output[0].rpartition("/")[2]
     old = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *old] if front else [*old, *nodes])
