@@ -4,36 +4,107 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
 import paddle
 import pytest
 from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.utils.class_weight import compute_class_weight
 
 from shared_core.knowledge import KnowledgeStore
 from shared_core.runs import read_metrics, read_result
+from visiondistill_gc.run import stages
+from visiondistill_gc.run.comparisons import ARMS
 from visiondistill_gc.utils.model_files import load_model
 from visiondistill_gc.utils.prediction_files import load_predictions
 from visiondistill_gc.utils.transforms import eval_view
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny, command):
+def trainings():
+    """What each training of the finished run was given, by its stage."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny, command, trainings):
     """A whole tiny run, and what it said."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     # With the comparison, and past the fifth epoch, where mixing begins.
     words = ("--epochs", "7", "--mixup-start", "5", "--compare-seeds", "0", "1")
-    done = command(*tiny(folder), *words)
+    real = stages.fit
+
+    def spy(training):
+        trainings[training.stage] = training
+        return real(training)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "fit", spy)
+        done = command(*tiny(folder), *words)
     assert done.code == 0, done.err
     return folder, done
+
+
+@pytest.mark.parametrize("stage", ["teacher0", "teacher1", "fold0", "fold1"])
+def test_a_fold_learns_from_all_but_its_own_part(finished, trainings, stage):
+    folder, _ = finished
+    fold, training = int(stage[-1]), trainings[stage]
+    table = json.loads((folder / "folds.json").read_text())
+    samples = json.loads((folder / "split.json").read_text())["samples"]
+    wanted = {key for path, _, key, _ in samples if table.get(path, fold) != fold}
+    assert set(training.images.keys) == wanted
+    labels = [label for path, label, _, _ in samples if table.get(path, fold) != fold]
+    weights = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    assert len(set(weights)) == 2  # or equal weights would pass for them
+    assert training.loss.class_weights.numpy() == pytest.approx(weights)
+
+
+def test_a_fold_is_taught_by_its_own_teacher(finished, trainings):
+    folder, _ = finished
+    for fold in (0, 1):
+        file = load_model(folder / "models_saved" / f"teacher_fold{fold}.pdparams")
+        taught = trainings[f"fold{fold}"].teacher.net.state_dict()
+        expected = file.net.state_dict()
+        assert all(np.array_equal(taught[k].numpy(), expected[k].numpy()) for k in expected)
+        assert trainings[f"teacher{fold}"].teacher is None
+
+
+def test_the_model_that_is_kept_is_the_one_that_was_measured(finished):
+    folder, _ = finished
+    done = json.loads((folder / "stages.json").read_text())
+    lines = read_metrics(folder / "metrics.jsonl")
+    for fold in (0, 1):
+        part = load_predictions(folder / "predictions" / f"fold{fold}.npz")
+        right = (part.probs.argmax(axis=1) == part.labels).mean()
+        seen = [x["acc"] for x in lines if (x["stage"], x["split"]) == (f"fold{fold}", "val")]
+        assert done[f"fold{fold}"]["accuracy"] == pytest.approx(right) == pytest.approx(max(seen))
+        assert done[f"fold{fold}"]["epoch"] == int(np.argmax(seen))  # the first of equals
+
+
+def test_the_arms_of_the_comparison_are_what_they_are_called(finished, trainings):
+    folder, _ = finished
+    found = {arm: trainings[f"compare-{arm}-1"] for arm in ARMS}
+    right = found["distilled"].teacher.net.state_dict()
+    random = found["random_head_teacher"].teacher.net.state_dict()
+    changed = {k for k in right if not np.array_equal(right[k].numpy(), random[k].numpy())}
+    assert {name.split(".")[0] for name in changed} == {"_fc"}
+    assert found["undistilled"].teacher is None and found["undistilled"].loss.alpha == 1
+    assert found["distilled"].loss.alpha == 0.5
+    mixed = {arm: training.plan.how.mixup for arm, training in found.items()}
+    assert mixed.pop("without_mixup") == 0 and set(mixed.values()) == {0.2}
+    comparison = read_result(folder / "result.json")["measured"]["comparison"]
+    arms = {name: np.array(arm["values"]) for name, arm in comparison["arms"].items()}
+    gap = comparison["differences"]["distilled - undistilled"]
+    by_hand = arms["distilled"] - arms["undistilled"]
+    assert gap["values"] == pytest.approx(by_hand) and gap["mean"] == pytest.approx(by_hand.mean())
 
 
 def test_what_it_leaves(finished):
     folder, done = finished
     lines = done.out.strip().splitlines()
     assert lines[0].startswith("REHEARSAL") and lines[-1] == lines[0]
+    assert "the student starts from nothing, so no block is frozen" in done.out
     for name in ("result.json", "report.md", "report.html", "folds.json", "augmentations.png"):
         assert (folder / name).stat().st_size > 0
     assert not list((folder / "state").glob("*.pdparams"))
@@ -265,7 +336,13 @@ def test_refused(tmp_path, tiny, command, words, said):
 
 @pytest.mark.parametrize(
     "words",
-    [("--pretrained", "x.none"), ("--init", "x.none"), ("--split", "x.none"), ("--data-path", "none"), ("--teacher-knowledge", "none")],
+    [
+        ("--pretrained", "x.none"),
+        ("--init", "x.none"),
+        ("--split", "x.none"),
+        ("--data-path", "none"),
+        ("--teacher-knowledge", "none"),
+    ],
 )
 def test_missing_files(tmp_path, tiny, command, words):
     done = command(*tiny(tmp_path / "run"), *words)

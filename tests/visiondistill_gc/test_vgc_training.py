@@ -12,11 +12,13 @@ from shared_core.datasets import BatchLoader, EpochOrder, ImageSet
 from shared_core.datasets.views.mixing import Mix
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import World
+from shared_core.for_paddle.ema import Ema
 from shared_core.for_paddle.mixing import one_hot
 from shared_core.for_paddle.precision import Precision
 from shared_core.runs import StageLog, read_metrics
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.options import TrainingOptions
+from visiondistill_gc.utils import train_utils
 from visiondistill_gc.utils.loss import DistillationLoss
 from visiondistill_gc.utils.model_files import load_pretrained
 from visiondistill_gc.utils.train_utils import Plan, Training, draw_mix, fit, train_step
@@ -157,6 +159,80 @@ def test_last_epoch_is_kept_when_nothing_is_chosen(tmp_path):
     plan = Plan(TrainingOptions(epochs=3, lr=0.01, warmup_epochs=0, patience=0), keep="last")
     best, _ = fit(training(tmp_path, found=[0.9, 0.2, 0.1], plan=plan)[1])
     assert (best.epoch, best.accuracy) == (2, 0.1)
+
+
+def test_what_a_step_is_given(tmp_path, monkeypatch):
+    """Smoothed targets of its own images, their keys, the limit of the gradient, the mixture."""
+    how = TrainingOptions(
+        epochs=2, lr=0.01, warmup_epochs=0, patience=0, label_smoothing=0.3, clip_grad=0.7,
+        mixup=0.5, mixup_start=1,
+    )  # fmt: skip
+    steps, real = [], train_utils.train_step
+
+    def spy(net, images, targets, **words):
+        steps.append((images.numpy(), targets.numpy(), words))
+        return real(net, images, targets, **words)
+
+    monkeypatch.setattr(train_utils, "train_step", spy)
+    plan = Plan(how, seed=3)
+    _, job = training(tmp_path, found=[0.1] * 2, plan=plan)
+    fit(job)
+    assert len(steps) == 4
+    for number, (images, targets, words) in enumerate(steps):
+        rows = [int(key, 16) for key in words["keys"]]
+        expected = 0.7 * np.eye(3)[np.array(rows) % 3] + 0.3 / 3
+        assert targets == pytest.approx(expected) and images.shape == (8, 3, 4, 4)
+        assert words["clip"] == 0.7 and words["view"] == number // 2
+        mix = draw_mix(plan, epoch=number // 2, batch=number % 2, size=8)
+        assert (words["mix"] is None) == (number < 2) == (mix is None)
+        assert mix is None or words["mix"].lam == mix.lam
+    assert sorted(int(k, 16) for s in steps[:2] for k in s[2]["keys"]) == list(range(16))
+
+
+def test_the_gradient_is_no_longer_than_its_limit():
+    moved = []
+    for clip in (0.0, 1e-3):
+        paddle.seed(0)
+        net = Linear()
+        before = net.body.weight.numpy().copy()
+        train_step(
+            net,
+            10 * paddle.ones([4, 3, 4, 4]),
+            one_hot(paddle.to_tensor([0, 1, 2, 0]), num_classes=3),
+            optimizer=paddle.optimizer.SGD(1.0, parameters=net.parameters()),
+            loss=DistillationLoss(alpha=1.0),
+            precision=Precision("cpu"),
+            clip=clip,
+        )
+        moved.append(np.linalg.norm(net.body.weight.numpy() - before))
+    assert moved[0] > 0.1 and moved[1] <= 1e-3 * (1 + 1e-4)
+
+
+def test_the_average_is_what_is_validated_and_kept(tmp_path):
+    plan = Plan(TrainingOptions(epochs=2, lr=0.05, warmup_epochs=0, patience=0, ema=0.9))
+    net, job = training(tmp_path, found=[0.1, 0.2], plan=plan)
+    judged, own = [], []
+    update, validate = Ema.update, job.validate
+
+    def watch(ema, model):
+        update(ema, model)
+        own.append(model.body.weight.numpy().copy())
+
+    def judge(trained):
+        judged.append(trained.body.weight.numpy().copy())
+        return validate(trained)
+
+    job.validate = judge
+    paddle.seed(0)
+    average = Linear().body.weight.numpy().astype(np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ema, "update", watch)
+        fit(job)
+    assert np.array_equal(net.body.weight.numpy(), judged[1])  # kept: as judged
+    for number, weights in enumerate(own, 1):
+        decay = min(0.9, (1 + number) / (10 + number))
+        average = decay * average + (1 - decay) * weights
+    assert judged[1] == pytest.approx(average, rel=1e-5) and not np.array_equal(own[-1], judged[1])
 
 
 def test_rates_are_the_schedules(tmp_path):

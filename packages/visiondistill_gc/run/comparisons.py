@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from shared_core.datasets import ImageSet
 from shared_core.for_paddle.distributed import main_writes
 from shared_core.for_paddle.seeds import seed_all
-from shared_core.metrics import paired_difference, summarize
 from shared_core.runs import derive_seed
+from shared_core.trials import Cell, Difference, Trials, compare, spread
 from visiondistill_gc.run.context import Run, predict
 from visiondistill_gc.run.stages import load_teacher, make_teacher, new_student, train
 from visiondistill_gc.utils.teaching import Teacher, with_random_head
@@ -43,11 +41,21 @@ def judged_on(run: Run) -> tuple[str, ImageSet]:
     return "validation", run.data.images.subset(run.data.validation_rows(fold_of(run)))
 
 
-def compare_one(run: Run, arm: str, number: int) -> dict[str, Any]:
+def cells_of(run: Run) -> list[Cell]:
+    """An arm with a seed each; what it was made with is the run's configuration."""
+    return [Cell(arm, {}, seed) for seed in run.settings.records.compare_seeds for arm in ARMS]
+
+
+def stage_of(cell: Cell) -> str:
+    """The stage of the run that trains a cell."""
+    return f"compare-{cell.name}-{cell.seed}"
+
+
+def train_cell(run: Run, cell: Cell) -> dict[str, Any]:
     """Train one arm with one seed; its accuracy."""
     how, epochs = run.settings.training, run.settings.records.compare_epochs
-    taught, random_head, mixed = ARMS[arm]
-    seed = derive_seed(run.settings.run.seed, "compare", number)
+    taught, random_head, mixed = ARMS[cell.name]
+    seed = derive_seed(run.settings.run.seed, "compare", cell.seed)
     teacher: Teacher | None = None
     if taught:
         net = load_teacher(run, fold_of(run)).net
@@ -66,7 +74,7 @@ def compare_one(run: Run, arm: str, number: int) -> dict[str, Any]:
     )
     _, state = train(
         run,
-        f"compare-{arm}-{number}",
+        stage_of(cell),
         student,
         plan=Plan(own, seed=seed, keep="last"),
         fold=fold_of(run),
@@ -88,37 +96,27 @@ def teacher_accuracies(run: Run) -> dict[str, float]:
     return {"right": right, "random_head": predict(run, net, images).accuracy}
 
 
-def summary(run: Run, results: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """Mean and deviation of each arm, and its paired difference to ``distilled``.
+def trials_of(run: Run) -> Trials:
+    """What the cells gave, from the finished stages."""
+    cells = cells_of(run)
+    done = {(one.name, one.seed): run.log.stages[stage_of(one)] for one in cells}
+    return Trials(tuple(cells), done, sum(one["seconds"] for one in done.values()))
 
-    Args:
-        results: accuracy by arm and seed.
-    """
-    seeds = list(run.settings.records.compare_seeds)
-    arms, differences = {}, {}
-    for arm, by_seed in results.items():
-        values = [by_seed[seed] for seed in seeds]
-        found = summarize(values)
-        arms[arm] = {"mean": found.mean, "std": found.std, "values": values}
-    base = np.array([results["distilled"][seed] for seed in seeds])
-    for arm in results:
-        if arm == "distilled" or len(seeds) < 2:
-            continue
-        gap = paired_difference(base, [results[arm][seed] for seed in seeds])
-        differences[f"distilled - {arm}"] = {
-            "mean": gap.mean,
-            "low": gap.low,
-            "high": gap.high,
-            "wins": gap.wins,
-            "seeds": gap.n,
-        }
-    where, images = judged_on(run)
+
+def differences_of(trials: Trials) -> list[Difference]:
+    """Of ``distilled`` to every other arm, paired by seed."""
+    return [compare(trials, "distilled", arm, "accuracy") for arm in ARMS if arm != "distilled"]
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """For the record: mean and deviation of each arm, and the paired differences."""
+    trials, (where, images) = trials_of(run), judged_on(run)
     return {
         "epochs": run.settings.records.compare_epochs,
         "judged_on": where,
         "images": len(images),
-        "seeds": seeds,
+        "seeds": list(run.settings.records.compare_seeds),
         "teachers": teacher_accuracies(run),
-        "arms": arms,
-        "differences": differences,
+        "arms": {arm: spread(trials.values(arm, "accuracy")) for arm in ARMS},
+        "differences": {one.name: one.plain() for one in differences_of(trials)},
     }

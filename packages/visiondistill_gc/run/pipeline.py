@@ -17,7 +17,7 @@ from shared_core.runs import UsageError, open_run
 from visiondistill_gc.models.teacher_model import teacher_names
 from visiondistill_gc.options import STAGES, Settings
 from visiondistill_gc.run import plots
-from visiondistill_gc.run.comparisons import ARMS, compare_one, summary
+from visiondistill_gc.run.comparisons import cells_of, stage_of, summary, train_cell
 from visiondistill_gc.run.context import Run
 from visiondistill_gc.run.evaluation import held_out, out_of_fold
 from visiondistill_gc.run.report import headline, teacher_facts, write_record, write_report
@@ -101,10 +101,8 @@ def _jobs(run: Run, command: str) -> list[tuple[str, str, Job]]:
         jobs.append(("folds", f"fold{fold}", lambda f=fold: train_student(run, f)))
     names = "-".join(map(str, folds))
     jobs.append(("evaluate", f"evaluate{names}", lambda: _evaluate(run)))
-    for seed in run.settings.records.compare_seeds:
-        for arm in ARMS:
-            name = f"compare-{arm}-{seed}"
-            jobs.append(("compare", name, lambda a=arm, s=seed: compare_one(run, a, s)))
+    for cell in cells_of(run):
+        jobs.append(("compare", stage_of(cell), lambda c=cell: train_cell(run, c)))
     jobs.append(("report", f"report{names}", lambda: _report(run, f"evaluate{names}", command)))
     return jobs
 
@@ -192,8 +190,8 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 def _report(run: Run, evaluated: str, command: str) -> dict[str, Any]:
     """The record and the report, from what the stages left."""
-    stages, seeds = run.log.stages, run.settings.records.compare_seeds
-    prepared, fold = stages["prepare"], run.settings.run.folds[0]
+    stages, fold = run.log.stages, run.settings.run.folds[0]
+    prepared = stages["prepare"]
     measured: dict[str, Any] = {"teacher": teacher_facts(run)}
     if "floor" in prepared:
         measured["floor"] = prepared["floor"]
@@ -201,11 +199,8 @@ def _report(run: Run, evaluated: str, command: str) -> dict[str, Any]:
         if name in stages[evaluated]:
             measured[name] = stages[evaluated][name]
     measured["parameters"] = stages[f"fold{fold}"]["parameters"]
-    if seeds:
-        results = {
-            arm: {s: stages[f"compare-{arm}-{s}"]["accuracy"] for s in seeds} for arm in ARMS
-        }
-        measured["comparison"] = main_writes(lambda: summary(run, results), run.world)
+    if run.settings.records.compare_seeds:
+        measured["comparison"] = main_writes(lambda: summary(run), run.world)
 
     def write() -> None:
         record = write_record(run, measured, command=prepared.get("command", command))

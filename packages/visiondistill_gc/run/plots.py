@@ -11,8 +11,6 @@ import numpy as np
 from shared_core.checkpoints import atomic_write
 from visiondistill_gc.utils.transforms import GarbageView
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
-
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -83,23 +81,6 @@ def precision_recall(
             axis.plot(hits / hits[-1], hits / np.arange(1, len(hits) + 1), label=name)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axis.legend(fontsize=8)
-    return _save(figure, path)
-
-
-def bars(
-    path: Path, names: Sequence[str], values: Sequence[Sequence[float]], *, floor: float | None
-) -> Path:
-    """A bar a method with the mean, a dot a run; a line at the floor."""
-    figure = _figure(max(5.0, 1.2 * len(names) + 1), 4)
-    axis = figure.subplots()
-    for place, runs in enumerate(values):
-        axis.bar(place, np.mean(runs), color=BLUE, alpha=0.6)
-        axis.plot([place] * len(runs), runs, ".", color=ORANGE)
-    if floor is not None:
-        axis.axhline(floor, color=GREY, linestyle="--", label=f"plain features {floor:.3f}")
-        axis.legend(fontsize=8)
-    axis.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names], fontsize=8)
-    axis.set(ylabel="accuracy", ylim=(0, 1))
     return _save(figure, path)
 
 

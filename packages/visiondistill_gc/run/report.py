@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from shared_core.runs import Report, read_metrics, write_result
+from shared_core.trials import add_arms, add_differences
+from shared_core.trials.page import draw_arms
 from visiondistill_gc.run import plots
+from visiondistill_gc.run.comparisons import differences_of, trials_of
 from visiondistill_gc.run.context import Run
 from visiondistill_gc.utils.prediction_files import load_predictions
 
@@ -176,7 +179,9 @@ def _curves(run: Run, report: Report, folds: list[int]) -> None:
 
 
 def _comparison(run: Run, report: Report, found: dict[str, Any], floor: float | None) -> None:
-    where = "held-out images" if found["judged_on"] == "test" else "one fold's validation images"
+    """The arms side by side, and what they differ in."""
+    on_test = found["judged_on"] == "test"
+    where = "held-out images" if on_test else "one fold's validation images"
     report.heading("What distillation, Mixup and the teacher are worth")
     report.text(
         f"{found['epochs']} epochs, last one kept, {len(found['seeds'])} seeds, judged on "
@@ -184,26 +189,12 @@ def _comparison(run: Run, report: Report, found: dict[str, Any], floor: float | 
         f"same views. The right teacher knows {100 * found['teachers']['right']:.1f} % of them, "
         f"with a random head {100 * found['teachers']['random_head']:.1f} %."
     )
-    arms = found["arms"]
-    report.table(
-        ["arm", "accuracy", "deviation"],
-        [[name, row["mean"], row["std"]] for name, row in arms.items()],
-    )
-    if found["differences"]:
-        report.table(
-            ["paired difference", "mean", "95 % from", "to", "seeds better"],
-            [
-                [name, row["mean"], row["low"], row["high"], f"{row['wins']} of {row['seeds']}"]
-                for name, row in found["differences"].items()
-            ],
-        )
-    picture = plots.bars(
-        run.folder / "comparison.png",
-        list(arms),
-        [row["values"] for row in arms.values()],
-        floor=floor if found["judged_on"] == "test" else None,
-    )
-    report.figure(picture, "Accuracy of the arms; a dot is a seed.")
+    trials = trials_of(run)
+    add_arms(report, trials, {"accuracy": "accuracy"}, first="arm")
+    add_differences(report, differences_of(trials))
+    path = run.folder / "comparison.png"
+    draw_arms(path, trials, "accuracy", label="accuracy", floor=floor if on_test else None)
+    report.figure(path, "Accuracy of the arms; a dot is a seed.")
 
 
 def _wrong_images(run: Run, report: Report, pooled: Any) -> None:
