@@ -38,27 +38,17 @@ from shared_core.metrics.cost import (
     total_params,
 )
 from shared_core.metrics.pareto import pareto_front
-from shared_core.metrics.predictions import Predictions, load_predictions, save_predictions
 from shared_core.metrics.seeds import PairedDifference, Summary, paired_difference, summarize
-from shared_core.metrics.verification import (
-    PairMask,
-    Verification,
-    verification_rate,
-    verification_rates,
-)
 
 __all__ = [
     "Calibration",
     "Confusion",
     "LayerCost",
-    "PairMask",
     "PairedDifference",
     "PerClass",
-    "Predictions",
     "Reliability",
     "Summary",
     "TopK",
-    "Verification",
     "accuracy",
     "attention",
     "brier",
@@ -75,7 +65,6 @@ __all__ = [
     "irfft2",
     "layernorm",
     "linear",
-    "load_predictions",
     "log_softmax",
     "nll",
     "nll_from_logits",
@@ -84,11 +73,8 @@ __all__ = [
     "per_class",
     "reliability_curve",
     "rfft2",
-    "save_predictions",
     "softmax",
     "summarize",
     "total_macs",
     "total_params",
-    "verification_rate",
-    "verification_rates",
 ]
