@@ -61,8 +61,7 @@ def compare(
     command: str = "compare_models.py",
 ) -> dict[str, Any]:
     """Measure the table and write it to ``output``. Returns the record."""
-    from torch_cls_zoo.models import resolve
-    from torch_cls_zoo.utils.model_table import (
+    from torch_cls_zoo.experiments.model_table import (
         BASE,
         COLUMNS,
         PIXELS,
@@ -73,6 +72,7 @@ def compare(
         table_cells,
         table_row,
     )  # fmt: skip
+    from torch_cls_zoo.models import resolve
 
     started, clock = datetime.now(timezone.utc), time.monotonic()
     names = list(dict.fromkeys(archs or PUBLISHED))

@@ -18,10 +18,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the options ask for. Returns the exit code."""
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from torch_cls_zoo.config import parse
+
+    config = parse(argv)  # what is heavy comes after: --help must answer at once
     from torch_cls_zoo.applications.dispatch import run_main
 
-    return run_main(argv, prog="main.py")
+    return run_main(config)
+
+
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

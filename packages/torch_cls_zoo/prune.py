@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_checkpoint
+    from torch_cls_zoo.applications.export_files import export_all
     from torch_cls_zoo.models import build_model
-    from torch_cls_zoo.utils.export import export_all
-    from torch_cls_zoo.utils.prune_channels import merge_kept, prune
-    from torch_cls_zoo.utils.summary import summarize
+    from torch_cls_zoo.models.summary import summarize
+    from torch_cls_zoo.pruning.cutting import merge_kept, prune
 
     if args.threads:
         torch.set_num_threads(args.threads)

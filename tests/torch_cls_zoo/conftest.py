@@ -39,7 +39,8 @@ import array, json, os, runpy, socket, sys
 import matplotlib.backends.backend_agg, onnx, onnxscript, timm, torchvision, tensorboard
 from torch.utils import tensorboard as _
 from torch_cls_zoo.applications import dispatch
-from torch_cls_zoo.utils import builtin_data, export
+from torch_cls_zoo.applications import export_files
+from torch_cls_zoo.utils import builtin_data
 place = sys.argv[1]
 server = socket.socket(socket.AF_UNIX)
 server.bind(place)

@@ -13,7 +13,7 @@ from torch_cls_zoo.dataloader.preprocess import preprocess
 from torch_cls_zoo.demos import classifier
 from torch_cls_zoo.demos.drawing import draw_result
 from torch_cls_zoo.demos.exported import load_exported
-from torch_cls_zoo.utils.export import demo_facts, export_all
+from torch_cls_zoo.applications.export_files import demo_facts, export_all
 
 CLASSES = ["red", "green", "blue"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

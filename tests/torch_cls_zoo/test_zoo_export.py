@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shared_core.for_torch.export import ExportError
-from torch_cls_zoo.utils.export import FACTS, ONNX_KEY, demo_facts, export_all
+from torch_cls_zoo.applications.export_files import FACTS, ONNX_KEY, demo_facts, export_all
 
 SIZE = (48, 33)
 

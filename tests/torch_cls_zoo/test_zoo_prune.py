@@ -13,7 +13,7 @@ from shared_core.runs import run_command
 from torch_cls_zoo import prune as prune_command
 from torch_cls_zoo.models import build_model
 from torch_cls_zoo.optim import build_optimizer
-from torch_cls_zoo.utils.prune_channels import (
+from torch_cls_zoo.pruning.cutting import (
     choose,
     cut_channels,
     mask,
@@ -21,8 +21,8 @@ from torch_cls_zoo.utils.prune_channels import (
     prune,
     restore_pruned,
 )
-from torch_cls_zoo.utils.prune_graph import ChannelGraph
-from torch_cls_zoo.utils.sparsity import add_slimming, scales, sparsity_facts
+from torch_cls_zoo.pruning.channel_graph import ChannelGraph
+from torch_cls_zoo.pruning.slimming import add_slimming, scales, sparsity_facts
 
 SIZE = (64, 64)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_cls_zoo.utils.lr_finder import lr_range, plot_lr_range
+from torch_cls_zoo.optim.lr_range import lr_range, plot_lr_range
 
 
 def _optimizer():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torch_cls_zoo.models import build_model
-from torch_cls_zoo.utils.summary import format_summary, summarize
+from torch_cls_zoo.models.summary import format_summary, summarize
 
 
 def test_layers_by_hand() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from shared_core.runs import read_result, run_command
 from torch_cls_zoo import compare_models
-from torch_cls_zoo.utils.model_table import (
+from torch_cls_zoo.experiments.model_table import (
     PUBLISHED,
     costs,
     forward_ratios,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared_core.for_torch.checkpoints import unwrap
-from torch_cls_zoo.applications.session import Session, only_main
+from torch_cls_zoo.applications.session import Session
 
 
 def convert(session: Session) -> dict[str, dict[str, Any]]:
@@ -14,9 +14,9 @@ def convert(session: Session) -> dict[str, dict[str, Any]]:
     Returns:
         By format the file and how far its outputs lie from the network's.
     """
-    from torch_cls_zoo.utils.export import demo_facts, export_all
+    from torch_cls_zoo.applications.export_files import demo_facts, export_all
 
-    folder = session.args.output / "checkpoints"
+    folder = session.output / "checkpoints"
     facts = demo_facts(
         arch=session.arch,
         class_names=session.classes,
@@ -41,7 +41,7 @@ def convert(session: Session) -> dict[str, dict[str, Any]]:
         finally:
             plain.to(place)
 
-    written = only_main(session.world, write)
+    written = session.only_main(write)
     for name, about in written.items():
         session.say(
             f"{name}: {about['file']}, {about['bytes']:,} bytes, "

@@ -9,7 +9,7 @@ from typing import Any
 
 from shared_core.runs import write_result
 from torch_cls_zoo.applications.evaluation_report import write_report
-from torch_cls_zoo.applications.session import PROJECT, Session, only_main
+from torch_cls_zoo.applications.session import PROJECT, Session
 from torch_cls_zoo.applications.test import (
     measure,
     outputs_of,
@@ -24,7 +24,6 @@ def evaluate(
     folder: Path,
     *,
     split: str = "test",
-    command: str,
     started: datetime,
     seconds: float,
     training: Mapping[str, Any] | None = None,
@@ -46,10 +45,10 @@ def evaluate(
         write_result(
             folder / "result.json",
             task=f"{PROJECT}/{'train' if training else 'evaluate'}",
-            command=command,
+            command=session.config.run.command,
             scale="rehearsal" if session.data.rehearsal else "full",
             data=session.data.facts(max(session.settings.size)),
-            seeds=[session.args.seed],
+            seeds=[session.config.data.seed],
             measured=measured,
             started=started,
             wall_seconds=seconds,
@@ -66,7 +65,7 @@ def evaluate(
         return str(page)
 
     folder.mkdir(parents=True, exist_ok=True)
-    page = only_main(session.world, write)
+    page = session.only_main(write)
     more = f", top-5 {values['top5']:.4f}" if "top5" in values else ""
     lost = f", {values['unreadable']} unreadable" if values["unreadable"] else ""
     session.say(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from typing import Any
 
 from shared_core.checkpoints import atomic_write
+from shared_core.runs import UsageError
+from torch_cls_zoo.applications.prepare import make_learner
 from torch_cls_zoo.applications.session import Session
-from torch_cls_zoo.applications.train import make_learner
-from torch_cls_zoo.utils.lr_finder import lr_range, plot_lr_range
+from torch_cls_zoo.optim.lr_range import lr_range, plot_lr_range
 
 LOW, HIGH = 1e-6, 1.0
 
@@ -18,30 +19,23 @@ def find_lr(session: Session) -> dict[str, Any]:
     """Raise the rate over ``--find_lr`` steps; writes ``lr_range.png`` and ``lr_range.json``.
 
     Raises:
+        UsageError: several processes.
         ValueError: a loss that is not finite from the start.
     """
-    learner, loader = make_learner(session)
+    if session.world.world_size > 1:
+        raise UsageError("--find_lr runs in one process: leave out --gpus and torchrun")
+    learner, loader, _schedule = make_learner(session)
     learner.model.train()
     learner.criterion.train()
-    batches = iter(loader)
-    number = 0
+    batches = (batch for _epoch in itertools.count() for batch in loader)
+    numbers = itertools.count(1)
 
     def step() -> float:
-        nonlocal batches, number
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(loader)
-            batch = next(batches)
-        number += 1
-        try:
-            return learner.step(batch, number)[0]
-        except ValueError as error:
-            if "expected a finite one" not in str(error):
-                raise
-            return math.nan  # ends the test
+        return float(learner.step(next(batches), next(numbers))[0])
 
-    result = lr_range(step, learner.optimizer, low=LOW, high=HIGH, steps=session.args.find_lr)
-    folder = session.args.output
+    steps = int(session.config.training.find_lr or 0)
+    result = lr_range(step, learner.optimizer, low=LOW, high=HIGH, steps=steps)
+    folder = session.output
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result.facts(), indent=1) + "\n"
     atomic_write(folder / "lr_range.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -2,70 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from shared_core.for_torch.distributed import World, start, stop
 from shared_core.runs import UsageError, run_command
+from torch_cls_zoo.config import Config, ProcessSettings
 
-Work = Callable[[argparse.Namespace, World], None]
+Work = Callable[[Config, World], object]
 
 
 @dataclass(frozen=True)
 class Plan:
     """The processes of this machine."""
 
-    device: str  # "cuda" or "cpu"
+    device: str  # "cpu", "cuda" for a GPU each, or one GPU by its number
     local: int  # processes that this machine starts
     first_rank: int
     world_size: int
     torchrun: bool = False  # they were started by torchrun already
 
 
-def plan_processes(args: argparse.Namespace, *, gpus: int, env: Mapping[str, str]) -> Plan:
+def plan_processes(
+    asked: ProcessSettings, given: Collection[str], *, gpus: int, env: Mapping[str, str]
+) -> Plan:
     """What the flags ask for on a machine with ``gpus`` GPUs.
 
     ``--nodes N --rank n --gpus g`` gives this machine the ranks ``n g`` to ``n g + g - 1`` of
-    ``N g``. ``--gpus 0`` or ``--no-cuda`` computes on the CPU.
+    ``N g``. ``--gpus 0`` or ``--device cpu`` computes on the CPU.
+
+    Args:
+        given: options that stood on the command line.
+        env: torchrun's variables, if any.
 
     Raises:
         UsageError: GPUs that are not there, or flags beside torchrun's own.
     """
-    wants_cuda = gpus > 0 if args.cuda is None else args.cuda
-    if wants_cuda and args.gpus == 0:
-        wants_cuda = False
-    if wants_cuda and gpus == 0:
-        raise UsageError("--cuda: this machine has no GPU that torch can use; leave it out")
-    device = "cuda" if wants_cuda else "cpu"
+    device = _device(asked, gpus)
     if "RANK" in env and "WORLD_SIZE" in env:
         for name in ("gpus", "nodes", "rank", "init_method"):
-            if name in args.given:
+            if name in given:
                 raise UsageError(f"--{name}: torchrun decides this already; leave it out")
-        return _checked(Plan(device, 1, int(env["RANK"]), int(env["WORLD_SIZE"]), True), args)
-    if args.gpus is None:
-        local = gpus if wants_cuda else 1
+        plan = Plan(device, 1, int(env["RANK"]), int(env["WORLD_SIZE"]), True)
     else:
-        local = max(1, args.gpus)
-    if args.gpus and not wants_cuda and args.cuda is None:
-        raise UsageError(
-            f"--gpus {args.gpus}: this machine has no GPU; add --no-cuda to run {args.gpus} "
-            "processes on the CPU"
-        )
-    if wants_cuda and local > gpus:
-        raise UsageError(f"--gpus {local}: this machine has {gpus}")
-    if "init_method" in args.given and local * args.nodes == 1:
-        raise UsageError("--init_method does nothing for one process")
-    return _checked(Plan(device, local, max(args.rank, 0) * local, local * args.nodes), args)
-
-
-def _checked(plan: Plan, args: argparse.Namespace) -> Plan:
-    if args.sync_bn and (plan.device != "cuda" or plan.world_size == 1):
+        local = _local(asked, device, gpus)
+        if "init_method" in given and local * asked.nodes == 1:
+            raise UsageError("--init_method does nothing for one process")
+        plan = Plan(device, local, max(asked.rank, 0) * local, local * asked.nodes)
+    if asked.sync_bn and (plan.device == "cpu" or plan.world_size == 1):
         raise UsageError(
             f"--sync_bn: expected several processes with a GPU each, got {plan.world_size} on "
             f"{plan.device}"
@@ -73,16 +62,46 @@ def _checked(plan: Plan, args: argparse.Namespace) -> Plan:
     return plan
 
 
-def launch(args: argparse.Namespace, work: Work) -> int:
-    """Run ``work(args, world)`` in all processes of this machine. Returns the exit code."""
+def _device(asked: ProcessSettings, gpus: int) -> str:
+    if asked.device == "auto":
+        return "cuda" if gpus and asked.gpus != 0 else "cpu"
+    kind = asked.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device is {asked.device!r}, expected auto, cpu, cuda or cuda:NUMBER")
+    if kind == "cuda" and asked.gpus == 0:
+        return "cpu"
+    if kind == "cuda" and gpus == 0:
+        raise UsageError(f"--device {asked.device}: this machine has no GPU that torch can use")
+    return asked.device
+
+
+def _local(asked: ProcessSettings, device: str, gpus: int) -> int:
+    """Processes that this machine starts."""
+    wants_cuda = device != "cpu"
+    if asked.gpus and not wants_cuda and asked.device == "auto":
+        raise UsageError(
+            f"--gpus {asked.gpus}: this machine has no GPU; add --no-cuda to run {asked.gpus} "
+            "processes on the CPU"
+        )
+    if wants_cuda and (asked.gpus or 0) > (1 if ":" in device else gpus):
+        raise UsageError(
+            f"--gpus {asked.gpus}: --device {device} has {1 if ':' in device else gpus}"
+        )
+    if asked.gpus is not None:
+        return max(1, asked.gpus)
+    return gpus if device == "cuda" else 1
+
+
+def launch(config: Config, work: Work) -> int:
+    """Run ``work(config, world)`` in all processes of this machine. Returns the exit code."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    plan = plan_processes(args, gpus=gpus, env=os.environ)
+    plan = plan_processes(config.processes, config.given, gpus=gpus, env=os.environ)
     if plan.torchrun or plan.world_size == 1:
         world = start(device=plan.device)
-        return _guarded(work, args, world)
+        return _guarded(work, config, world)
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_child, args=(args, work, plan, local))
+        context.Process(target=_child, args=(config, work, plan, local))
         for local in range(plan.local)
     ]
     for process in processes:
@@ -113,7 +132,7 @@ def _wait(processes: list[multiprocessing.process.BaseProcess]) -> int:
     return code
 
 
-def _child(args: argparse.Namespace, work: Work, plan: Plan, local: int) -> None:
+def _child(config: Config, work: Work, plan: Plan, local: int) -> None:
     os.environ["LOCAL_RANK"] = str(local)
 
     def main(_argv: object) -> int:
@@ -121,17 +140,17 @@ def _child(args: argparse.Namespace, work: Work, plan: Plan, local: int) -> None
             device=plan.device,
             rank=plan.first_rank + local,
             world_size=plan.world_size,
-            init_method=args.init_method,
+            init_method=config.processes.init_method,
         )
-        return _guarded(work, args, world)
+        return _guarded(work, config, world)
 
     sys.exit(run_command(main))
 
 
-def _guarded(work: Work, args: argparse.Namespace, world: World) -> int:
+def _guarded(work: Work, config: Config, world: World) -> int:
     """Run; a process that fails only because the main one did is silent."""
     try:
-        work(args, world)
+        work(config, world)
     except RuntimeError as error:
         if world.is_main or "the main process failed" not in str(error):
             raise

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,32 +27,48 @@ class Targets:
 
 @dataclass
 class Sums:
-    """What an epoch adds up; exact whole numbers and float64, so that a resumed one goes on."""
+    """What an epoch adds up; whole numbers and float64, so that a resumed one goes on exactly.
 
-    loss: float = 0.0  # times images
-    hits: int = 0
+    Loss and hits stay on the device, so that no step waits for it, until :meth:`settle`.
+    """
+
+    loss: Any = 0.0  # nats times images: a number, or a float64 scalar
+    hits: Any = 0
     images: int = 0
     batches: int = 0
     unreadable: list[str] = field(default_factory=list)
 
-    def add(self, loss: float, hits: int, images: int) -> None:
-        """One batch."""
-        self.loss += loss * images
-        self.hits += hits
+    def add(self, loss: Tensor, hits: Tensor, images: int) -> None:
+        """One batch: its mean loss and the images that were right, both scalars."""
+        self.loss = self.loss + loss.double() * images
+        self.hits = self.hits + hits
         self.images += images
         self.batches += 1
 
+    def settle(self) -> None:
+        """Fetch the numbers from the device.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        self.loss, self.hits = float(self.loss), int(self.hits)
+        if not math.isfinite(self.loss):
+            raise ValueError(
+                f"the loss is {self.loss} at or before batch {self.batches} of the epoch, expected "
+                "a finite one: lower --lr or use --amp bf16 or fp32"
+            )
+
     def plain(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return dict(vars(self))
+        """Plain JSON, after :meth:`settle`."""
+        return asdict(self)
 
     def mean_loss(self) -> float:
         """Nats an image."""
-        return self.loss / max(self.images, 1)
+        return float(self.loss) / max(self.images, 1)
 
     def accuracy(self) -> float:
         """Fraction in [0, 1], against the labels (of the larger share where batches are mixed)."""
-        return self.hits / max(self.images, 1)
+        return float(self.hits) / max(self.images, 1)
 
 
 @dataclass
@@ -69,19 +85,15 @@ class Learner:
     num_classes: int
     mix_targets: bool = False
 
-    def step(self, batch: TorchBatch, number: int) -> tuple[float, int]:
-        """One update from batch ``number`` of the run.
+    def step(self, batch: TorchBatch, number: int) -> tuple[Tensor, Tensor]:
+        """One update from batch ``number`` of the run; the device is not waited for.
 
         Returns:
-            Its loss in nats, and the images that were right before the update.
-
-        Raises:
-            ValueError: the loss is not finite.
+            Its loss in nats, and how many images were right before the update; both scalars.
         """
         plan = self.ops.draw(number, len(batch.labels), rank=self.world.rank)
         images = self.ops.apply(batch.images, plan)
-        goals = self._goals(batch)
-        weights = self._weights(batch)
+        goals, weights = self._goals(batch), self._weights(batch)
         with self.precision.autocast():
             logits = self.model(images)
             if plan.mix is None:
@@ -94,18 +106,12 @@ class Learner:
                 own = self.criterion(logits, goals, sample_weights=weights)
                 theirs = self.criterion(logits, other, sample_weights=weights)
                 loss = plan.mix.lam * own + (1 - plan.mix.lam) * theirs
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise ValueError(
-                f"the loss is {value} at batch {number}, expected a finite one: lower --lr or use "
-                "--amp bf16 or fp32"
-            )
         labels = batch.labels
         if plan.mix is not None and plan.mix.lam < 0.5:
             labels = permuted(labels, plan.mix)
-        hits = int((logits.detach().argmax(dim=1) == labels).sum())
+        hits = (logits.detach().argmax(dim=1) == labels).sum()
         self.precision.backward_step(loss, self.optimizer)
-        return value, hits
+        return loss.detach(), hits
 
     def _goals(self, batch: TorchBatch) -> Tensor:
         if self.targets.soft is None:

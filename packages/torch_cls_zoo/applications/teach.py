@@ -9,7 +9,7 @@ import numpy as np
 
 from shared_core.for_torch.checkpoints import unwrap, weights_sha256
 from shared_core.knowledge import KnowledgeStore
-from torch_cls_zoo.applications.session import Session, only_main
+from torch_cls_zoo.applications.session import Session
 from torch_cls_zoo.applications.test import Outputs, outputs_of, plain_criterion, probabilities_of
 from torch_cls_zoo.dataloader.curriculum_files import curriculum_weights, write_curriculum
 from torch_cls_zoo.dataloader.folders import part
@@ -19,8 +19,7 @@ from torch_cls_zoo.dataloader.view import LetterboxView
 
 def knowledge_folder(session: Session) -> Path:
     """Where knowledge and curriculum files lie."""
-    folder = session.args.knowledge_dir
-    return Path(folder) if folder is not None else session.data.root
+    return session.config.teaching.knowledge_dir or session.data.root
 
 
 def make_knowledge(session: Session, split: str) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def make_knowledge(session: Session, split: str) -> dict[str, Any]:
             outputs.paths,
             probabilities,
             outputs.labels,
-            name=session.args.knowledge_name,
+            name=session.config.teaching.knowledge_name,
             about=about,
         )
         store = folder / "knowledge" / f"{split}-{about['teacher'][:12]}"
@@ -60,7 +59,7 @@ def make_knowledge(session: Session, split: str) -> dict[str, Any]:
             file.put(outputs.keys, 0, outputs.logits)
         return {"file": str(soft), "labels": str(hard), "store": str(store)}
 
-    written = only_main(session.world, write)
+    written = session.only_main(write)
     session.say(
         f"knowledge of {len(outputs.rows)} {split} images: {written['file']}, "
         f"{written['labels']}, {written['store']}"
@@ -70,21 +69,20 @@ def make_knowledge(session: Session, split: str) -> dict[str, Any]:
 
 def make_curriculum(session: Session, split: str) -> dict[str, Any]:
     """Write ``curriculum.txt``: each image's weight by the probability of its class."""
-    args = session.args
+    asked = session.config.teaching
     outputs = outputs_of(session, part(session.data, split))
     probabilities = probabilities_of(outputs, plain_criterion(session))
     own = probabilities[np.arange(len(outputs.labels)), outputs.labels]
-    weights = curriculum_weights(own, args.curriculum_thresholds, args.curriculum_weights)
+    weights = curriculum_weights(own, asked.curriculum_thresholds, asked.curriculum_weights)
     about = {
         **_about(session, split),
-        "thresholds": args.curriculum_thresholds,
-        "weights": args.curriculum_weights,
+        "thresholds": asked.curriculum_thresholds,
+        "weights": asked.curriculum_weights,
     }
-    path = only_main(
-        session.world,
-        lambda: write_curriculum(knowledge_folder(session), outputs.paths, weights, about=about),
+    path = session.only_main(
+        lambda: write_curriculum(knowledge_folder(session), outputs.paths, weights, about=about)
     )
-    counts = {f"{w:g}": int((weights == w).sum()) for w in args.curriculum_weights}
+    counts = {f"{w:g}": int((weights == w).sum()) for w in asked.curriculum_weights}
     left_out = int(np.isnan(weights).sum())
     session.say(
         f"curriculum of {len(weights)} {split} images: "

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from shared_core.for_torch.distributed import World, gather_objects, gather_samples, unwrap
+from shared_core.for_torch.accuracy import Answers, answers_of
+from shared_core.for_torch.data import TorchLoader
+from shared_core.for_torch.distributed import World
 from shared_core.metrics import Confusion, TopK, classification_report
 from torch_cls_zoo.applications.session import Session, criterion_of
 from torch_cls_zoo.criterions import Criterion
 from torch_cls_zoo.dataloader.folders import Part
-from torch_cls_zoo.dataloader.loaders import TorchLoader, eval_loader
+from torch_cls_zoo.dataloader.loaders import eval_loader
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,32 @@ class Outputs:
     """What the network said of the images of a part that could be read."""
 
     part: Part
-    rows: np.ndarray  # int64 (N,): which images of the part, rising
-    logits: np.ndarray  # float32 (N, C)
-    labels: np.ndarray  # int64 (N,)
-    unreadable: tuple[str, ...]  # paths below the data folder
+    answers: Answers
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 ``(N, C)``."""
+        return self.answers.logits
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``(N,)``."""
+        return self.answers.labels
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 ``(N,)``: which images of the part, rising."""
+        return self.answers.rows
 
     @property
     def paths(self) -> list[str]:
         """Path of each row, below the data folder."""
         return [self.part.paths[row] for row in self.rows.tolist()]
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Paths of the images that could not be read, below the data folder."""
+        return [self.part.paths[row] for row in self.answers.lost]
 
     @property
     def keys(self) -> list[str]:
@@ -41,41 +60,13 @@ class Outputs:
 def run_network(model: nn.Module, loader: TorchLoader, part: Part, world: World) -> Outputs:
     """Logits of every image, in the order of the part, the same in all processes.
 
-    The network is in evaluation mode meanwhile and afterwards as it was.
-
     Raises:
         ValueError: no image could be read.
     """
-    plain, logits, indices = unwrap(model), [], []
-    was_training = plain.training
-    plain.eval()
-    loader.loader.skipped.clear()
-    with torch.inference_mode():
-        for batch in loader:
-            logits.append(plain(batch.images).float())
-            indices.append(batch.indices)
-    plain.train(was_training)
-    skipped = [item.index for item in loader.loader.skipped]
-    width = gather_objects([t.shape[1] for t in logits[:1]], world)
-    classes = next((found[0] for found in width if found), 0)
-    if not classes:
-        raise ValueError(f"none of the {len(part)} images of {part.name} can be read")
-    # An image that cannot be read gets a row of NaN, so that none is lost on the way.
-    logits.append(torch.full((len(skipped), classes), torch.nan, device=world.device))
-    indices.append(torch.tensor(skipped, dtype=torch.int64))
-    every = gather_samples(torch.cat(logits), torch.cat(indices), world, total=len(part))
-    table = every.cpu().numpy()
-    lost = set().union(*gather_objects(set(skipped), world))
-    rows = np.array([n for n in range(len(part)) if n not in lost], np.int64)
-    if not len(rows):
-        raise ValueError(f"none of the {len(part)} images of {part.name} can be read")
-    return Outputs(
-        part,
-        rows,
-        table[rows],
-        part.images.labels[rows],
-        tuple(part.paths[n] for n in sorted(lost)),
-    )
+    try:
+        return Outputs(part, answers_of(model, loader, world))
+    except ValueError as error:
+        raise ValueError(f"{part.name}: {error}") from error
 
 
 def outputs_of(session: Session, part: Part) -> Outputs:
@@ -85,7 +76,7 @@ def outputs_of(session: Session, part: Part) -> Outputs:
         session.settings,
         batch_size=session.batch_size,
         world=session.world,
-        threads=session.threads,
+        threads=session.config.data.workers,
     )
     return run_network(session.model, loader, part, session.world)
 

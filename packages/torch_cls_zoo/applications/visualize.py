@@ -8,41 +8,42 @@ from typing import Any
 import numpy as np
 
 from shared_core.for_torch.checkpoints import unwrap
-from torch_cls_zoo.applications.session import Session, only_main
+from torch_cls_zoo.applications.session import Session
 from torch_cls_zoo.dataloader.folders import Part, part
 from torch_cls_zoo.dataloader.preprocess import preprocess
-from torch_cls_zoo.utils.visualize import visualise
+from torch_cls_zoo.explain.overlays import visualise
 
 BATCH = 8  # images; maps need the gradients of a whole batch
 
 
 def visualize(session: Session) -> dict[str, Any]:
     """Draw into ``visual_images/`` of the run, by the main process."""
-    args = session.args
-    chosen = part(session.data, args.visual_data)
+    asked = session.config.pictures
+    name = str(asked.visual_data)
+    chosen = part(session.data, name)
     rows = np.arange(len(chosen))
-    if args.visual_number and args.visual_number < len(chosen):
+    if asked.visual_number and asked.visual_number < len(chosen):
         # Evenly spread: parts are listed class by class.
-        rows = np.linspace(0, len(chosen) - 1, args.visual_number).round().astype(int)
+        rows = np.linspace(0, len(chosen) - 1, asked.visual_number).round().astype(int)
 
     def write() -> dict[str, Any]:
         return visualise(
             unwrap(session.model),
             _batches(session, chosen, rows),
-            args.output / "visual_images",
+            session.output / "visual_images",
             class_names=session.classes,
             normalise=session.settings.normalizer(session.world.device),
-            method=args.visual_method,
-            layer=args.visual_layer,
+            method=asked.visual_method,
+            layer=asked.visual_layer,
             family=session.family,
-            title=f"{session.arch}, {args.visual_data} images",
+            title=f"{session.arch}, {name} images",
         )
 
-    drawn = only_main(session.world, write)
+    drawn = session.only_main(write)
     for note in drawn["notes"]:
         session.say(f"note: {note}")
     session.say(
-        f"{', '.join(drawn['methods'])} of {drawn['images']} {args.visual_data} images at layer "
+        f"{', '.join(drawn['methods'])} of {drawn['images']} {name} images at layer "
         f"{drawn['layer']}: {drawn['sheet']}"
     )
     return drawn

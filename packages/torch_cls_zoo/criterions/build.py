@@ -36,6 +36,7 @@ def build_criterion(
     hard_ratio: float = 0.7,
     bins: int = 30,
     momentum: float = 0.75,
+    ghm_counts: str = "loss",
 ) -> Criterion:
     """Make a criterion of any combination of weights.
 
@@ -47,6 +48,7 @@ def build_criterion(
         hard_ratio: share of the hardest that ``ohm`` keeps, in (0, 1].
         bins: of ``ghm``.
         momentum: of ``ghm``, in [0, 1).
+        ghm_counts: ``loss`` or ``original``, see :class:`GHMWeight`.
 
     Raises:
         ValueError: an unknown name or family, a matrix that is missing or of another size, a value
@@ -76,7 +78,9 @@ def build_criterion(
     if "ohm" in wanted:
         weights["ohm"] = OHMWeight(hard_ratio, by_sample=family == "softmax")
     if "ghm" in wanted:
-        weights["ghm"] = GHMWeight(bins=bins, momentum=momentum)
+        weights["ghm"] = GHMWeight(
+            bins=bins, momentum=momentum, softmax=family == "softmax", counts=ghm_counts
+        )
     return Criterion(family, num_classes, weights)
 
 
@@ -105,13 +109,19 @@ class Criterion(nn.Module):
             return F.one_hot(targets, self.num_classes).float()
         return targets.float()
 
-    def term_weights(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """``G`` of shape ``(N, K)``, without gradient. In training mode GHM-C learns from it."""
+    def term_weights(
+        self, logits: Tensor, targets: Tensor, counted: Tensor | None = None
+    ) -> Tensor:
+        """``G`` of shape ``(N, K)``, without gradient. In training mode GHM-C learns from it.
+
+        Args:
+            counted: bool ``(N,)``, samples that have a part in the loss; None is all.
+        """
         with torch.no_grad():
             probs = self.probabilities(logits)
             product = torch.ones_like(probs)
             for weight in self.weights.values():
-                product = product * weight(probs, targets)
+                product = product * weight(probs, targets, counted)
         return product
 
     def per_sample(
@@ -131,7 +141,8 @@ class Criterion(nn.Module):
         """
         self._check(logits, targets, sample_weights)
         target = self.soft_targets(targets.detach())
-        weight = self.term_weights(logits.detach(), target)
+        counted = None if sample_weights is None else sample_weights > 0
+        weight = self.term_weights(logits.detach(), target, counted)
         logits = logits.float()
         if self.family == "softmax":
             terms = -target * F.log_softmax(logits, dim=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +12,8 @@ class OHMWeight(nn.Module):
     By sample (softmax): hardness is the largest over the classes, ``n = N``. By term (sigmoid):
     every term by itself, ``n = N * K``. Equal hardness: the earlier one is kept.
 
-    In evaluation mode everything is kept.
+    Only what counts at all is ranked, and ``n`` is its number: a sample that a curriculum takes out
+    takes no place of the hardest. In evaluation mode everything is kept.
 
     The first version of this zoo kept the *easiest* samples with softmax, and the hardest
     ``1 - hard_ratio`` with sigmoid; here the ratio is the share of hard ones in both.
@@ -29,16 +28,20 @@ class OHMWeight(nn.Module):
         self.hard_ratio = hard_ratio
         self.by_sample = by_sample
 
-    def forward(self, probs: Tensor, targets: Tensor) -> Tensor:
-        """Weights ``(N, K)``, 0 or 1."""
+    def forward(self, probs: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Weights ``(N, K)``, 0 or 1; ``counted`` says which samples are ranked, bool ``(N,)``."""
         if not self.training:
             return torch.ones_like(probs)
         hardness = (probs - targets).abs()
         if self.by_sample:
-            hardness = hardness.amax(dim=1)
+            hardness = hardness.amax(dim=1, keepdim=True)
+        if counted is not None:  # the others come last
+            hardness = hardness.masked_fill(~counted[:, None], -1.0)
         flat = hardness.flatten()
+        number = (flat >= 0).sum()
         # A hair less, so that 0.7 of 10 is 7 and not 8 by a rounding error.
-        count = max(1, math.ceil(self.hard_ratio * flat.numel() - 1e-9))
-        chosen = torch.sort(flat, descending=True, stable=True).indices[:count]
-        kept = torch.zeros_like(flat).index_fill_(0, chosen, 1.0).reshape(hardness.shape)
-        return kept[:, None].expand_as(probs) if self.by_sample else kept
+        count = (self.hard_ratio * number.double() - 1e-9).ceil().clamp_min(1)
+        order = torch.sort(flat, descending=True, stable=True).indices
+        places = torch.arange(len(flat), device=flat.device)
+        kept = torch.zeros_like(flat).index_copy_(0, order, (places < count).to(flat.dtype))
+        return kept.reshape(hardness.shape).expand_as(probs)

@@ -23,7 +23,7 @@ class ClassWeight(nn.Module):
         self.matrix: Tensor
         self.register_buffer("matrix", _buffer(matrix), persistent=False)
 
-    def forward(self, probs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, probs: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Weights ``(N, K)`` for targets float ``(N, K)``."""
         return targets @ self.matrix
 
@@ -42,7 +42,7 @@ class ThresholdWeight(nn.Module):
         self.register_buffer("low", _buffer(low), persistent=False)
         self.register_buffer("up", _buffer(up), persistent=False)
 
-    def forward(self, probs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, probs: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Weights ``(N, K)`` for probabilities and targets ``(N, K)``."""
         inside = (targets @ self.low < probs) & (probs < targets @ self.up)
         return inside.to(probs.dtype)

@@ -9,9 +9,10 @@ from pathlib import Path
 from shared_core.datasets import ImageSet
 from shared_core.datasets.splitting.prepared import PreparedData, prepare_data
 from shared_core.runs import UsageError, derive_seed
+from torch_cls_zoo.dataloader import PARTS
 
 # What the command calls a part, and what the split calls it.
-PARTS = {"train": "train", "val": "calibration", "test": "test"}
+SPLITS = dict(zip(PARTS, ("train", "calibration", "test"), strict=True))
 BUILTIN = "builtin"
 
 
@@ -35,6 +36,7 @@ def open_data(
     seed: int = 0,
     workers: int = 0,
     quarantine: Path | None = None,
+    split: Path | None = None,
     image_side: int = 64,
 ) -> PreparedData:
     """Find the images, look at each once, and write the split down in ``output``.
@@ -47,6 +49,7 @@ def open_data(
         seed: of the split by hash and of drawn scenes.
         workers: processes that check the files.
         quarantine: a list of files to leave out; ``quarantine.txt`` in the data folder otherwise.
+        split: a manifest that says which image is in which part.
         image_side: of drawn scenes, pixels.
 
     Raises:
@@ -61,7 +64,7 @@ def open_data(
             "seed": derive_seed(seed, "scenes") % 2**31,
         }
         return prepare_data(
-            output, root=None, scenes=scenes, num_classes=num_classes, split_seed=seed
+            output, root=None, scenes=scenes, num_classes=num_classes, split_seed=seed, split=split
         )
     root = Path(data)
     if not root.is_dir():
@@ -76,6 +79,7 @@ def open_data(
         split_seed=seed,
         workers=workers,
         quarantine=quarantine,
+        split=split,
     )
 
 
@@ -86,10 +90,10 @@ def part(data: PreparedData, name: str) -> Part:
         UsageError: an unknown name.
         DatasetError: the data has no such part.
     """
-    if name not in PARTS:
-        raise UsageError(f"part is {name!r}, expected one of {', '.join(PARTS)}")
-    items = data.manifest.subset(PARTS[name])
-    return Part(name, data.image_set(PARTS[name]), tuple(item.path for item in items))
+    if name not in SPLITS:
+        raise UsageError(f"part is {name!r}, expected one of {', '.join(SPLITS)}")
+    items = data.manifest.subset(SPLITS[name])
+    return Part(name, data.image_set(SPLITS[name]), tuple(item.path for item in items))
 
 
 def check_classes(found: Sequence[str], wanted: Sequence[str], where: str) -> None:

@@ -1,1 +1,4 @@
-"""The README's three tables as experiments: rows, recipes, runs, and the page that shows them."""
+"""The README's tables as experiments: rows, recipes, cells, and the page that shows them.
+
+What belongs here starts trainings and measures networks to fill a table; nothing else imports it.
+"""

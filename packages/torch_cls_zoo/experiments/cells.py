@@ -1,10 +1,11 @@
-"""One cell of a table: a row trained with a seed, in its own folder, resumed after a kill."""
+"""The cells of a table: a row trained with a seed, in its own folder, resumed after a kill."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,124 +13,132 @@ import numpy as np
 
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets.splitting.prepared import PreparedData
-from shared_core.for_torch.distributed import World, start
+from shared_core.for_torch.distributed import start
 from shared_core.runs import derive_seed
+from shared_core.trials import Cell
 from torch_cls_zoo.applications.dispatch import run
 from torch_cls_zoo.config import parse
 from torch_cls_zoo.dataloader.curriculum_files import CURRICULUM_FILE
 from torch_cls_zoo.dataloader.knowledge_files import LABEL_FILE
 from torch_cls_zoo.dataloader.sample_files import read_sample_file, write_sample_file
 from torch_cls_zoo.experiments.recipes import Recipe
-from torch_cls_zoo.experiments.rows import MATRICES, Row
+from torch_cls_zoo.experiments.rows import LABELS, LARGER, MATRICES, Row
 
 # The true class's term counts twice, every other once.
 MATRICES_TEXT = "weights: {diagonal: 2, other: 1}\n"
+FILES, LOG = "files", "log.txt"  # of a cell: what it writes for others, what it said
 
 
-class Bench:
-    """Runs cells of one experiment below ``folder``.
+def words_of_row(row: Row, settings: Recipe, extra: Sequence[str] = ()) -> list[str]:
+    """The options of a row without its seed and folders: what its result depends on.
 
     Args:
-        folder: of the experiment.
-        experiment: its name.
-        recipe: what all rows share.
-        data: the images.
         extra: further options of every row.
     """
+    words = [*settings.words(), *extra]
+    for flag in row.without:
+        words = _without(words, flag)
+    return [*words, *(settings.larger if word == LARGER else word for word in row.words)]
 
-    def __init__(
-        self,
-        folder: Path,
-        experiment: str,
-        recipe: Recipe,
-        data: PreparedData,
-        *,
-        extra: Sequence[str] = (),
-    ) -> None:
-        self.folder, self.experiment, self.recipe, self.data = folder, experiment, recipe, data
-        self.extra = list(extra)
-        self._world: World | None = None
 
-    def files_of(self, row: str, seed: int) -> Path:
-        """Where a row's knowledge or curriculum lies."""
-        return self.folder / "files" / f"{row}-s{seed}"
+def cells_of(
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    settings: Recipe,
+    *,
+    extra: Sequence[str] = (),
+    split_hash: str,
+) -> list[Cell]:
+    """A cell for each row and seed, seed by seed, so that a stop leaves whole rows of a seed."""
+    return [
+        Cell(
+            row.name,
+            {
+                "words": words_of_row(row, settings, extra),
+                "learns_from": row.learns_from,
+                "shuffled": row.shuffled,
+                "split": split_hash,
+            },
+            seed,
+            row.needs,
+        )
+        for seed in seeds
+        for row in rows
+    ]
 
-    def words(self, row: Row, seed: int) -> list[str]:
-        """The command of one cell."""
-        words = [*self.recipe.words(), *self.extra]
-        if "--pretrained" in row.without:
-            words = _without(words, "--pretrained")
-        if "--aug" in row.without:
-            words = [word for word in words if word != "--aug"]
-        own = [self.recipe.larger if word == "LARGER" else word for word in row.words]
-        own = [str(self._matrices()) if word == MATRICES else word for word in own]
-        words += ["--train", *own, "--seed", str(seed), "--output", str(self.place(row, seed))]
-        if row.writes:
-            flag = "--knowledge" if row.writes == "knowledge" else "--make_curriculum"
-            words += [flag, "train", "--knowledge_dir", str(self.files_of(row.label, seed))]
-        elif row.learns_from:
-            words += ["--knowledge_dir", str(self._sources(row, seed))]
-        return words
 
-    def place(self, row: Row, seed: int) -> Path:
-        """The folder of a cell's run."""
-        return self.folder / "cells" / f"{row.label}-s{seed}"
+@dataclass(frozen=True)
+class Bench:
+    """Where cells run and on what.
 
-    def _matrices(self) -> Path:
-        path = self.folder / "class_matrices.yaml"
-        if not path.exists():
-            atomic_write(path, lambda scratch: scratch.write_text(MATRICES_TEXT, encoding="utf-8"))
-        return path
+    Attributes:
+        folder: of the experiment.
+        data: the images.
+        rows: by name.
+        further: options that decide no result (``--workers 2``).
+    """
 
-    def _sources(self, row: Row, seed: int) -> Path:
-        """A folder with the files that ``row`` learns from, gathered from the rows before."""
-        target = self.files_of(row.label, seed)
-        target.mkdir(parents=True, exist_ok=True)
-        for number, source in enumerate(row.learns_from):
-            labels = source.endswith(":labels")
-            folder = self.files_of(Row(source.removesuffix(":labels")).label, seed)
-            if (folder / CURRICULUM_FILE).exists():
-                _copy_curriculum(folder, target, seed if row.shuffled else None)
-            else:
-                file = folder / (LABEL_FILE if labels else "distill.txt")
-                shutil.copyfile(file, target / f"distill_{number}.txt")
-        return target
+    folder: Path
+    data: PreparedData
+    rows: dict[str, Row]
+    further: tuple[str, ...] = ()
 
-    def run(self, row: Row, seed: int) -> dict[str, Any]:
-        """Train and test one cell; a run that was killed goes on exactly.
+    def measure(self, cell: Cell, place: Path) -> dict[str, Any]:
+        """Train and test one cell in ``place``; a run that was killed goes on exactly.
 
         Returns:
             ``accuracy``, ``macro_f1``, ``loss`` on test, ``val_accuracy``, ``best_epoch``,
             ``parameters``, ``seconds``.
         """
-        place = self.place(row, seed)
-        words = self.words(row, seed)
-        if (place / "config.json").exists():
-            words.append("--resume")
-        args = parse(words)
-        args.command = "experiments/" + row.label
-        args.histograms = False
-        if self._world is None:
-            self._world = start(device="cpu" if args.cuda is False else "auto")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "cells" / f"{row.label}-s{seed}.log").open("a") as said:
-            with contextlib.redirect_stdout(said):
-                result = run(args, self._world, data=self.data)
+        config = parse(self.command(cell, place), prog="main.py")
+        world = start(device="cpu" if config.processes.device == "cpu" else "auto")
+        with (place / LOG).open("a") as said, contextlib.redirect_stdout(said):
+            result = run(config, world, data=self.data)
+        for name in ("state", "checkpoints"):  # what is large; log and report stay
+            shutil.rmtree(place / "run" / name, ignore_errors=True)
         test, training = result["test"], result["training"]
         return {
-            "accuracy": test["accuracy"],
-            "macro_f1": test["macro_f1"],
-            "loss": test["loss"],
-            "val_accuracy": training["val_accuracy"],
-            "best_epoch": training["best_epoch"],
-            "parameters": training["parameters"],
-            "seconds": training["seconds"],
+            **{key: test[key] for key in ("accuracy", "macro_f1", "loss")},
+            **{
+                key: training[key]
+                for key in ("val_accuracy", "best_epoch", "parameters", "seconds")
+            },
         }
 
-    def clean(self, row: Row, seed: int) -> None:
-        """Take away what is large of a finished cell; its log and report stay."""
-        for name in ("state", "checkpoints"):
-            shutil.rmtree(self.place(row, seed) / name, ignore_errors=True)
+    def command(self, cell: Cell, place: Path) -> list[str]:
+        """The words of ``main.py`` for a cell in ``place``."""
+        row = self.rows[cell.name]
+        words = [
+            str(self._matrices(place)) if word == MATRICES else word
+            for word in cell.settings["words"]
+        ]
+        words += ["--train", "--continue", "--seed", str(cell.seed), "--no-histograms"]
+        words += ["--output", str(place / "run"), *self.further]
+        if row.writes:
+            flag = "--knowledge" if row.writes == "knowledge" else "--make_curriculum"
+            words += [flag, "train"]
+        if row.writes or row.learns_from:
+            words += ["--knowledge_dir", str(place / FILES)]
+        if row.learns_from:
+            self._gather(row, cell.seed, place / FILES)
+        return words
+
+    def _matrices(self, place: Path) -> Path:
+        path = place / "class_matrices.yaml"
+        atomic_write(path, lambda scratch: scratch.write_text(MATRICES_TEXT, encoding="utf-8"))
+        return path
+
+    def _gather(self, row: Row, seed: int, target: Path) -> None:
+        """Copy the files that ``row`` learns from out of the cells before it."""
+        target.mkdir(parents=True, exist_ok=True)
+        for number, source in enumerate(row.learns_from):
+            name = source.removesuffix(LABELS)
+            folder = self.folder / "cells" / Cell(name, {}, seed).folder_name / "run" / FILES
+            if (folder / CURRICULUM_FILE).exists():
+                _copy_curriculum(folder, target, seed if row.shuffled else None)
+            else:
+                file = folder / (LABEL_FILE if source != name else "distill.txt")
+                shutil.copyfile(file, target / f"distill_{number}.txt")
 
 
 def _without(words: Sequence[str], flag: str) -> list[str]:

@@ -9,6 +9,7 @@ from shared_core import datasets
 from shared_core.datasets import DecodedCache, ImageSet
 from shared_core.datasets.splitting.prepared import PreparedData, prepare_data
 from shared_core.runs import UsageError
+from torch_cls_zoo.experiments.recipes import Recipe
 
 DATA_SET = "clothing-10"
 SCENE_SIDE = 48  # pixels of drawn scenes
@@ -42,30 +43,22 @@ def find_data(data_path: Path | None, data_root: Path | None) -> Path | None:
 
 
 def open_images(
-    folder: Path | None,
-    output: Path,
-    *,
-    known: bool,
-    classes: int,
-    images: int,
-    cache_side: int,
-    seed: int = 0,
+    folder: Path | None, output: Path, *, known: bool, settings: Recipe
 ) -> PreparedData:
     """Check and split the images; None draws scenes.
 
     Args:
+        output: of the experiment; the split and decoded images are kept there.
         known: the folder is the known set, whose facts are compared.
-        classes, images: of drawn scenes; images of each class.
-        cache_side: shorter side of decoded images that are kept in ``output/cache``, pixels; 0
-            keeps none.
+        settings: of drawn scenes, and the size of decoded images.
     """
     output.mkdir(parents=True, exist_ok=True)
     if folder is None:
         scenes = {
-            "num_classes": classes,
+            "num_classes": settings.classes,
             "image_size": SCENE_SIDE,
-            "images_per_class": images,
-            "seed": seed,
+            "images_per_class": settings.images,
+            "seed": 0,
         }
         fractions = (("train", 0.6), ("calibration", 0.2), ("test", 0.2))
         data = prepare_data(output, root=None, scenes=scenes, fractions=fractions)
@@ -75,7 +68,7 @@ def open_images(
     for part in ("train", "calibration", "test"):
         if part not in data.manifest.splits:
             raise UsageError(f"{folder}: no {part} images, expected train, val and test folders")
-    if not cache_side:
+    if not settings.cache_side:
         return data
     everything = data.manifest.entries
     whole = ImageSet(
@@ -83,6 +76,6 @@ def open_images(
         [entry.label for entry in everything],
         [entry.key for entry in everything],
     )
-    cache = DecodedCache.open_or_build(whole, output / "cache", short_side=cache_side)
+    cache = DecodedCache.open_or_build(whole, output / "cache", short_side=settings.cache_side)
     values = {one.name: getattr(data, one.name) for one in fields(data)}
     return CachedData(**values, cache=cache)

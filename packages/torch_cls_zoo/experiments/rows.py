@@ -36,14 +36,22 @@ class Row:
     skip: tuple[tuple[str, str], ...] = ()
 
     @property
-    def label(self) -> str:
-        """The name as part of a folder's name."""
-        return "".join(c if c.isalnum() else "-" for c in self.name).strip("-").lower()
+    def needs(self) -> tuple[str, ...]:
+        """The rows whose files this one reads."""
+        return tuple(dict.fromkeys(source.removesuffix(LABELS) for source in self.learns_from))
+
+    def reason(self, scale: str, pretrained: str | None) -> str | None:
+        """Why it is not run; None when it is."""
+        if "--pretrained" in self.without and pretrained is None:
+            return "no row starts from pretrained weights here, so this is the baseline"
+        return dict(self.skip).get(scale)
 
 
 BCE = ("--criterion", "bce")
 GHM = (*BCE, "--ghm_loss")
 MATRICES = "MATRICES"  # stands for the file that the run writes
+LARGER = "LARGER"  # stands for the recipe's larger network
+LABELS = ":labels"  # after a row's name: its images' true labels
 
 CRITERIA = (
     Row("softmax", ("--criterion", "softmax"), 0.892),
@@ -70,7 +78,7 @@ AUGMENT = (
 DISTILL = (
     Row("alone", BCE),
     Row("teacher: same net, ghm", GHM, writes="knowledge"),
-    Row("teacher: larger net", (*BCE, "--arch", "LARGER"), writes="knowledge"),
+    Row("teacher: larger net", (*BCE, "--arch", LARGER), writes="knowledge"),
     Row("from the same net, ghm", (*BCE, "--distill"), 0.8855,
         learns_from=("teacher: same net, ghm",)),
     Row("from it, averaged with the labels", (*BCE, "--distill"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_cls_zoo.models.aliases import Resolved, resolve
 from torch_cls_zoo.models.pretrained import library_weights, load_pretrained, pruned_widths
-from torch_cls_zoo.utils.prune_channels import cut_channels
+from torch_cls_zoo.pruning.cutting import cut_channels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from torch_cls_zoo.dataloader import POLICIES
 from torch_cls_zoo.dataloader.enhancement.my_augment import MyAugment
-
-POLICIES = ("my", "imagenet", "cifar10", "svhn")
 
 
 class AutoAugmentPolicy:

@@ -20,7 +20,8 @@ import numpy as np
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import decode, view_rng
 from shared_core.runs import UsageError, run_command
-from torch_cls_zoo.dataloader.enhancement.policies import POLICIES, make_augment
+from torch_cls_zoo.dataloader import POLICIES
+from torch_cls_zoo.dataloader.enhancement.policies import make_augment
 from torch_cls_zoo.dataloader.preprocess import preprocess
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")

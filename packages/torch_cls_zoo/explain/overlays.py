@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from shared_core.checkpoints import atomic_write
 from shared_core.runs import UsageError
-from torch_cls_zoo.utils.cam import METHODS, class_maps, enlarge, normalized
-from torch_cls_zoo.utils.cam_layers import default_layer
+from torch_cls_zoo.explain.cam import METHODS, class_maps, enlarge, normalized
+from torch_cls_zoo.explain.cam_layers import default_layer
 
 # The README of this zoo prints "grad-camm++"; both spellings mean the same.
 METHOD_NAMES = {**{name: (name,) for name in METHODS}, "all": METHODS, "grad-camm++": METHODS[2:]}
@@ -72,12 +72,12 @@ def explain(
         names: one an image.
         labels: true classes; None where unknown.
         layer: module to look at.
-        methods: out of :data:`torch_cls_zoo.utils.cam.METHODS`.
+        methods: out of :data:`torch_cls_zoo.explain.cam.METHODS`.
         family: ``softmax`` or ``sigmoid`` (``bce``): for the probabilities.
         top: most probable classes to explain, 1 or more.
 
     Raises:
-        ValueError: see :func:`torch_cls_zoo.utils.cam.class_maps`.
+        ValueError: see :func:`torch_cls_zoo.explain.cam.class_maps`.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_cls_zoo.utils.prune_graph import ChannelGraph, layers_of
+from torch_cls_zoo.pruning.channel_graph import ChannelGraph, layers_of
 
 Kept = dict[str, dict[str, list[int]]]  # by layer: channels kept of its "in" and its "out"
 

@@ -8,12 +8,15 @@ Source: Liu et al. 2017, arXiv:1708.06519, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+
+LEAST_REACH = 0.1  # of scales that start near 1
 
 
 def scales(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -49,17 +52,37 @@ def add_slimming(optimizer: Optimizer, model: nn.Module, strength: float = 5e-4)
     base.register_step_pre_hook(slim)
 
 
-def gamma_values(model: nn.Module) -> Tensor:
-    """All scales' absolute values in one vector, on the CPU; empty without BatchNorm."""
-    values = [gamma.detach().abs().flatten().float().cpu() for gamma in scales(model).values()]
-    return torch.cat(values) if values else torch.empty(0)
+def slimming_reach(rates: Sequence[float], steps: int, strength: float) -> float:
+    """How far slimming moves a scale at most in a training: ``strength`` times the sum of rates.
+
+    Args:
+        rates: learning rate of each epoch.
+        steps: of an epoch.
+        strength: of :func:`add_slimming`.
+    """
+    return strength * steps * sum(rates)
+
+
+def slimming_note(reach: float, strength: float) -> str | None:
+    """What to tell the user of a reach that cuts nothing off; None for one that may.
+
+    Scales start near 1. One that hardly moves tells nothing of its channel, and pruning by it
+    would cut by the first random values.
+    """
+    if reach >= LEAST_REACH:
+        return None
+    return (
+        f"note: --sparsity moves a scale by at most {reach:.1g} in all this training, expected "
+        f"{LEAST_REACH} or more of scales near 1: pruning would cut by chance. Take --slim "
+        f"{strength * LEAST_REACH / reach:.1g} or more, or a larger --lr"
+    )
 
 
 def sparsity_facts(model: nn.Module, *, near: float = 1e-2) -> dict[str, float]:
-    """Share of scales below ``near``, their median and mean, for the log."""
-    values = gamma_values(model)
-    if not len(values):
-        return {"gammas": 0.0, "near_zero": 0.0, "median": 0.0, "mean": 0.0}
+    """Number of scales, share of them below ``near``, their median and mean (absolute values)."""
+    values = torch.cat(
+        [gamma.detach().abs().flatten().float().cpu() for gamma in scales(model).values()]
+    )
     return {
         "gammas": float(len(values)),
         "near_zero": float((values < near).float().mean()),

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from torch_cls_zoo.explain.cam_layers import Layout, layout_of, module_at, to_maps
 from torch_cls_zoo.models.head import head_names
-from torch_cls_zoo.utils.cam_layers import Layout, layout_of, module_at, to_maps
 
 METHODS = ("cam", "grad-cam", "grad-cam++")
 
@@ -43,7 +43,7 @@ def class_maps(
         model: gives logits ``(N, C)``; runs in eval mode and is as before afterwards.
         images: normalised, ``(N, 3, H, W)``.
         classes: for each image the classes to explain, as many (M) for each.
-        layer: name of a module; see :func:`torch_cls_zoo.utils.cam_layers.default_layer`.
+        layer: name of a module; see :func:`torch_cls_zoo.explain.cam_layers.default_layer`.
         methods: out of ``cam``, ``grad-cam``, ``grad-cam++``.
 
     Returns:

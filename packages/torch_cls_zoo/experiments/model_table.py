@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_cls_zoo.applications.export_files import export_all
 from torch_cls_zoo.models import build_model
-from torch_cls_zoo.utils.export import export_all
-from torch_cls_zoo.utils.summary import summarize
+from torch_cls_zoo.models.summary import summarize
 
 CLASSES = 6
 PIXELS = 224

@@ -1,0 +1,383 @@
+"""Every option of ``main.py`` as one row of one table: how it is spelled, what it is for, when.
+
+A row says which modes look at the option (elsewhere it would do nothing and is refused), what it
+needs beside it, whether a resumed run may say something else, and whether it is written down in
+the run's ``config.json`` and beside the weights. Nothing here loads more than argparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
+from shared_core.runs.options import COMMON, CommandParser
+from torch_cls_zoo.dataloader import PARTS, POLICIES
+
+DEFAULT_ARCH = "efficientnet_b0"
+RESUME_RUN = "run"  # what `--resume` without a value stands for
+LIBRARY = "default"  # what `--pretrained` without a value stands for
+VISUAL_METHODS = ("cam", "grad-cam", "grad-cam++", "grad-camm++", "all")
+ACTIONS = ("evaluate", "knowledge", "make_curriculum", "visual_data", "jit")  # with a network
+MODES = ("train", "find_lr", *ACTIONS)
+SUMMARY = "summary"  # the mode without a mode: print the network
+LEARNING = ("train", "find_lr")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        flags: its spellings, the first is how messages call it.
+        dest: its name in the settings.
+        words: for argparse: type, default, choices, help ...
+        modes: modes that look at it.
+        needs: options one of which must be set, or it would do nothing.
+        may_differ: a resumed run may say something else, for the result stays the same.
+        in_config: it stands in the run's ``config.json``.
+        in_facts: it stands beside the weights, for it says what the network is.
+    """
+
+    flags: tuple[str, ...]
+    dest: str
+    words: Mapping[str, Any]
+    modes: tuple[str, ...] = MODES
+    needs: tuple[str, ...] = ()
+    may_differ: bool = False
+    in_config: bool = True
+    in_facts: bool = True
+
+    @property
+    def default(self) -> Any:
+        """Its value where the command does not say it."""
+        switch = self.words.get("action") == "store_true"
+        return self.words.get("default", False if switch else None)
+
+    @property
+    def is_path(self) -> bool:
+        """Whether its value is a path."""
+        return self.words.get("type") is Path
+
+
+def _row(
+    flags: str,
+    sentence: str,
+    *,
+    dest: str | None = None,
+    modes: tuple[str, ...] = MODES,
+    needs: tuple[str, ...] = (),
+    may_differ: bool = False,
+    in_config: bool = True,
+    in_facts: bool = True,
+    **words: Any,
+) -> Option:
+    spellings = tuple(flags.split())
+    named = dest or next(f for f in spellings if f.startswith("--")).lstrip("-").replace("-", "_")
+    words = {**(words or {"action": "store_true"}), "help": sentence}
+    return Option(spellings, named, words, modes, needs, may_differ, in_config, in_facts)
+
+
+def _common(name: str, aliases: str = "", help: str | None = None, **words: Any) -> Option:
+    """An option that all five projects share: the core's spelling and sentence, our aliases."""
+    known = {**COMMON[name], **words}
+    sentence = help or known["help"]
+    return _row(f"--{name} {aliases}", sentence, **{k: v for k, v in known.items() if k != "help"})
+
+
+_MIX = ("mixup", "cutmix")
+_TRAINS = {"modes": LEARNING}
+_OUTSIDE = {"may_differ": True, "in_facts": False}  # where and how, not what
+
+DATA = (
+    _common(
+        "data-path", "--data", "The folder with the images: train/, val/ and test/ with one folder "
+        "a class in each, or class folders alone. The word builtin draws scenes.",
+        dest="data", type=str, default="data",
+    ),
+    _common("split"),
+    _row(
+        "--input-size --image_size", "The height and width in pixels of what the network sees, or "
+        "one number for both; without it those of the weights, or 224.",
+        dest="image_size", type=SIZE, nargs="+", metavar="PIXELS", modes=(*MODES, SUMMARY),
+    ),
+    _row(
+        "--num_classes", "How many class folders there must be (without images, the outputs of the "
+        "network that is printed, 6).",
+        type=number(int, 2, 10**6), metavar="N", modes=(*MODES, SUMMARY),
+    ),
+    _common(
+        "workers", "-j", "How many threads read and decode images; without it as many as there are "
+        "cores, at most 8.", **_OUTSIDE,
+    ),
+    _common(
+        "batch-size", "-b --batch_size", "How many images a step takes, in each process; without "
+        "it 256, and at most a quarter of the training images.",
+    ),
+    _row(
+        "--quarantine", "A list of files to leave out; check_images.py writes one.",
+        type=Path, metavar="FILE",
+    ),
+    _common("seed", default=1234),
+)  # fmt: skip
+
+NETWORK = (
+    _row(
+        "-a --arch", "The network: any name of torchvision or timm, or one of models/aliases.py. "
+        f"Without it the network of the weights, or {DEFAULT_ARCH}.",
+        metavar="NAME", default=None, modes=(*MODES, SUMMARY),
+    ),
+    _common(
+        "init", "--pretrained", "The weights that a training starts from: a file, or the library's "
+        "own where nothing follows, or none to train from nothing.",
+        dest="pretrained", nargs="?", const=LIBRARY, **_TRAINS,
+    ),
+    _row("--advprop", "Scale the pixels to [-1, 1], as networks trained by AdvProp want them."),
+    _common(
+        "resume", "", "A file of weights to start from or to use. Without a value, or with a run's "
+        "folder, go on with that run exactly where it stopped.",
+        action="store", nargs="?", const=RESUME_RUN, metavar="FILE", modes=(*MODES, SUMMARY),
+    ),
+    _row(
+        "--summary", "Print the layers with their parameters and multiply-adds first.",
+        modes=(*MODES, SUMMARY), **_OUTSIDE,
+    ),
+)  # fmt: skip
+
+DOING = (
+    _row("--train", "Train, then test the best weights."),
+    _row("-e --evaluate --evaluation", "Measure on the test part.", **_OUTSIDE),
+    _row(
+        "--find_lr", "The LR-range test, in that many steps, of the training that the other "
+        "options describe (100 where no number follows).",
+        type=number(int, 5, 10**6), nargs="?", const=100, metavar="STEPS", in_config=False,
+        in_facts=False,
+    ),
+    _row(
+        "--jit", "Write the network for use elsewhere: TorchScript, ONNX and torch.export files "
+        "and a model folder, each checked against the network on the test images.", **_OUTSIDE,
+    ),
+    _row(
+        "--knowledge", "Write what the network says of that part's images, to teach others with.",
+        choices=PARTS, **_OUTSIDE,
+    ),
+    _row(
+        "--visual_data", "Draw class activation maps of that part's images.",
+        choices=PARTS, **_OUTSIDE,
+    ),
+    _row(
+        "--make_curriculum", "Write a weight for each of that part's images, by how sure the "
+        "network is of it.", choices=PARTS, **_OUTSIDE,
+    ),
+)  # fmt: skip
+
+TRAINING = (
+    _common("epochs", default=85, **_TRAINS),
+    _row(
+        "--opt", "The optimizer: any name of optim/build.py or timm.optim.",
+        default="adam", metavar="NAME", **_TRAINS,
+    ),
+    _common("lr", default=1e-4, **_TRAINS),
+    _row(
+        "--lr_ratios", "Factors of the learning rate, each up to its epoch of --lr_steps, in place "
+        "of the README's rule.", type=POSITIVE, nargs="+", metavar="F", **_TRAINS,
+    ),
+    _row(
+        "--lr_steps", "The epochs, growing, at which the factors of --lr_ratios end.",
+        type=SIZE, nargs="+", metavar="N", **_TRAINS,
+    ),
+    _row(
+        "--momentum", "The momentum of sgd, and of those of timm that have one.",
+        type=number(float, 0, 0.999999), default=0.9, metavar="M", **_TRAINS,
+    ),
+    _row(
+        "--wd --weight_decay --weight-decay", "The weight decay, apart from the gradient and for "
+        "all but biases.", type=WEIGHT, default=5e-4, metavar="D", **_TRAINS,
+    ),
+    _row(
+        "--warmup", "How many epochs at a tenth of the rate come first.",
+        type=COUNT, default=5, metavar="N", **_TRAINS,
+    ),
+    _row(
+        "-p --print-freq --print_freq", "How many batches pass between two lines.",
+        dest="print_freq", type=SIZE, default=50, metavar="N", modes=("train",), **_OUTSIDE,
+    ),
+    _common("amp", **_TRAINS),
+    _row("--sparsity", "Slim the network: push batch-norm scales to 0, for prune.py.", **_TRAINS),
+    _row(
+        "--slim", "How hard --sparsity pushes: a step moves a scale by the learning rate times it.",
+        type=POSITIVE, default=5e-4, metavar="S", needs=("sparsity",), **_TRAINS,
+    ),
+    _row(
+        "--bias_prior", "The first probability of each class, or one for all, or the word data for "
+        "the classes' shares.", nargs="+", metavar="P", **_TRAINS,
+    ),
+    _row(
+        "--save_every", "Save the run's state every N batches, too, beside after each epoch.",
+        type=COUNT, default=0, metavar="N", modes=("train",), **_OUTSIDE,
+    ),
+    _common("continue", dest="go_on", modes=("train",), in_config=False, in_facts=False),
+    _common("fresh", modes=("train",), in_config=False, in_facts=False),
+)  # fmt: skip
+
+LOSS = (
+    _row(
+        "--criterion", "What the logits mean: softmax, one class of all; bce, a yes or no for each "
+        "class. Without it that of the weights, or softmax.", choices=("softmax", "bce"),
+    ),
+    _row("--weighted_loss", "Weigh confusions by the matrix of --class_matrices.", **_TRAINS),
+    _row("--threshold_loss", "Leave out what is learned already.", **_TRAINS),
+    _row("--ghm_loss", "Even out the gradients (GHM-C).", **_TRAINS),
+    _row(
+        "--ghm_counts", "Which terms --ghm_loss counts with softmax: those that the loss has, or "
+        "as the original did all classes' alike, which makes the loss larger by about half the "
+        "number of classes.", choices=("loss", "original"), default="loss", needs=("ghm_loss",),
+        **_TRAINS,
+    ),
+    _row("--ohm_loss", "Keep the hardest terms of each batch (OHM).", **_TRAINS),
+    _row(
+        "--hard_ratio", "The share that --ohm_loss keeps.", type=number(float, 0, 1, open_low=True),
+        default=0.7, metavar="SHARE", needs=("ohm_loss",), **_TRAINS,
+    ),
+    _row(
+        "--class_matrices", "A YAML file with the matrices of the weighted and threshold losses.",
+        type=Path, metavar="FILE", needs=("weighted_loss", "threshold_loss"), **_TRAINS,
+    ),
+)  # fmt: skip
+
+AUGMENTATION = (
+    _row("--aug", "Augment by MyAugment, which is --aug_policy my.", **_TRAINS),
+    _row("--aug_policy", "Augment by this policy.", choices=POLICIES, **_TRAINS),
+    _row("--mixup", "Mix two images each, and their losses.", **_TRAINS),
+    _row(
+        "--mixup_ratio", "The share of the batches that are mixed at all.",
+        type=FRACTION, default=0.5, metavar="SHARE", needs=_MIX, **_TRAINS,
+    ),
+    _row(
+        "--mixup_alpha", "The shares of mixup come from Beta(A, A).",
+        type=POSITIVE, default=1.1, metavar="A", needs=("mixup",), **_TRAINS,
+    ),
+    _row("--mix_targets", "Let mixup mix targets, not losses.", needs=("mixup",), **_TRAINS),
+    _row("--cutmix", "Paste a rectangle of another image into each.", **_TRAINS),
+    _row(
+        "--cutmix_alpha", "The areas of cutmix come from Beta(A, A).",
+        type=POSITIVE, default=1.0, metavar="A", needs=("cutmix",), **_TRAINS,
+    ),
+    _row("--multi_scale", "Give each batch a size of its own, up to 15 %% off.", **_TRAINS),
+)  # fmt: skip
+
+TEACHING = (
+    _row(
+        "--knowledge_dir", "The folder of knowledge and curriculum files; without it that of the "
+        "images.", type=Path, metavar="DIR",
+        needs=("knowledge", "distill", "make_curriculum", "curriculum_learning"),
+    ),
+    _row(
+        "--knowledge_name", "The name of the file that --knowledge writes, like distill_b0.txt.",
+        default="distill.txt", metavar="NAME", needs=("knowledge",), **_OUTSIDE,
+    ),
+    _row("--distill", "Learn from the mean of all distill*.txt in place of labels.", **_TRAINS),
+    _row(
+        "--distill_allow_missing", "How many images may have no teacher; they keep their label.",
+        type=COUNT, default=0, metavar="N", needs=("distill",), **_TRAINS,
+    ),
+    _row(
+        "--curriculum_thresholds", "Falling probabilities of the true class: an image gets the "
+        "weight of the first that it is above.", type=float, nargs="+", metavar="P",
+        default=[0.7, 0.5, 0.3, 0.0], needs=("make_curriculum",), **_OUTSIDE,
+    ),
+    _row(
+        "--curriculum_weights", "The weights, as many; below all thresholds an image is left out.",
+        type=float, nargs="+", metavar="W", default=[1.0, 0.7, 0.4, 0.1],
+        needs=("make_curriculum",), **_OUTSIDE,
+    ),
+    _row("--curriculum_learning", "Weigh the images' losses by curriculum.txt.", **_TRAINS),
+)  # fmt: skip
+
+PICTURES = (
+    _row(
+        "--visual_method", "Which maps to draw.", choices=VISUAL_METHODS, default="cam",
+        needs=("visual_data",), **_OUTSIDE,
+    ),
+    _row(
+        "--visual_layer", "The layer to look at; without it the last before pooling.",
+        metavar="NAME", default=None, needs=("visual_data",), **_OUTSIDE,
+    ),
+    _row(
+        "--visual_number", "How many images to draw, evenly spread; 0 draws all.",
+        type=COUNT, default=16, metavar="N", needs=("visual_data",), **_OUTSIDE,
+    ),
+)  # fmt: skip
+
+PROCESSES = (
+    _common("device"),
+    _row(
+        "--cuda", "The older spelling of --device cuda; --no-cuda that of --device cpu.",
+        action=argparse.BooleanOptionalAction, default=None, in_facts=False,
+    ),
+    _row(
+        "-n --nodes", "On how many machines the command is started.",
+        type=SIZE, default=1, metavar="N", **_OUTSIDE,
+    ),
+    _row(
+        "-g --gpus", "How many processes this machine starts, a GPU each; without it one for each "
+        "GPU. With --no-cuda they share the CPU.", type=COUNT, metavar="N", **_OUTSIDE,
+    ),
+    _row(
+        "--rank", "The number of this machine, from 0.", type=number(int, -1, 10**6), default=-1,
+        metavar="N", **_OUTSIDE,
+    ),
+    _row(
+        "--init_method", "Where the processes meet.", default="tcp://127.0.0.1:10006",
+        metavar="URL", **_OUTSIDE,
+    ),
+    _row(
+        "--sync_bn", "Let batch norm see the batches of all processes; on GPUs only.", **_TRAINS
+    ),
+    _common(
+        "threads", "", COMMON["threads"]["help"] + " 0 leaves it to torch.", type=COUNT, default=0
+    ),
+)  # fmt: skip
+
+OUTPUT = (
+    _common("output", in_config=False, in_facts=False),
+    _row(
+        "--logdir", "TensorBoard's folder; without it logs/ in the run's.",
+        type=Path, metavar="DIR", modes=("train",), **_OUTSIDE,
+    ),
+    _row(
+        "--histograms", "Show TensorBoard the batch-norm scales of each epoch.",
+        action=argparse.BooleanOptionalAction, default=True, modes=("train",), **_OUTSIDE,
+    ),
+)  # fmt: skip
+
+GROUPS = {
+    "data": DATA,
+    "network": NETWORK,
+    "modes, which may be combined": DOING,
+    "training": TRAINING,
+    "loss": LOSS,
+    "augmentation": AUGMENTATION,
+    "knowledge and curriculum": TEACHING,
+    "pictures": PICTURES,
+    "processes": PROCESSES,
+    "output": OUTPUT,
+}
+OPTIONS: dict[str, Option] = {row.dest: row for rows in GROUPS.values() for row in rows}
+
+
+def build_parser(prog: str = "main.py") -> CommandParser:
+    """The command line, made from the table."""
+    parser = CommandParser(
+        prog=prog,
+        description="An image-classification zoo: train, evaluate, distil, look, convert. "
+        "Without a mode it prints the network's summary.",
+    )
+    for title, rows in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            group.add_argument(*row.flags, dest=row.dest, **row.words)
+    return parser
