@@ -106,7 +106,7 @@ def save_model(folder: Path, facts: ModelFacts | None = None, *, weights=WEIGHTS
 
 
 EXIT_SCALES = (0.5, 0.8, 1.0)  # of the logits at each head: later heads are surer
-EXIT_TEMPERATURES = (1.0, 2.0, 0.5)
+EXIT_TEMPERATURES = (1.0, 0.9, 0.5)
 
 
 def exit_policy_state(threshold: float = 0.6, kind: str = "max_prob") -> dict[str, Any]:

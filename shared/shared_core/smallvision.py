@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from shared_core.dataset_options import prepare_options, verify_options
 from shared_core.deploy.options import (
@@ -53,12 +54,9 @@ def predict_command(argv: Sequence[str]) -> int:
     model, options, exits = model_options(args), predict_options(args), exit_options(args)
 
     from shared_core.deploy.predict import predict
-    from shared_core.deploy.predictor import open_model
+    from shared_core.deploy.predictor import open_asked
 
-    predictor = open_model(
-        model.path, runtime=model.runtime, threads=model.threads, device=model.device
-    )
-    return predict(predictor.with_exits(exits), options)
+    return predict(open_asked(model).with_exits(exits), options)
 
 
 def evaluate_command(argv: Sequence[str]) -> int:
@@ -77,12 +75,13 @@ def evaluate_command(argv: Sequence[str]) -> int:
     model, options, exits = model_options(args), evaluate_options(args), exit_options(args)
 
     from shared_core.deploy.evaluate import run_evaluate
-    from shared_core.deploy.predictor import open_model
+    from shared_core.deploy.predictor import open_asked
 
-    predictor = open_model(
-        model.path, runtime=model.runtime, threads=model.threads, device=model.device
-    )
-    return run_evaluate(predictor.with_exits(exits), options)
+    predictor = open_asked(model).with_exits(exits)
+    other = None
+    if options.against is not None:
+        other = open_asked(replace(model, path=options.against, runtime="auto"))
+    return run_evaluate(predictor, options, other=other)
 
 
 def serve_command(argv: Sequence[str]) -> int:
@@ -94,24 +93,16 @@ def serve_command(argv: Sequence[str]) -> int:
         "Needs: pip install 'shared-core[serve]'. There is no encryption and no login: leave it "
         "on 127.0.0.1, or put a proxy before it.",
     )
-    add_model_options(p, defaults={"threads": None}, help={
-        "threads": "How many CPU threads compute. By default all that this process may use."
-    })  # fmt: skip
+    add_model_options(p, all_threads=True)
     add_serve_options(p)
     add_exit_options(p)
     args = p.parse_args(argv)
     model, options, exits = model_options(args), serve_options(args), exit_options(args)
 
-    from shared_core.deploy.predictor import open_model
-    from shared_core.deploy.service.command import serve, usable_threads
+    from shared_core.deploy.predictor import open_asked
+    from shared_core.deploy.service.command import serve
 
-    predictor = open_model(
-        model.path,
-        runtime=model.runtime,
-        threads=usable_threads(model.threads),
-        device=model.device,
-    )
-    return serve(predictor.with_exits(exits), options)
+    return serve(open_asked(model).with_exits(exits), options)
 
 
 def verify_command(argv: Sequence[str]) -> int:

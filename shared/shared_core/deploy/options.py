@@ -292,19 +292,28 @@ class ModelOptions:
 
     path: Path
     runtime: str = "auto"
-    threads: int = 1
+    threads: int | None = 1  # None: all that the process may use
     device: str = "cpu"
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, runtimes: Sequence[str] = (), **how: Any
+    parser: argparse.ArgumentParser,
+    *,
+    runtimes: Sequence[str] = (),
+    all_threads: bool = False,
+    **how: Any,
 ) -> None:
     """``MODEL --runtime --threads --device``; see :func:`add_table`.
 
     Args:
         runtimes: further choices of ``--runtime`` that the project's openers know.
+        all_threads: by default compute with all threads that the process may use, as a service
+            does.
     """
     table = {**MODEL, "runtime": {**MODEL["runtime"], "choices": ("auto", *RUNTIMES, *runtimes)}}
+    if all_threads:
+        text = "How many CPU threads compute. By default all that this process may use."
+        table["threads"] = {**MODEL["threads"], "default": None, "help": text}
     add_table(parser, table, positional=("model",), **how)
 
 

@@ -106,7 +106,8 @@ def predict(
     )
     showing = options.show or options.show_dir is not None
     keep = options.json is not None or options.csv is not None
-    summary = Summary(full_macs=predictor.macs(None))
+    full = None if predictor.facts.exits is None else predictor.macs(None)
+    summary = Summary(full_macs=full)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     with show if showing else nullcontext():

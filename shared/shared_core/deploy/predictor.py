@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from shared_core.datasets.reading.loader import usable_cores
 from shared_core.deploy.exit_chain import ExitChain
 from shared_core.deploy.exit_policy import NEVER, ExitPolicy, softmax
 from shared_core.deploy.facts import (
@@ -20,7 +22,7 @@ from shared_core.deploy.facts import (
     read_facts,
 )
 from shared_core.deploy.openvino_file import openvino_run
-from shared_core.deploy.options import ExitOptions
+from shared_core.deploy.options import ExitOptions, ModelOptions
 from shared_core.deploy.session import facts_in, open_session
 from shared_core.runs.command import UsageError
 
@@ -286,6 +288,17 @@ def open_model(
     )
 
 
+def open_asked(options: ModelOptions, *, openers: Sequence[Opener] = ()) -> Predictor:
+    """The model that a command's options name; see :func:`open_model`."""
+    return open_model(
+        options.path,
+        runtime=options.runtime,
+        threads=usable_cores() if options.threads is None else options.threads,
+        device=options.device,
+        openers=openers,
+    )
+
+
 def _open_folder(folder: Path, runtime: str, threads: int, device: str) -> Predictor:
     facts = read_facts(folder)
     chosen = facts.default if runtime == "auto" else runtime
@@ -295,12 +308,29 @@ def _open_folder(folder: Path, runtime: str, threads: int, device: str) -> Predi
         raise FileNotFoundError(f"{folder} holds no file for {chosen}, expected one of: {known}")
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{missing[0]} is missing, expected the network of {folder}")
+    for file in files:
+        _check_hash(file, facts)
     if chosen == OPENVINO:
         return _open_openvino(files[0], facts, chosen, threads, device)
     if chosen not in (ONNX, INT8):
         raise ModelError(f"{folder}: {chosen} is opened by the commands of {facts.project} alone")
     sessions = [open_session(file, threads=threads, device=device) for file in files]
     return _predictor(facts, sessions, chosen, str(folder))
+
+
+def _check_hash(file: Path, facts: ModelFacts) -> None:
+    wanted = facts.sha256.get(file.name)
+    if wanted is None:
+        return
+    total = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 20):
+            total.update(part)
+    if total.hexdigest() != wanted:
+        raise ModelError(
+            f"{file} is damaged or another file: its sha256 is {total.hexdigest()[:12]}..., "
+            f"expected {wanted[:12]}... of {FACTS_FILE}"
+        )
 
 
 def _open_onnx(path: Path, runtime: str, threads: int, device: str) -> Predictor:

@@ -7,7 +7,6 @@ import signal
 import socket
 from typing import Any
 
-from shared_core.datasets.reading.loader import usable_cores
 from shared_core.deploy.options import ServeOptions
 from shared_core.deploy.predictor import Predictor
 from shared_core.deploy.service.uploads import Limits
@@ -58,11 +57,6 @@ def serve(predictor: Predictor, options: ServeOptions) -> int:
         server.run(sockets=[listener])
     print("stopped", flush=True)
     return 0
-
-
-def usable_threads(asked: int | None) -> int:
-    """The CPU threads of a service: as asked, or all that this process may use."""
-    return usable_cores() if asked is None else asked
 
 
 def _load_uvicorn() -> Any:
