@@ -1,74 +1,133 @@
-"""From a command line to the options of a run: recipe, data set, and flags that must agree."""
+"""From a command line to a run's configuration: recipe, data set, and options that must agree."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gfnet_dynn.options import BUILTIN, LEARNING, NETWORK, SETS, STUDENT, build_parser
+from gfnet_dynn.choices import ALL, LEARNED_RULES, PYRAMID_ARCHS, SETS
+from gfnet_dynn.options import BACKBONE, BUILTIN, LEARNING, NETWORK, STUDENT, build_parser
 from gfnet_dynn.recipes import RECIPES
 from shared_core import datasets
 from shared_core.datasets.views.randaugment import RandAugment
 from shared_core.runs import UsageError
+from shared_core.runs.opening import Start
+from shared_core.runs.options import choose_scale, options_given, start_of
+
+PYRAMID_SIDE = 32  # pixels: patches of 4, and a grid that halves three times
+# Options that are no part of a run's configuration.
+OF_THE_COMMAND = ("output", "resume", "go_on", "fresh", "stage", "use_mlflow")
 
 
-def parse(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> argparse.Namespace:
-    """Parse, choose the recipe, and check what one flag says of another.
+@dataclass(frozen=True)
+class Command:
+    """What was asked for.
+
+    Attributes:
+        values: the run's configuration, by option.
+        threads: of the recipe, where the command says none.
+        judged: the model file that ``--eval`` names; None judges the run's own.
+    """
+
+    values: dict[str, Any]
+    output: Path
+    start: Start
+    stage: str
+    judged: Path | None
+    device: str
+    threads: int | None
+    use_mlflow: bool
+
+    @property
+    def only_evaluate(self) -> bool:
+        """Whether a finished model is judged, anew if need be."""
+        return self.stage == "evaluate"
+
+
+def parse(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> Command:
+    """Parse, choose the recipe, and check what one option says of another.
 
     Args:
         argv: the words, or None for the command's own.
         prog: the script's name for the usage line.
-        scale: the recipe when ``--scale`` is not given; None = the flags' own defaults.
+        scale: the recipe when ``--scale`` is not given; None = the options' own defaults.
 
     Raises:
-        UsageError: flags that contradict each other.
+        UsageError: options that contradict each other.
     """
     parser = build_parser(prog)
     first = parser.parse_args(argv)
-    chosen = first.scale or scale
-    if chosen == "auto":
-        chosen = "full" if locate(first) else "rehearsal"
+    asked = first.scale or scale
+    chosen = choose_scale(asked, found=asked == "auto" and bool(locate(first))) if asked else None
     if chosen:
         parser.set_defaults(**RECIPES[chosen])
     args = parser.parse_args(argv)
-    unset = object()  # argparse leaves alone what the namespace holds already
-    marks = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    given = {name for name, value in vars(marks).items() if value is not unset}
-    args.threads_given = "threads" in given
+    given = options_given(parser, argv)
     args.scale = chosen or "full"
-    args.wanted_data = first.data_set or (str(first.data_path) if first.data_path else "AID")
     args.data_set = canonical(first.data_set, first.data_path)
-    args.known_set = args.data_set in SETS
     if args.data_path is None and args.scale != "rehearsal":
         args.data_path = datasets.require(args.data_root, datasets.get(args.data_set))
     if args.data_path is not None:
         locate(args)
     if isinstance(args.resume, str):
         args.checkpoint, args.resume = Path(args.resume), False
-    _check(args, given)
-    if args.eval:
-        args.stage = "evaluate"
+    args.pretrained = _file_or_none(args.pretrained)
+    _check_files(args)
+    _check_agreement(args)
+    _check_exits(args)
+    _check_effects(args, given)
+    return _command(args, given)
+
+
+def _command(args: argparse.Namespace, given: set[str]) -> Command:
+    start = start_of(args)
+    if start == "new" and args.stage != "all":  # stage after stage, or an evaluation of its own
+        start = "continue"
     if args.policy is None:
         args.policy = "gate" if args.gate == "unc" else "max_prob"
     if args.output is None:
         args.output = Path("runs") / "gfnet_dynn" / f"{args.data_set.lower()}-{args.scale}"
-    return args
+    values = {name: value for name, value in vars(args).items() if name not in OF_THE_COMMAND}
+    judged = values["checkpoint"] if args.stage == "evaluate" else None
+    if judged is not None:
+        values["checkpoint"] = None
+    recipe_threads = args.threads
+    if "threads" not in given:  # a run's own number comes before the recipe's
+        values["threads"] = None
+    return Command(
+        values=values,
+        output=args.output,
+        start=start,
+        stage=args.stage,
+        judged=judged,
+        device=args.device,
+        threads=recipe_threads,
+        use_mlflow=args.use_mlflow,
+    )
 
 
-def _check(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse now what would end the run later, and what would be ignored.
+def _file_or_none(text: str | Path | None) -> Path | None:
+    return None if text is None or str(text) == "none" else Path(text)
 
-    Args:
-        given: names of the options that were on the command line.
-    """
+
+def _check_files(args: argparse.Namespace) -> None:
+    """What is named must be there."""
     for flag, path in (
         ("--checkpoint-path", args.checkpoint),
-        ("--pretrained", args.pretrained),
+        ("--init", args.pretrained),
+        ("--teacher", args.teacher),
+        ("--split", args.split),
         ("--quarantine", args.quarantine),
     ):
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{flag} {path}: there is no such file")
+
+
+def _check_agreement(args: argparse.Namespace) -> None:
+    """Refuse now what would end the run later."""
     low, high = args.crop_scale
     if not 0 < low <= high:
         raise UsageError(f"--crop-scale {low:g} {high:g}: expected 0 < low <= high <= 1")
@@ -77,68 +136,43 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
             RandAugment(args.aa)
         except ValueError as error:
             raise UsageError(f"--aa {args.aa}: {error}") from None
-    if args.fresh and (args.resume or args.go_on):
-        raise UsageError("--fresh starts anew, --resume goes on: expected one of them")
-    if args.early_exit_warmup and args.max_warmup_epoch >= args.num_epoch:
+    if args.max_warmup_epoch >= args.num_epoch:
         raise UsageError(
             f"--max_warmup_epoch {args.max_warmup_epoch} leaves nothing of --num_epoch "
             f"{args.num_epoch} for the gates: expected fewer"
         )
-    if args.gate == "identity" and args.policy in ("gate", "jei"):
+    if args.phase2 == "backbone" and not args.max_warmup_epoch:
+        raise UsageError(
+            "--phase2 backbone keeps the heads as the warm-up leaves them: expected "
+            "--max_warmup_epoch of 1 or more"
+        )
+    if args.gate == "identity" and args.policy in LEARNED_RULES:
         raise UsageError(
             f"--policy {args.policy} asks learned gates, --gate identity has none: "
             "expected another policy"
         )
-    lower = args.backbone_arch if args.no_distil else args.student_arch
-    if args.arch == "GFNet-xs-dynn" and lower != "gfnet-xs":
-        raise UsageError(f"--arch GFNet-xs-dynn stands on gfnet-xs, this run puts {lower} there")
-    if args.input_size is not None and args.input_size < args.patch_size:
+    if args.backbone_arch in PYRAMID_ARCHS and args.no_distil:
         raise UsageError(
-            f"--input-size {args.input_size} is less than a patch: expected at least "
-            f"--patch-size {args.patch_size}"
+            f"--no-distil: exits cannot sit on {args.backbone_arch}, whose grid shrinks from "
+            "stage to stage; expected a student, or another --backbone-arch"
         )
-    _check_exits(args)
-    own_parts = (
-        "split_ratio" in given
-        and args.data_path is not None
-        and datasets.scan(args.data_path).layout == "split"
-    )
-    for without, names, reason in (
-        (own_parts, ("split_ratio",), f"{args.data_path} is split into folders already"),
-        (args.data_path is not None, BUILTIN, f"the images of {args.data_path} are used"),
-        (args.aa != "none", ("color_jitter",), f"as in timm, --aa {args.aa} takes its place"),
-        (args.no_distil, STUDENT, "--no-distil leaves the student out"),
-        (args.pretrained is None, ("resolution_transfer",), "there is no --pretrained file"),
-        (args.checkpoint is not None, ("pretrained",), "--checkpoint-path takes its place"),
-        (not args.kd_weight, ("kd_temperature", "kd_warmup"), "--kd-weight is 0"),
-        (not args.reprob, ("remode", "recount"), "--reprob is 0"),
-        (not args.early_exit_warmup, ("patience",), "--early_exit_warmup is false"),
-        (
-            args.gate == "identity",
-            ("gate_lr", "bilevel_batch_count"),
-            "--gate identity has nothing to learn",
-        ),
-        (args.phase2 == "joint", ("bilevel_batch_count",), "--phase2 joint takes no turns"),
-        (
-            not args.deep_supervision,
-            ("deep_kd", "deep_temperature"),
-            "--deep-supervision is 0",
-        ),
-        (args.checkpoint is not None, NETWORK, "the network is that of --checkpoint-path"),
-        (
-            args.checkpoint is not None and not args.eval,
-            LEARNING,
-            "--checkpoint-path leaves no network below the exits to train",
-        ),
-    ):
-        for name in names:
-            if without and name in given:
-                raise UsageError(f"--{name.replace('_', '-')} would have no effect: {reason}")
+    if args.backbone_arch in PYRAMID_ARCHS and args.spectrum_weight:
+        raise UsageError(
+            f"--spectrum-weight compares tokens of one grid, {args.backbone_arch} has four: "
+            "expected 0"
+        )
+    pyramid = args.backbone_arch in PYRAMID_ARCHS and args.teacher is None
+    least = max(args.patch_size, PYRAMID_SIDE if pyramid else 0)
+    if args.input_size is not None and args.input_size < least:
+        raise UsageError(
+            f"--input-size {args.input_size} is less than the networks can cut into patches: "
+            f"expected {least} or more"
+        )
 
 
 def _check_exits(args: argparse.Namespace) -> None:
     """Exits that the network has no block for."""
-    if args.checkpoint is not None:  # its own depth counts
+    if args.checkpoint is not None or args.exits == ALL:  # a model file's own depth counts
         return
     from gfnet_dynn.models.gfnet import ISOTROPIC
 
@@ -147,9 +181,57 @@ def _check_exits(args: argparse.Namespace) -> None:
     exits = list(args.exits)
     if depth < 2 or exits != sorted(set(exits)) or any(not 0 <= e < depth - 1 for e in exits):
         raise UsageError(
-            f"--exits {','.join(map(str, exits)) or 'all'}: expected rising block numbers from 0 "
+            f"--exits {','.join(map(str, exits))}: expected rising block numbers from 0 "
             f"to {depth - 2}, the network has {depth} blocks and the last has the final head"
         )
+
+
+def _check_effects(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        given: names of the options that were on the command line.
+    """
+    own_parts = (
+        "split_ratio" in given
+        and args.data_path is not None
+        and datasets.scan(args.data_path).layout == "split"
+    )
+    file, judged = args.checkpoint is not None, args.stage == "evaluate"
+    for without, names, reason in (
+        (own_parts, ("split_ratio",), f"{args.data_path} is split into folders already"),
+        (args.split is not None, ("split_ratio", "split_seed"), "--split decides"),
+        (args.data_path is not None, BUILTIN, f"the images of {args.data_path} are used"),
+        (args.aa != "none", ("color_jitter",), f"as in timm, --aa {args.aa} takes its place"),
+        (args.no_distil, STUDENT, "--no-distil leaves the student out"),
+        (args.teacher is not None, BACKBONE, "--teacher takes the backbone's place"),
+        (args.pretrained is None, ("resolution_transfer",), "there is no --init file"),
+        (file, ("pretrained",), "--checkpoint-path takes its place"),
+        (not args.kd_weight, ("kd_temperature", "kd_warmup"), "--kd-weight is 0"),
+        (not args.reprob, ("remode", "recount"), "--reprob is 0"),
+        (not args.max_warmup_epoch, ("patience",), "there is no warm-up"),
+        (
+            args.gate == "identity",
+            ("gate_lr", "bilevel_batch_count"),
+            "--gate identity has nothing to learn",
+        ),
+        (args.phase2 == "joint", ("bilevel_batch_count",), "--phase2 joint takes no turns"),
+        (
+            args.backbone_arch in PYRAMID_ARCHS,
+            ("backbone_dim",),
+            f"the widths of {args.backbone_arch} are its own",
+        ),
+        (not args.deep_supervision, ("deep_kd", "deep_temperature"), "--deep-supervision is 0"),
+        (file, NETWORK, "the network is that of --checkpoint-path"),
+        (
+            file and not judged,
+            LEARNING,
+            "--checkpoint-path leaves no network below the exits to train",
+        ),
+    ):
+        for name in names:
+            if without and name in given:
+                raise UsageError(f"--{name.replace('_', '-')} would have no effect: {reason}")
 
 
 def canonical(data_set: str | None, data_path: Path | None) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from gfnet_dynn.settings import Source, Views
 from shared_core import datasets
+from shared_core.datasets.reading.image_set import ImageSet
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.datasets.splitting.prepared import prepare_data as prepare_splits
 from shared_core.for_torch.data import Normalizer, TorchLoader
@@ -22,127 +26,151 @@ class Data(PreparedData):
 
     input_size: int = 0
 
+    @property
+    def file_name(self) -> str:
+        """The data set as file names spell it."""
+        return self.name.replace(" ", "-")
+
     def facts(self, pixels: int | None = None) -> dict[str, Any]:
         """What a record says of the data."""
         return super().facts(pixels or self.input_size)
 
 
-def prepare_data(args: argparse.Namespace, output: Path) -> Data:
+def prepare_data(source: Source, output: Path, *, seed: int) -> Data:
     """Find or make the images, look at every file once, split them, and write it all down.
+
+    Args:
+        output: the run's folder.
+        seed: of built-in scenes.
 
     Raises:
         DatasetError, FileNotFoundError: no images, too few, or other classes than expected.
     """
-    spec = datasets.get(args.data_set) if args.data_path and args.known_set else None
-    rest = (1.0 - args.split_ratio) / 2
+    real = source.data_path is not None
+    spec = datasets.get(source.data_set) if real and source.known else None
+    rest = (1.0 - source.split_ratio) / 2
     found = prepare_splits(
         output,
-        root=args.data_path,
-        name=args.data_set if args.data_path else None,
+        root=source.data_path,
+        name=source.data_set if real else None,
         spec=spec,
-        num_classes=args.num_classes,
-        fractions=(("train", args.split_ratio), ("calibration", rest), ("test", rest)),
-        split_seed=args.split_seed,
-        quarantine=args.quarantine,
-        workers=args.num_workers,
+        num_classes=source.num_classes,
+        fractions=(("train", source.split_ratio), ("calibration", rest), ("test", rest)),
+        split_seed=source.split_seed,
+        split=source.split,
+        quarantine=source.quarantine,
+        workers=source.num_workers,
         scenes={
-            "num_classes": args.builtin_classes,
-            "image_size": args.input_size or 64,
-            "images_per_class": args.builtin_images,
-            "seed": derive_seed(args.seed, "scenes") % 2**31,
+            "num_classes": source.builtin_classes,
+            "image_size": source.input_size or 64,
+            "images_per_class": source.builtin_images,
+            "seed": derive_seed(seed, "scenes") % 2**31,
         },
     )
-    size = args.input_size
+    size = source.input_size
     if not size:
         own = found.image_side()
         size = min(own, spec.image_size or own) if spec else own
     return Data(**vars(found), input_size=int(size))
 
 
-def normalizer(device: object) -> Normalizer:
-    """ImageNet mean and standard deviation, as the original's transforms."""
-    return Normalizer(device=device)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class Loaders:
+    """Makes the batches of a run.
 
-
-def train_loader(
-    data: Data,
-    args: argparse.Namespace,
-    *,
-    stage: str,
-    batch_size: int,
-    device: object,
-    rank: int = 0,
-    world_size: int = 1,
-) -> TorchLoader:
-    """Shuffled, augmented training batches; a view is decided by seed, stage, image and epoch.
-
-    With several processes each gets its share of every batch: ``batch_size`` is that of one.
+    Attributes:
+        workers: threads that read and decode.
+        rank, world_size: which share of the images this process gets.
     """
-    images = data.image_set("train")
-    if len(images) < batch_size * world_size:
-        raise datasets.DatasetError(
-            f"{len(images)} training images make no batch of {batch_size * world_size}: expected "
-            "at least one"
+
+    data: Data
+    views: Views
+    seed: int
+    workers: int
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    def train(self, stage: str, *, batch_size: int) -> TorchLoader:
+        """Shuffled, augmented training batches; seed, stage, image and epoch decide a view.
+
+        With several processes each gets its share of every batch: ``batch_size`` is that of one.
+
+        Raises:
+            DatasetError: too few images for one batch.
+        """
+        images = self.data.image_set("train")
+        if len(images) < batch_size * self.world_size:
+            raise datasets.DatasetError(
+                f"{len(images)} training images make no batch of {batch_size * self.world_size}: "
+                "expected at least one"
+            )
+        order = datasets.EpochOrder(
+            len(images),
+            seed=derive_seed(self.seed, stage, "order"),
+            rank=self.rank,
+            world_size=self.world_size,
+            uneven="keep" if self.world_size == 1 else "drop",
         )
-    seed = derive_seed(args.seed, stage, "views")
-    view = datasets.TrainView(
-        data.input_size,
-        scale=tuple(args.crop_scale),
-        hflip=0.5,
-        vflip=0.5 if args.vflip else 0.0,
-        randaugment=None if args.aa == "none" else args.aa,
-        color_jitter=args.color_jitter if args.color_jitter and args.aa == "none" else None,
-        erasing=args.reprob,
-        erasing_mode=args.remode,
-        erasing_count=args.recount,
-        seed=seed,
-        method=METHOD[args.train_interpolation],
-    )
-    order = datasets.EpochOrder(
-        len(images),
-        seed=derive_seed(args.seed, stage, "order"),
-        rank=rank,
-        world_size=world_size,
-        uneven="keep" if world_size == 1 else "drop",
-    )
-    loader = datasets.BatchLoader(
-        images,
-        view=view,
-        batch_size=batch_size,
-        order=order,
-        threads=args.num_workers,
-        drop_last=True,
-    )
-    return TorchLoader(loader, normalizer(device))
-
-
-def eval_loader(
-    data: Data,
-    split: str,
-    args: argparse.Namespace,
-    *,
-    device: object,
-    batch_size: int = 128,
-    rank: int = 0,
-    world_size: int = 1,
-) -> TorchLoader:
-    """Every image of a split once, in order, resized and cut as ``--crop-pct`` says.
-
-    Of several processes number r gets images r, r + ``world_size``, ...
-    """
-    view = datasets.EvalView(
-        data.input_size,
-        resize_ratio=1.0 / args.crop_pct,
-        method=METHOD[args.train_interpolation],
-    )
-    images = data.image_set(split)
-    if len(images) < world_size:
-        raise datasets.DatasetError(
-            f"{len(images)} images of the {split} split for {world_size} processes: expected one "
-            "for each at least"
+        loader = datasets.BatchLoader(
+            images,
+            view=self._train_view(stage),
+            batch_size=batch_size,
+            order=order,
+            threads=self.workers,
+            drop_last=True,
         )
-    order = datasets.EpochOrder(len(images), shuffle=False, rank=rank, world_size=world_size)
-    loader = datasets.BatchLoader(
-        images, view=view, batch_size=batch_size, order=order, threads=args.num_workers
-    )
-    return TorchLoader(loader, normalizer(device))
+        return TorchLoader(loader, Normalizer(device=self.device))
+
+    def _train_view(self, stage: str) -> datasets.TrainView:
+        views = self.views
+        return datasets.TrainView(
+            self.data.input_size,
+            scale=views.crop_scale,
+            hflip=0.5,
+            vflip=0.5 if views.vflip else 0.0,
+            randaugment=None if views.aa == "none" else views.aa,
+            color_jitter=views.color_jitter if views.color_jitter and views.aa == "none" else None,
+            erasing=views.reprob,
+            erasing_mode=views.remode,
+            erasing_count=views.recount,
+            seed=derive_seed(self.seed, stage, "views"),
+            method=METHOD[views.train_interpolation],
+        )
+
+    def held(self, split: str, *, rows: np.ndarray | None = None) -> TorchLoader:
+        """Every image of a split once, in order, resized and cut as ``--crop-pct`` says.
+
+        Of several processes number r gets images r, r + ``world_size``, ...
+
+        Args:
+            rows: only these images of the split, int ``(M,)``.
+
+        Raises:
+            DatasetError: fewer images than processes.
+        """
+        images = self.data.image_set(split)
+        if rows is not None:
+            assert images.paths is not None
+            images = ImageSet(
+                [images.paths[row] for row in rows],
+                images.labels[rows],
+                [images.keys[row] for row in rows],
+            )
+        if len(images) < self.world_size:
+            raise datasets.DatasetError(
+                f"{len(images)} images of the {split} split for {self.world_size} processes: "
+                "expected one for each at least"
+            )
+        view = datasets.EvalView(
+            self.data.input_size,
+            resize_ratio=1.0 / self.views.crop_pct,
+            method=METHOD[self.views.train_interpolation],
+        )
+        order = datasets.EpochOrder(
+            len(images), shuffle=False, rank=self.rank, world_size=self.world_size
+        )
+        loader = datasets.BatchLoader(
+            images, view=view, batch_size=128, order=order, threads=self.workers
+        )
+        return TorchLoader(loader, Normalizer(device=self.device))

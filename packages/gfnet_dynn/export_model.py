@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import torch
 
-from gfnet_dynn.export import LEAST_OPSET, export_early_exit, export_student
+from gfnet_dynn.deploy.segments import LEAST_OPSET, export_early_exit, export_student
 from gfnet_dynn.finished_model import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -36,7 +36,7 @@ from gfnet_dynn.finished_model import (
     choose_policy,
     list_images,
 )
-from gfnet_dynn.models.custom_modules.exit_policy import NEVER, ExitPolicy
+from gfnet_dynn.models.exit_policy import NEVER, ExitPolicy
 from gfnet_dynn.onnx_chain import CHAIN_FILE
 from gfnet_dynn.quantization import quantize_file, quantize_segments
 from shared_core.checkpoints import atomic_write

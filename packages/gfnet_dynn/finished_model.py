@@ -19,7 +19,7 @@ import torch
 
 from gfnet_dynn.data_loader_helper import METHOD
 from gfnet_dynn.model_files import load_model
-from gfnet_dynn.models.custom_modules.exit_policy import KINDS, ExitPolicy
+from gfnet_dynn.models.exit_policy import KINDS, ExitPolicy
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.op_counter import model_macs
 from gfnet_dynn.onnx_chain import OnnxEarlyExit, session

@@ -11,11 +11,13 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-from shared_core.runs import run_command
+from gfnet_dynn.options import build_parser
+from shared_core.runs.command import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe: full when the data set is found, rehearsal otherwise. Returns the exit code."""
+    build_parser("main.py").parse_args(argv)  # --help and wrong words end here, before torch loads
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from gfnet_dynn.pipeline import run_main

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gfnet_dynn.data_loader_helper import Data
+from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
+from gfnet_dynn.models.gfnet_pyramid import GFNetPyramid
 from gfnet_dynn.models.transfer import load_weights
 from shared_core import checkpoints
 from shared_core.for_torch.checkpoints import (
@@ -25,7 +27,8 @@ from shared_core.for_torch.precision import computes_bf16
 from shared_core.runs import UsageError
 
 PROJECT = "gfnet_dynn"
-PLAIN, EXITS = "GFNet", "GFNetDynn"
+PLAIN, PYRAMID, EXITS = "GFNet", "GFNetPyramid", "GFNetDynn"
+POLICIES = "exit_policies"  # the facts' entry: thresholds that the run's evaluation found
 
 
 def save_model(
@@ -42,17 +45,17 @@ def save_model(
     """Write ``weights`` of ``model`` with everything that is needed to use them alone.
 
     Args:
-        model: a GFNet or a GFNetDynn: its sizes are written, not its own weights.
+        model: a network of this project: its sizes are written, not its own weights.
         metrics: of these weights; fractions in [0, 1].
         config: every option of the run.
-        more: further facts: the exit policy, costs.
+        more: further facts, such as costs.
 
     Returns:
         The facts as written.
     """
     facts = checkpoints.make_facts(
         project=PROJECT,
-        architecture=EXITS if isinstance(model, GFNetDynn) else PLAIN,
+        architecture=type(model).__name__,
         class_names=data.classes,
         framework="torch",
         input_size=(3, data.input_size, data.input_size),
@@ -77,18 +80,59 @@ def load_model(path: Path, *, architecture: str | None = None) -> tuple[nn.Modul
     """
     weights, facts = load_checkpoint(path, project=PROJECT, architecture=architecture)
     try:
+        kinds = {PLAIN: GFNet, PYRAMID: GFNetPyramid}
         if facts["architecture"] == EXITS:
             model: nn.Module = GFNetDynn.from_config(facts["model"])
         else:
-            model = GFNet(**facts["model"])
+            model = kinds[facts["architecture"]](**facts["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise checkpoints.CheckpointError(f"{path}: no network has its sizes: {error}") from None
     fit_into(model, weights, path=path)
     return model.eval(), facts
 
 
-def load_pretrained(path: Path, model: GFNet, *, transfer: str = "official") -> bool:
-    """Put an official GFNet file into ``model``; another input size is interpolated.
+def add_policies(
+    path: Path, *, points: Mapping[str, ExitPolicy], rules: Mapping[str, ExitPolicy], target: Path
+) -> None:
+    """Write the model file ``path`` as ``target`` with thresholds in its facts, weights as before.
+
+    So a copy of the file knows who may leave where.
+
+    Args:
+        points: by wish (careful, balanced, fast).
+        rules: the balanced policy of each kind.
+    """
+    weights, facts = load_checkpoint(path, project=PROJECT, architecture=EXITS)
+    found = {"points": points, "rules": rules}
+    states = {
+        name: {key: policy.state_dict() for key, policy in policies.items()}
+        for name, policies in found.items()
+    }
+    save_checkpoint(target, weights, {**facts, POLICIES: states})
+
+
+def check_fits(path: Path, model: nn.Module, facts: Mapping[str, Any], data: Data) -> None:
+    """Refuse a model of other classes, or of another input size, than the data.
+
+    Raises:
+        ValueError: which of them differs.
+    """
+    if tuple(facts["class_names"]) != data.classes:
+        known, wanted = facts["class_names"], data.classes
+        raise ValueError(
+            f"{path} knows {len(known)} classes ({', '.join(known[:3])}...), the data has "
+            f"{len(wanted)} ({', '.join(wanted[:3])}...)"
+        )
+    size = getattr(model, "backbone", model).img_size
+    if size != (data.input_size, data.input_size):
+        raise ValueError(
+            f"{path} takes images of {size[0]} pixels, this run has {data.input_size}: expected "
+            f"--input-size {size[0]}"
+        )
+
+
+def load_pretrained(path: Path, model: nn.Module, *, transfer: str = "official") -> bool:
+    """Put an official file into a GFNet or pyramid; another input size is interpolated.
 
     Args:
         transfer: ``official`` or ``spectrum``, see :mod:`gfnet_dynn.models.transfer`.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy, keep_rows
+from gfnet_dynn.models.exit_policy import ExitPolicy, keep_rows
 
 CHAIN_FILE = "chain.json"
 CHAIN_VERSION = 1

@@ -1,372 +1,302 @@
-"""Training the exits: one step function, an epoch of it, and the evaluation in between."""
+"""The stage that gives a trained network its exits, and the names of the files that it leaves.
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+Warm-up: the heads learn, each until its patience is out. Phase 2: gates and heads (or the backbone)
+take turns. Under ``checkpoint/`` lie, named as the original names them:
 
-import numpy as np
+- ``_warmup/{set}_{size}_{lambda}/{block}.pth``: the best weights of each head from the warm-up;
+- ``checkpoint_{set}_{lambda}_confEE/ckpt_{set}_{epoch}__{lambda}__{accuracy}.pth``: the models that
+  were the best so far, with their gated accuracy on the calibration split, in percent;
+- ``best/``: the last of these, the finished model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from gfnet_dynn.classifier_training_helper import LEAVE_AT, classifier_loss
-from gfnet_dynn.exit_evaluation import ExitLogits, collect, exit_metrics
-from gfnet_dynn.gate_training_helper import (
-    OBJECTIVES,
-    gate_loss,
-    gate_targets,
-    level_losses,
-    normalised_costs,
-    pos_weights,
-    target_exits,
+from gfnet_dynn.choices import LEARNED_RULES
+from gfnet_dynn.decide.exit_outputs import ExitLogits
+from gfnet_dynn.model_files import PLAIN, check_fits, load_model, save_model
+from gfnet_dynn.models.exit_policy import ExitPolicy
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
+from gfnet_dynn.run import Run, pairs
+from gfnet_dynn.train.exit_training import (
+    ExitTraining,
+    evaluate,
+    train_single_epoch,
+    warm_up_epoch,
 )
-from gfnet_dynn.learning_helper import Alternation, Phase, set_phase
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
-from gfnet_dynn.models.custom_modules.uncertainty import uncertainty
-from gfnet_dynn.warmup import WarmUp, warmup_loss
+from gfnet_dynn.train.finetune import BARELY_TRAIN
+from gfnet_dynn.train.parallel import SharedState, gather_outputs
+from gfnet_dynn.train.phases import (
+    Alternation,
+    optimizer_groups,
+    phases_of,
+    phases_with_parameters,
+)
+from gfnet_dynn.train.replay import Replay
+from gfnet_dynn.train.warmup import WarmUp
 from shared_core.for_torch.precision import Precision
 
-#: The policy that the classifier losses assume: JEI-DNN, arXiv 2310.09163.
-TRAINING_POLICY = ExitPolicy("jei", LEAVE_AT)
-BARELY_TRAIN, BARELY_EVALUATE = 21, 51  # batches under --barely_train
-
-Gather = Callable[[ExitLogits], ExitLogits]
+BARELY_EVALUATE = 51  # batches of the calibration split under --barely_train
+Batches = Iterator[tuple[Tensor | list[Tensor], Tensor]]
 
 
-@dataclass
-class ExitTraining:
-    """State of the training of the exits; :meth:`step` is the step function.
+def warmup_folder(run: Run) -> Path:
+    """The folder of the warm-up's heads."""
+    name = f"{run.data.file_name}_{run.data.input_size}_{run.settings.exits.ce_ic_tradeoff}"
+    return run.folder / "checkpoint" / "_warmup" / name
 
-    Attributes:
-        model: a GFNetDynn.
-        optimizer: over all of its parameters; those without a gradient are left alone.
-        tradeoff: lambda of the gates' level losses, 0 or more.
-        objective: ``ce``, ``zeroOne`` or ``prob``.
-        classifier_mode: ``single``, ``weighted``, ``boosted`` or ``legacy``.
-        weights: ``(G,)`` weights of the gates' positives, from :meth:`set_from_validation`; 1 at
-            first.
-        frozen_exits: numbers of the heads that do not learn.
-        precision: fp32 on the model's device if None.
-        clip_norm: largest 2-norm of the gradient; None or 0 does not clip.
+
+def confidence_folder(run: Run) -> Path:
+    """The folder of the models that were the best so far."""
+    name = f"checkpoint_{run.data.file_name}_{run.settings.exits.ce_ic_tradeoff}_confEE"
+    return run.folder / "checkpoint" / name
+
+
+def checkpoint_name(run: Run, epoch: int, gated_accuracy: float) -> str:
+    """The file name of a model of phase 2; ``gated_accuracy`` is a fraction."""
+    tradeoff = run.settings.exits.ce_ic_tradeoff
+    return f"ckpt_{run.data.file_name}_{epoch}__{tradeoff}__{round(100 * gated_accuracy, 2)}.pth"
+
+
+def best_file(run: Run, name: str) -> Path:
+    """The finished model."""
+    return run.folder / "checkpoint" / "best" / name
+
+
+class BestExits:
+    """The weights with the least mean level loss so far; the first of equals stays.
+
+    Gated accuracy would not do: while gates have learned nothing, nobody leaves and nothing is
+    lost, so an epoch that saves nothing would win. The level loss has the price of compute in it.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    tradeoff: float = 0.75
-    objective: str = "ce"
-    classifier_mode: str = "boosted"
-    precision: Precision | None = None
-    clip_norm: float | None = None
-    frozen_exits: tuple[int, ...] = ()
-    weights: Tensor = field(init=False)
-    costs: np.ndarray = field(init=False)
-    _entered: tuple | None = field(init=False, default=None)
+    def __init__(self) -> None:
+        self.level_loss, self.gated_accuracy, self.epoch = math.inf, 0.0, -1
+        self.weights: dict[str, Tensor] = {}
 
-    def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"unknown gate objective {self.objective!r}; "
-                f"expected one of {', '.join(OBJECTIVES)}"
-            )
-        if self.precision is None:
-            self.precision = Precision(next(self.model.parameters()).device)
-        self.costs = normalised_costs(self.model.exit_costs())
-        self.weights = torch.ones(len(self.model.exits))
+    def offer(self, model: nn.Module, found: Mapping[str, float], epoch: int) -> bool:
+        """Keep a copy of ``model``'s weights when they are better; say whether they were."""
+        if not found["level_loss"] < self.level_loss:
+            return False
+        self.level_loss, self.gated_accuracy = found["level_loss"], found["gated_acc"]
+        self.epoch = epoch
+        self.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        return True
 
-    def enter(self, phase: Phase) -> None:
-        """Let the parameters of ``phase`` learn; nothing happens while it lasts."""
-        wanted = (phase, tuple(self.frozen_exits))
-        if self._entered != wanted:
-            set_phase(self.model, phase, frozen_exits=self.frozen_exits)
-            self._entered = wanted
-        backbone_learns = phase in (Phase.BACKBONE, Phase.JOINT)
-        if self.model.backbone.training != backbone_learns:  # an evaluation changed the mode
-            self.model.backbone.train(backbone_learns)
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return dict(vars(self))
 
-    def losses(self, phase: Phase, outputs, labels: Tensor) -> dict[str, Tensor]:
-        """The losses of a phase, in nats; ``loss`` is the one to minimise."""
-        logits, gate_logits = outputs
-        if phase is Phase.WARMUP:
-            return {"loss": warmup_loss(logits, labels)}
-        if phase is Phase.CLASSIFIER:
-            loss = classifier_loss(logits, labels, gate_logits, mode=self.classifier_mode)
-            return {"loss": loss, "classifier_loss": loss}
-        if phase is Phase.GATE:
-            loss, target = self.gate_part(logits, gate_logits, labels)
-            return {"loss": loss, "gate_loss": loss, "target_exit": target}
-        classifier = classifier_loss(
-            logits, labels, gate_logits, mode=self.classifier_mode, include_final=True
-        )
-        if phase is Phase.BACKBONE:
-            return {"loss": classifier, "classifier_loss": classifier}
-        gate, target = self.gate_part(logits, gate_logits, labels)
-        return {
-            "loss": classifier + gate,
-            "classifier_loss": classifier,
-            "gate_loss": gate,
-            "target_exit": target,
-        }
-
-    def gate_part(
-        self, logits: Sequence[Tensor], gate_logits: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The gates' loss and the target exits ``(N,)``."""
-        target = target_exits(
-            level_losses(
-                logits,
-                labels,
-                costs=self.costs,
-                tradeoff=self.tradeoff,
-                objective=self.objective,
-            )
-        )
-        wanted = gate_targets(target, gate_logits.shape[1])
-        return gate_loss(gate_logits, wanted, self.weights), target
-
-    def step(self, phase: Phase, images: Tensor, labels: Tensor) -> dict:
-        """One update in ``phase``: forward, losses, update.
-
-        Args:
-            images: ``(N, 3, H, W)``, normalised, on the model's device.
-            labels: int64 ``(N,)``, same device.
-
-        Returns:
-            The losses as tensors without gradient, and ``outputs`` (detached) for the metrics.
-        """
-        self.enter(phase)
-        with self.precision.autocast():
-            outputs = self.model(images)
-        losses = self.losses(phase, outputs, labels)
-        # Mode ``single`` may send a whole batch to a head that does not learn, and a model whose
-        # gates have no parameters has nothing to learn in GATE.
-        if losses["loss"].requires_grad:
-            self.precision.backward_step(
-                losses["loss"], self.optimizer, clip=self.clip_norm or None
-            )
-        return {
-            **{name: value.detach() for name, value in losses.items()},
-            "outputs": ([z.detach() for z in outputs[0]], outputs[1].detach()),
-        }
-
-    def set_from_validation(self, outputs: ExitLogits) -> None:
-        """New weights of the gates' positives, from the cumulative targets of a split."""
-        target = self.targets_of(outputs)
-        counts = gate_targets(target, outputs.num_gates).sum(dim=0)
-        self.weights = pos_weights(counts, len(outputs.labels))
-
-    def targets_of(self, outputs: ExitLogits) -> Tensor:
-        """Target exits ``(N,)`` of a split."""
-        return target_exits(
-            level_losses(
-                list(torch.from_numpy(outputs.logits)),
-                torch.from_numpy(outputs.labels),
-                costs=self.costs,
-                tradeoff=self.tradeoff,
-                objective=self.objective,
-            )
-        )
-
-    def state_dict(self) -> dict:
-        """What :meth:`step` depends on beside model and optimizer."""
-        return {"weights": self.weights.tolist(), "frozen_exits": list(self.frozen_exits)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where ``state`` was taken."""
-        if len(state["weights"]) != len(self.model.exits):
-            raise ValueError(
-                f"the saved state has {len(state['weights'])} gate weights; "
-                f"expected {len(self.model.exits)}"
-            )
-        self.weights = torch.tensor(state["weights"])
-        self.frozen_exits = tuple(state["frozen_exits"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        vars(self).update(state)
 
 
-class RunningMetrics:
-    """Means over the batches of one phase; sums stay on the device until :meth:`result`."""
+def train_exits(run: Run, replay: Replay | None = None) -> dict[str, Any]:
+    """Stage 3: heads warm up one by one, then gates and heads (or the backbone) take turns.
 
-    def __init__(self, exits: Sequence[int]):
-        self.exits = tuple(exits)
-        self.count = 0
-        self.sums: dict[str, Tensor] = {}
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach().double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    @torch.no_grad()
-    def update(self, step: dict, labels: Tensor) -> None:
-        """Add the result of one :meth:`ExitTraining.step`."""
-        logits, gate_logits = step["outputs"]
-        n, num_gates = gate_logits.shape
-        self.count += n
-        for name in ("loss", "classifier_loss", "gate_loss"):
-            if name in step:
-                self._add(name, step[name] * n)
-        stacked = torch.stack([z.float() for z in logits])  # (G+1, N, K)
-        self._add("acc", (stacked.argmax(dim=2) == labels).sum(dim=1))
-        self._add("features", uncertainty(stacked).sum(dim=1))  # (G+1, 4)
-        chosen = TRAINING_POLICY.select(logits, gate_logits)
-        right = stacked[chosen, torch.arange(n, device=chosen.device)].argmax(dim=1) == labels
-        self._add("gated_acc", right.sum())
-        exits = torch.arange(num_gates + 1, device=chosen.device)
-        self._add("percent_exit", (chosen[:, None] == exits).sum(dim=0))
-        if "target_exit" in step:
-            target = step["target_exit"]
-            self._add("acc_exit", (chosen == target).sum())
-            self._add("exit_optimal_gate", (target[:, None] == exits).sum(dim=0))
-
-    def result(self) -> dict[str, float]:
-        """The original's metric names without prefix, means over the samples, true scale.
-
-        ``acc_exit``: fraction of the samples whose exit is the target exit;
-        ``exit_optimal_gate{l}``: fraction whose target exit is l (``final`` for the last head).
-        Empty before any batch.
-        """
-        if not self.count:
-            return {}
-        means = {name: (value / self.count).cpu().numpy() for name, value in self.sums.items()}
-        result = {}
-        for name in ("loss", "classifier_loss", "gate_loss", "gated_acc", "acc_exit"):
-            if name in means:
-                result[name] = float(means[name])
-        for index, block in enumerate((*self.exits, None)):
-            final = block is None
-            result["acc_final" if final else f"acc{block}"] = float(means["acc"][index])
-            for column, name in enumerate(("p_max", "entropy", "margins")):
-                key = f"final_{name}" if final else f"{name}{block}"
-                result[key] = float(means["features"][index, column])
-            tail = "final" if final else str(block)
-            for name in ("percent_exit", "exit_optimal_gate"):
-                if name in means:
-                    result[f"{name}{tail}"] = float(means[name][index])
-        return result
-
-
-def train_single_epoch(
-    training: ExitTraining,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    alternation: Alternation | None = None,
-    max_batches: int | None = None,
-    after_step: Callable[[Phase, dict], None] | None = None,
-    log: Callable[[Phase, dict[str, float]], None] | None = None,
-) -> dict[Phase, dict[str, float]]:
-    """One epoch: of warm-up without ``alternation``, of phase 2 with it.
+    The model with the least level loss on the calibration split, under the policy that will be
+    deployed, goes to ``checkpoint/best/`` as well.
 
     Args:
-        batches: ``(images, labels)`` on the model's device; what is left of the epoch, when a run
-            goes on in its middle.
-        alternation: decides the phase of every step, and counts them.
-        max_batches: stop after so many.
-        after_step: called after each step with its phase and losses; may save the run.
-        log: called with the running means when a turn ends, and at the end of the epoch.
+        replay: embeddings of a backbone that stays frozen, to take and to add to; one seed's.
 
     Returns:
-        The last running means of each phase that occurred.
+        What the run's log keeps of the stage.
     """
-    if alternation is None:
-        alternation = Alternation(1, phases=(Phase.WARMUP,))
-    results: dict[Phase, dict[str, float]] = {}
-    running, current = RunningMetrics(training.model.exits), alternation.phase
-
-    def close() -> None:
-        means = running.result()
-        if means:
-            results[current] = means
-            if log is not None:
-                log(current, means)
-
-    for images, labels in islice(batches, max_batches):
-        phase = alternation.phase
-        if phase is not current:
-            close()
-            running, current = RunningMetrics(training.model.exits), phase
-        step = training.step(phase, images, labels)
-        alternation.advance()
-        running.update(step, labels)
-        if after_step is not None:
-            after_step(phase, step)
-    close()
-    return results
+    run.seed("exits")
+    return _ExitStage(run, replay).run()
 
 
-def evaluate(
-    training: ExitTraining,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    policy: ExitPolicy = TRAINING_POLICY,
-    split: str = "calibration",
-    split_hash: str = "",
-    max_batches: int | None = None,
-    ece_scheme: str = "mass",
-    gather: Gather | None = None,
-) -> tuple[dict[str, float], ExitLogits]:
-    """All metrics of a split under the original's names, on their true scale, without prefix.
+class _ExitStage:
+    """The parts of the stage, and the loop over its epochs."""
 
-    See :func:`gfnet_dynn.exit_evaluation.exit_metrics`; beside these ``test_acc`` (equal to
-    ``gated_acc``), ``gate_loss``, ``classifier_loss`` and ``loss``, the mean of the two. The same
-    weights give the same numbers, whatever the batch size of ``batches`` divides the split into
-    (up to float32 rounding), and nothing random is drawn.
+    def __init__(self, run: Run, replay: Replay | None) -> None:
+        wanted = run.settings.exits
+        self.owner, self.wanted, self.replay = run, wanted, replay
+        below = "backbone" if run.settings.networks.no_distil else "student"
+        source = run.settings.checkpoint or run.file(below)
+        backbone, facts = load_model(source, architecture=PLAIN)
+        check_fits(source, backbone, facts, run.data)
+        self.network = facts["sha256"]
+        exits = wanted.blocks(backbone.depth)
+        self.model = GFNetDynn(backbone, exits, gate=wanted.gate).to(run.device)
+        groups = optimizer_groups(self.model, lr=wanted.lr, gate_lr=wanted.gate_lr)
+        optimizer = torch.optim.SGD(groups, lr=wanted.lr, momentum=0.9, weight_decay=wanted.wd)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=wanted.num_epoch, eta_min=min(wanted.min_lr, wanted.lr)
+        )
+        self.training = ExitTraining(
+            self.model,
+            optimizer,
+            tradeoff=wanted.ce_ic_tradeoff,
+            objective=wanted.gate_objective,
+            classifier_mode=wanted.classifier_loss,
+            precision=Precision(run.device, run.precision),
+            world=run.world,
+        )
+        self.warm_up = WarmUp(
+            exits,
+            patience=wanted.patience,
+            max_epochs=wanted.max_warmup_epoch,
+            folder=warmup_folder(run) if run.world.is_main else None,
+        )
+        phases = phases_with_parameters(self.model, phases_of(wanted.phase2))
+        self.alternation = Alternation(wanted.bilevel_batch_count, phases=phases)
+        self.loader = run.loaders(shared=True).train("exits", batch_size=wanted.batch)
+        self.best = BestExits()
+        self.policy = ExitPolicy(_judged_rule(run), 0.5)
+        limits = (BARELY_TRAIN, BARELY_EVALUATE) if wanted.barely_train else (None, None)
+        self.most_batches, self.most_held = limits
+        self.state = SharedState("exits", self._parts(optimizer), run.log, run.world)
 
-    Args:
-        gather: turns the outputs of this process' share into those of the whole split.
+    def _parts(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What a killed try goes on from."""
+        return {
+            "model": self.model,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler,
+            "training": self.training,
+            "warm_up": self.warm_up,
+            "alternation": self.alternation,
+            "loader": self.loader,
+            "best": self.best,
+            "precision": self.training.precision,
+        }
 
-    Returns:
-        The metrics, and the outputs that they were computed from.
-    """
-    outputs = collect(
-        training.model,
-        batches,
-        split=split,
-        split_hash=split_hash,
-        max_batches=max_batches,
-        precision=training.precision,
-    )
-    if gather is not None:
-        outputs = gather(outputs)
-    metrics = exit_metrics(outputs, policy, ece_scheme=ece_scheme)
-    logits = list(torch.from_numpy(outputs.logits))
-    gate_logits, labels = torch.from_numpy(outputs.gate_logits), torch.from_numpy(outputs.labels)
-    with torch.no_grad():
-        gate, _ = training.gate_part(logits, gate_logits, labels)
-        classifier = classifier_loss(logits, labels, gate_logits, mode=training.classifier_mode)
-    metrics["gate_loss"], metrics["classifier_loss"] = float(gate), float(classifier)
-    metrics["loss"] = (metrics["gate_loss"] + metrics["classifier_loss"]) / 2
-    metrics["test_acc"] = metrics["gated_acc"]
-    return metrics, outputs
+    def run(self) -> dict[str, Any]:
+        """All epochs, then the finished model."""
+        first = 0
+        if self.state.restore():
+            first = self.state.counters["epoch"]
+            self.owner.log.say(f"exits: resumed at epoch {first + 1}")
+        else:
+            self.state.save(epoch=0)
+        for epoch in range(first, self.wanted.num_epoch):
+            self._epoch(epoch)
+            self.state.save(epoch=epoch + 1)
+        if self.best.epoch < 0:
+            raise ValueError(
+                f"exits: the level loss was no number in any of {self.wanted.num_epoch} epochs; "
+                "a lower learning rate may help"
+            )
+        name = checkpoint_name(self.owner, self.best.epoch, self.best.gated_accuracy)
+        if self.owner.world.is_main:
+            final = best_file(self.owner, name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(confidence_folder(self.owner) / name, final)
+        return {
+            "calibration_gated_accuracy": self.best.gated_accuracy,
+            "calibration_level_loss": self.best.level_loss,
+            "epoch": self.best.epoch,
+            "warm_up_epochs": self.warm_up.epoch,
+            "file": name,
+            "seconds": self.state.seconds,
+        }
+
+    def _epoch(self, epoch: int) -> None:
+        batches, held = self._batches(epoch)
+        in_warm_up = not self.warm_up.done
+        if in_warm_up:
+            trained, found = warm_up_epoch(
+                self.training,
+                self.warm_up,
+                batches,
+                held,
+                max_batches=self.most_batches,
+                max_validation_batches=self.most_held,
+                split_hash=self.owner.data.manifest.hash,
+                gather=self._gather,
+            )
+        else:
+            trained, found = self._phase2_epoch(epoch, batches, held)
+        self.loader.loader.order.set_epoch(epoch + 1)  # also when batches were left out
+        log = self.owner.log
+        log.write("exits", "train", epoch, trained)
+        log.write("exits", "val", epoch, found)
+        log.say(self._line(epoch, found, in_warm_up=in_warm_up))
+
+    def _batches(self, epoch: int) -> tuple[Batches, Batches]:
+        """Training and calibration batches; embeddings where they are replayed."""
+        run, total = self.owner, self.wanted.num_epoch
+        held_loader = run.loaders(shared=True).held("calibration")
+        batches = pairs(self.loader, f"exits epoch {epoch + 1}/{total}")
+        held = pairs(held_loader, "calibration split")
+        if self.replay is None:
+            return batches, held
+        network = {"network": self.network, "precision": self.training.precision}
+        return (
+            self.replay.batches(epoch, batches, self.model, **network),
+            self.replay.batches("calibration", held, self.model, **network),
+        )
+
+    def _phase2_epoch(
+        self, epoch: int, batches: Batches, held: Batches
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Turns of the phases, then the calibration split under the policy."""
+        heads_learn = self.wanted.phase2 in ("exits", "joint")
+        self.training.frozen_exits = () if heads_learn else tuple(range(self.model.num_gates))
+        turns = train_single_epoch(
+            self.training, batches, alternation=self.alternation, max_batches=self.most_batches
+        )
+        found, outputs = evaluate(
+            self.training,
+            held,
+            policy=self.policy,
+            split_hash=self.owner.data.manifest.hash,
+            max_batches=self.most_held,
+            gather=self._gather,
+        )
+        self.training.set_from_validation(outputs)
+        self.scheduler.step()
+        if self.best.offer(self.model, found, epoch) and self.owner.world.is_main:
+            self._save(found)
+        return {k: v for values in turns.values() for k, v in values.items()}, found
+
+    def _gather(self, found: ExitLogits) -> ExitLogits:
+        run = self.owner
+        return gather_outputs(found, run.world, total=len(run.data.image_set("calibration")))
+
+    def _save(self, found: Mapping[str, float]) -> None:
+        best, run = self.best, self.owner
+        save_model(
+            confidence_folder(run) / checkpoint_name(run, best.epoch, best.gated_accuracy),
+            self.model,
+            best.weights,
+            data=run.data,
+            epoch=best.epoch,
+            metrics={"calibration_gated_accuracy": best.gated_accuracy, **found},
+            config=run.config,
+            exit_costs=[float(cost) for cost in self.model.exit_costs()],
+        )
+
+    def _line(self, epoch: int, found: Mapping[str, float], *, in_warm_up: bool) -> str:
+        settled = f"{len(self.warm_up.frozen_exits)}/{self.model.num_gates} exits settled"
+        if in_warm_up:
+            what = f"warm-up, {settled}"
+        else:
+            what = (
+                f"{self.wanted.phase2}, level loss {found['level_loss']:.4f}, gated accuracy "
+                f"{found['gated_acc']:.4f} at {100 * found['cost_fraction']:.1f} % of the MACs"
+            )
+        heads = " ".join(f"{found[f'acc{block}']:.3f}" for block in self.model.exits)
+        return (
+            f"exits: epoch {epoch + 1}/{self.wanted.num_epoch} {what}, exits {heads} final "
+            f"{found['acc_final']:.3f}"
+        )
 
 
-def warm_up_epoch(
-    training: ExitTraining,
-    warm_up: WarmUp,
-    train_batches: Iterable[tuple[Tensor, Tensor]],
-    validation_batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    max_batches: int | None = None,
-    max_validation_batches: int | None = None,
-    after_step: Callable[[Phase, dict], None] | None = None,
-    split_hash: str = "",
-    gather: Gather | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """One epoch of warm-up: train, evaluate on validation data, let patience decide.
-
-    Returns:
-        Metrics of the training and of the validation split.
-    """
-    training.frozen_exits = warm_up.frozen_exits
-    trained = train_single_epoch(
-        training, train_batches, max_batches=max_batches, after_step=after_step
-    )
-    validated, outputs = evaluate(
-        training,
-        validation_batches,
-        max_batches=max_validation_batches,
-        split_hash=split_hash,
-        gather=gather,
-    )
-    warm_up.update(
-        training.model.exit_heads,
-        outputs.correct[:-1].mean(axis=1).tolist(),
-        optimizer=training.optimizer,
-    )
-    training.frozen_exits = warm_up.frozen_exits
-    return trained.get(Phase.WARMUP, {}), validated
+def _judged_rule(run: Run) -> str:
+    """The rule that chooses epochs: the deployed one, or for patience one that has scores."""
+    rule = run.settings.judging.policy
+    if rule != "patience":
+        return rule
+    return LEARNED_RULES[0] if run.settings.exits.gate == "unc" else "max_prob"

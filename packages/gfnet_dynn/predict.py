@@ -30,7 +30,7 @@ from gfnet_dynn.finished_model import (
     load_classifier,
 )
 from gfnet_dynn.model_files import choose_device
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
+from gfnet_dynn.models.exit_policy import ExitPolicy
 from shared_core import metrics
 from shared_core.checkpoints import atomic_write
 from shared_core.runs import UsageError, run_command

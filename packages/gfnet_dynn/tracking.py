@@ -1,4 +1,4 @@
-"""MLflow: metrics under the names of the original, on their true scale; optional at run time."""
+"""What a run says, to its folder and to MLflow: metrics under the names of the original."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from shared_core.runs import StageLog
+
 
 class Tracker:
-    """Logs to an sqlite store beside the runs, or does nothing when it is off.
+    """Logs to an sqlite store beside the runs, or does nothing when it is off or not installed.
 
     Args:
         folder: where ``mlflow.db`` and ``mlartifacts/`` lie, shared by all runs.
@@ -95,3 +97,16 @@ class Tracker:
         """End the run."""
         self._guard(lambda: self._mlflow.end_run("FAILED" if failed else "FINISHED"))
         self._mlflow = None
+
+
+class RunLog(StageLog):
+    """The run's log; every number also goes to the tracker."""
+
+    tracker: Tracker | None = None
+
+    def write(self, stage: str, split: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics; ``split`` becomes the tracker's prefix (``train``, ``val``)."""
+        super().write(stage, split, step, values)
+        if self.tracker is not None:
+            prefix = split if stage == "exits" else f"{stage}/{split}"
+            self.tracker.metrics(values, step=step, prefix=prefix)

@@ -7,64 +7,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gfnet_dynn.classifier_training_helper import (
+from gfnet_dynn.train.exit_losses import (
     classifier_loss,
-    conditional_probabilities,
     exit_probabilities,
     sequential_probabilities,
 )
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
 
 
-@pytest.mark.parametrize(
-    ("gates", "p", "c"),
-    [
-        ([0.4] * 4, [0.4, 0.4, 0.2, 0.0, 0.0], [0.4, 2 / 3, 1.0, 1.0]),
-        ([0.1] * 4, [0.1, 0.1, 0.1, 0.1, 0.6], [0.1, 1 / 9, 0.125, 1 / 7]),
-        ([0.6, 0.9, 0.2, 0.1], [0.6, 0.4, 0.0, 0.0, 0.0], [0.6, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_hand_table(gates, p, c):
-    mass = exit_probabilities(torch.tensor([gates], dtype=torch.float64))
-    np.testing.assert_allclose(mass[0], p, atol=1e-12)
-    np.testing.assert_allclose(conditional_probabilities(mass)[0], c, atol=1e-9)
 
 
 def random_gates(n=500, g=4, seed=0):
     return torch.tensor(np.random.default_rng(seed).uniform(size=(n, g)))
 
 
-def test_probabilities_sum_to_one_and_telescope():
+def test_probabilities_sum_to_one():
     mass = exit_probabilities(random_gates())
     assert (mass >= 0).all()
     np.testing.assert_allclose(mass.sum(dim=1), 1.0, atol=1e-12)
-    c = conditional_probabilities(mass).numpy()
-    # Walking through the exits with probability c to leave at each gives the mass back.
-    inside = np.ones(len(c))
-    for exit_number in range(4):
-        np.testing.assert_allclose(inside * c[:, exit_number], mass[:, exit_number], atol=1e-9)
-        inside = inside * (1 - c[:, exit_number])
-    np.testing.assert_allclose(inside, mass[:, 4], atol=1e-9)
 
 
 def test_no_nan_for_gates_of_zero_and_one():
     gates = torch.tensor(list(product([0.0, 1.0], repeat=4)))
     mass = exit_probabilities(gates)
-    for values in (mass, conditional_probabilities(mass), sequential_probabilities(gates)):
+    for values in (mass, sequential_probabilities(gates)):
         assert torch.isfinite(values).all() and (values >= 0).all() and (values <= 1).all()
     assert mass.sum(dim=1).tolist() == [1.0] * 16
     first_open = [(*row, 1.0).index(1.0) for row in gates.tolist()]
     assert mass.argmax(dim=1).tolist() == first_open
 
 
-def test_conditional_probabilities_are_the_scores_of_the_policy():
-    gate_logits = torch.tensor(np.random.default_rng(3).normal(size=(300, 4)))
-    policy = ExitPolicy("jei", 0.5)
-    scores = policy.scores(torch.zeros(5, 300, 3), gate_logits)
-    c = conditional_probabilities(exit_probabilities(gate_logits.sigmoid()))
-    came_that_far = exit_probabilities(gate_logits.sigmoid())[:, :-1].cumsum(dim=1) < 1 - 1e-9
-    came_that_far = F.pad(came_that_far[:, :-1], (1, 0), value=True)
-    np.testing.assert_allclose(scores[came_that_far], c[came_that_far], atol=1e-9)
 
 
 def make(seed=0, n=24, k=5, exits=4):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.deep_supervision import DeepSupervision, label_loss
-from gfnet_dynn.finetune import cross_entropy_losses
+from gfnet_dynn.train.deep_supervision import DeepSupervision, label_loss
+from gfnet_dynn.train.finetune import cross_entropy_losses
 from gfnet_dynn.models import GFNet, GFNetDynn
 from shared_core.runs import read_metrics
 

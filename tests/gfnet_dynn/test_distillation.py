@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gfnet_dynn.distillation import (
+from gfnet_dynn.train.distillation import (
     ClassCentres,
     DistillationLoss,
     Projector,
@@ -18,7 +18,7 @@ from gfnet_dynn.distillation import (
     nd_loss,
 )
 from gfnet_dynn.models.gfnet import GFNet
-from gfnet_dynn.spectrum import half_spectrum, half_spectrum_weights, spectrum_loss
+from gfnet_dynn.train.spectrum import half_spectrum, half_spectrum_weights, spectrum_loss
 
 GRIDS = [(4, 4), (5, 5), (3, 8), (8, 3), (1, 1), (2, 1)]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from gfnet_dynn.choices import RULES
 from gfnet_dynn.models import GFNet, GFNetDynn
-from gfnet_dynn.models.custom_modules.exit_policy import KINDS, ExitPolicy
+from gfnet_dynn.models.exit_policy import ExitPolicy
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def quantile_policy(kind, scores, q):
     return ExitPolicy(kind, scores.double().quantile(q, dim=0).tolist())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("n", [1, 2, 7, 33])
 def test_equal_to_the_full_pass_at_the_chosen_exit(model, kind, n):
     x = images(n)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gfnet_dynn.models import GFNet, GFNetDynn
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
+from gfnet_dynn.models.exit_policy import ExitPolicy
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

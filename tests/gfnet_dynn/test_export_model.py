@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
+from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from shared_core import checkpoints

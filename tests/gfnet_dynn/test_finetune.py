@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gfnet_dynn.finetune import (
+from gfnet_dynn.train.finetune import (
     Schedule,
     accuracy,
     apply_mix,

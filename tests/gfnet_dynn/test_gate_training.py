@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.gate_training_helper import (
+from gfnet_dynn.train.exit_losses import (
     gate_loss,
     gate_targets,
     level_losses,

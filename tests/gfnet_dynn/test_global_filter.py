@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from gfnet_dynn.models.global_filter import (
-    FORMS,
     DftTables,
     GlobalFilter,
     choose_form,
     largest_prime_factor,
 )
 
+FORMS = ("fft", "dft", "dft-dense")
 GRIDS = [(4, 4), (5, 5), (8, 8), (16, 16), (37, 37), (4, 7), (7, 4), (1, 6), (6, 1), (1, 1), (2, 3)]
 
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gfnet_dynn.exit_evaluation import collect
-from gfnet_dynn.learning_helper import Alternation, Phase, named_parts, phases_of
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
+from gfnet_dynn.decide.exit_outputs import collect
+from gfnet_dynn.train.phases import Alternation, Phase, named_parts, phases_of
+from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
-from gfnet_dynn.our_train_helper import (
+from gfnet_dynn.train.exit_training import (
     ExitTraining,
     RunningMetrics,
     evaluate,
     train_single_epoch,
     warm_up_epoch,
 )
-from gfnet_dynn.warmup import WarmUp
+from gfnet_dynn.train.warmup import WarmUp
 from shared_core.for_torch.precision import Precision
 
 

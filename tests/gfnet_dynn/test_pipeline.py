@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from command_tools import without
-from gfnet_dynn.exit_evaluation import ExitLogits
+from gfnet_dynn.decide.exit_outputs import ExitLogits
 from gfnet_dynn.model_files import load_model
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy
+from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.pipeline import of_all_stages

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gfnet_dynn.models import GFNetDynn, build_gfnet
-from gfnet_dynn.replay import LIMIT, Replay
+from gfnet_dynn.train.replay import LIMIT, Replay
 from shared_core.for_torch.precision import Precision
 
 CPU = torch.device("cpu")

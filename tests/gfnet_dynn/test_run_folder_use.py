@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gfnet_dynn.exit_evaluation import ExitLogits
+from gfnet_dynn.decide.exit_outputs import ExitLogits
 from gfnet_dynn.model_files import load_model
 from shared_core.metrics import ece
 from shared_core.runs import read_result

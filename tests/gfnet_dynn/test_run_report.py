@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gfnet_dynn import plots
-from gfnet_dynn.run_report import NOT_REPRODUCED, _sheet, headline
+from gfnet_dynn.report.run_page import NOT_REPRODUCED, _sheet, headline
 
 EXITS = (1, 3)
 

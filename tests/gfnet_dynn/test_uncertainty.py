@@ -8,8 +8,13 @@ import torch
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from gfnet_dynn.models.custom_modules.gate import IdentityGate, UncertaintyGate, make_gate
-from gfnet_dynn.models.custom_modules.uncertainty import entropy_from_logits, uncertainty
+from gfnet_dynn.models.gates import (
+    IdentityGate,
+    UncertaintyGate,
+    entropy_from_logits,
+    make_gate,
+    uncertainty,
+)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 45])

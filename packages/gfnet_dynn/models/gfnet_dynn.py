@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gfnet_dynn.models import op_counter
-from gfnet_dynn.models.custom_modules.exit_policy import ExitPolicy, keep_rows
-from gfnet_dynn.models.custom_modules.gate import make_gate
+from gfnet_dynn.models.exit_policy import ExitPolicy, keep_rows
+from gfnet_dynn.models.gates import make_gate
 from gfnet_dynn.models.gfnet import GFNet
 
 DEFAULT_EXITS = (3, 5, 7, 9)

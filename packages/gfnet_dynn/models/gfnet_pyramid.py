@@ -58,6 +58,8 @@ class GFNetPyramid(nn.Module):
                 "expected as many positive widths as depths"
             )
         self.num_classes, self.embed_dim, self.depth = num_classes, embed_dim[-1], tuple(depth)
+        self.embed_dims, self.mlp_ratio = tuple(embed_dim), mlp_ratio
+        self.layer_scale, self.drop_path_rate = layer_scale, drop_path_rate
         self.filter_form = check_form(filter)
         embeds: list[nn.Module] = [PatchEmbed(img_size, patch_size, embed_dim[0])]
         self.img_size, self.patch_size = embeds[0].img_size, embeds[0].patch_size
@@ -97,6 +99,20 @@ class GFNetPyramid(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_weights)
+
+    def config(self) -> dict:
+        """What rebuilds this network, as plain JSON: ``GFNetPyramid(**config)``."""
+        return {
+            "img_size": list(self.img_size),
+            "patch_size": list(self.patch_size),
+            "num_classes": self.num_classes,
+            "embed_dim": list(self.embed_dims),
+            "depth": list(self.depth),
+            "mlp_ratio": self.mlp_ratio,
+            "layer_scale": self.layer_scale,
+            "drop_path_rate": self.drop_path_rate,
+            "filter": self.filter_form,
+        }
 
     def set_filter(self, form: str) -> None:
         """Compute every global filter by another form; weights stay as they are."""

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-FORMS = ("fft", "dft", "dft-dense")
+from gfnet_dynn.choices import FILTERS
+
 DENSE_LIMIT = 1024  # tokens; above it the one-product matrices alone would take 8 MB and more
 
 
 def check_form(form: str) -> str:
     """Return ``form``, or raise a ValueError that names the four known ones."""
-    if form not in (*FORMS, "auto"):
-        raise ValueError(f"filter: got {form!r}, expected one of {(*FORMS, 'auto')}")
+    if form not in FILTERS:
+        raise ValueError(f"filter: got {form!r}, expected one of {FILTERS}")
     return form
 
 

@@ -1,13 +1,15 @@
 """Weights of one image size for another: position embedding and filters of a new token grid."""
 
+import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-METHODS = ("official", "spectrum")
+from gfnet_dynn.choices import TRANSFERS
+
+FILTER = re.compile(r"blocks\.(?:(\d+)\.)?\d+\.filter\.complex_weight")
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -44,8 +46,8 @@ def resize_filter(
             image without such frequencies is then filtered alike on both grids.
     """
     h, w = grid
-    if method not in METHODS:
-        raise ValueError(f"transfer: got method {method!r}, expected one of {METHODS}")
+    if method not in TRANSFERS:
+        raise ValueError(f"transfer: got method {method!r}, expected one of {TRANSFERS}")
     if tuple(weight.shape[:2]) != (h, w // 2 + 1) or weight.dim() != 4 or weight.shape[3] != 2:
         raise ValueError(
             f"complex_weight: got shape {tuple(weight.shape)}, expected ({h}, {w // 2 + 1}, C, 2)"
@@ -95,14 +97,28 @@ def resize_rows(spectrum: Tensor, new_h: int) -> Tensor:
     return out
 
 
+def filters_of(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The names of all filters with their stages; an isotropic network is one stage, number 0."""
+    found = {name: FILTER.fullmatch(name) for name in state}
+    return {name: int(match[1] or 0) for name, match in found.items() if match}
+
+
 def grid_of(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Token grid ``(h, w)`` of an isotropic GFNet's state dict."""
-    weight, pos_embed = state["blocks.0.filter.complex_weight"], state["pos_embed"]
+    """Token grid ``(h, w)`` that a network's first blocks work on, from its state dict.
+
+    Raises:
+        ValueError: no weights of a GFNet, or such of two grids.
+    """
+    filters = filters_of(state)
+    if "pos_embed" not in state or not filters:
+        missing = "filters" if "pos_embed" in state else "pos_embed"
+        raise ValueError(f"weights: got no {missing}, expected those of a GFNet")
+    weight, tokens = state[next(iter(filters))], state["pos_embed"].shape[1]
     h = weight.shape[0]
-    w = pos_embed.shape[1] // h
-    if pos_embed.shape[1] != h * w or weight.shape[1] != w // 2 + 1:
+    w = tokens // h
+    if tokens != h * w or weight.shape[1] != w // 2 + 1:
         raise ValueError(
-            f"state dict: pos_embed has {pos_embed.shape[1]} tokens and the filters have shape "
+            f"state dict: pos_embed has {tokens} tokens and the filters have shape "
             f"{tuple(weight.shape)}, expected those of one grid"
         )
     return h, w
@@ -111,13 +127,18 @@ def grid_of(state: Mapping[str, Tensor]) -> tuple[int, int]:
 def transfer_state(
     state: Mapping[str, Tensor], grid: tuple[int, int], *, method: str = "official"
 ) -> dict[str, Tensor]:
-    """An isotropic GFNet's state dict with position embedding and filters on another grid."""
+    """A state dict with position embedding and filters on another grid, of a pyramid, too.
+
+    Args:
+        grid: tokens ``(h, w)`` of the first blocks; it halves from stage to stage.
+        method: how filters are resized, see :func:`resize_filter`.
+    """
     old = grid_of(state)
     out = dict(state)
     out["pos_embed"] = resize_pos_embed(state["pos_embed"], old, grid)
-    for name, value in state.items():
-        if name.endswith(".filter.complex_weight"):
-            out[name] = resize_filter(value, old, grid, method=method)
+    for name, stage in filters_of(state).items():
+        sides = [(h >> stage, w >> stage) for h, w in (old, grid)]
+        out[name] = resize_filter(state[name], *sides, method=method)
     return out
 
 
@@ -128,10 +149,10 @@ def load_weights(
     method: str = "official",
     new_head: bool = False,
 ) -> nn.Module:
-    """Load an isotropic GFNet's weights, resized where its grid is another one; all must fit.
+    """Load the weights of a GFNet or pyramid, resized where its grid is another one; all must fit.
 
     Args:
-        model: a GFNet; changed in place and returned.
+        model: changed in place and returned.
         state: a state dict, or the official files' ``{"model": state dict}``.
         method: how filters are resized, see :func:`resize_filter`.
         new_head: keep the model's own head instead of the file's (fine-tuning on other classes).
@@ -141,8 +162,6 @@ def load_weights(
     """
     if "model" in state and not isinstance(state["model"], Tensor):
         state = state["model"]
-    if missing := {"pos_embed", "blocks.0.filter.complex_weight"} - state.keys():
-        raise ValueError(f"weights: got no {sorted(missing)}, expected those of a GFNet")
     state = transfer_state(state, model.grid, method=method)
     if new_head:
         state |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
@@ -156,23 +175,3 @@ def load_weights(
         )
     model.load_state_dict(state)
     return model
-
-
-def load_weight_file(model: nn.Module, path: str | Path, **options) -> nn.Module:
-    """:func:`load_weights` from a torch file; reading it runs no code.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a file of tensors, or weights that do not fit.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: got {path}, expected an existing file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"weights: cannot read {path} as a file of tensors: {reason}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"weights: got a {type(state).__name__} in {path}, expected a state dict")
-    return load_weights(model, state, **options)

@@ -1,0 +1,17 @@
+"""The names that options may take and that code below them knows; no framework is imported here."""
+
+SETS = ("AID", "NaSC", "NWPU", "PatternNet", "UCM")
+STAGES = ("prepare", "backbone", "distil", "exits", "evaluate")
+ISOTROPIC_ARCHS = ("gfnet-ti", "gfnet-xs", "gfnet-s", "gfnet-b")  # one grid in all blocks
+PYRAMID_ARCHS = ("gfnet-h-ti", "gfnet-h-s", "gfnet-h-b")  # four stages: teachers, no exits
+FILTERS = ("auto", "fft", "dft", "dft-dense")
+TRANSFERS = ("official", "spectrum")
+GATES = ("unc", "identity")
+OBJECTIVES = ("ce", "zeroOne", "prob")
+HEAD_LOSSES = ("single", "weighted", "boosted", "legacy")
+PHASE2 = ("exits", "backbone", "joint")
+RULES = ("gate", "jei", "max_prob", "entropy", "margin", "patience")
+LEARNED_RULES = ("gate", "jei")  # they ask the gates
+POINTS = ("careful", "balanced", "fast")  # wishes that a run finds thresholds for
+DEFAULT_POINT = "balanced"
+ALL = "all"  # --exits all: one after every block but the last

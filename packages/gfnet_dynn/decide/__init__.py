@@ -1,0 +1,1 @@
+"""Who leaves where: thresholds, promises, exits worth keeping, from the stored outputs of exits."""
