@@ -57,7 +57,7 @@ class Agreement:
 
         Args:
             name: of the file, for messages.
-            min_same: least fraction of images that must get the same class.
+            min_same: least fraction of images that must get the same class; one may always differ.
             max_distance: most that two probabilities (entries of features) may differ by.
 
         Raises:
@@ -66,7 +66,8 @@ class Agreement:
         if not self.images:
             raise ExportError(f"{name}: no image was asked, expected a whole split")
         share = self.same / self.images
-        if share < min_same or not self.max_distance <= max_distance:
+        odd = self.images - self.same > max(1.0, (1 - min_same) * self.images + 1e-9)
+        if odd or not self.max_distance <= max_distance:
             raise ExportError(
                 f"{name} does not answer as its network: the same class for {100 * share:.2f} % of "
                 f"{self.images} images (expected {100 * min_same:.2f} %), largest distance of two "

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_core.checkpoints.atomic import atomic_write
 from shared_core.deploy.check import ExportError
 from shared_core.deploy.facts import METADATA_KEY, ModelFacts
 
@@ -86,6 +87,15 @@ def input_of(model: Any) -> Any:
         names = ", ".join(one.name for one in inputs) or "none"
         raise ExportError(f"the network's inputs are {names}; expected one")
     return inputs[0]
+
+
+def set_facts(path: Path, facts: ModelFacts) -> None:
+    """Put other facts into the metadata of a file; it is replaced at once."""
+    import onnx
+
+    model = onnx.load(str(path))
+    _describe(model, facts)
+    atomic_write(path, lambda scratch: onnx.save(model, str(scratch)))
 
 
 def _load(source: str | Path | Any) -> Any:
@@ -212,13 +222,17 @@ def _check_width(output: Any, facts: ModelFacts) -> int | str:
 def _finished(model: Any, facts: ModelFacts) -> Any:
     import onnx
 
+    _describe(model, facts)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _describe(model: Any, facts: ModelFacts) -> None:
     text = json.dumps(facts.as_dict(), ensure_ascii=False)
     others = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
     del model.metadata_props[:]
     model.metadata_props.extend(others)
     model.metadata_props.add(key=METADATA_KEY, value=text)
-    onnx.checker.check_model(model)
-    return model
 
 
 def _dims(value: Any) -> list[int | str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from paddle import nn
 
 from shared_core.checkpoints import atomic_write
-from shared_core.checkpoints.onnx_check import Difference, ExportError, check_onnx
+from shared_core.deploy.check import Difference, ExportError, check_onnx
 
 __all__ = ["Difference", "ExportError", "check_onnx", "export_inference", "export_onnx"]
 

@@ -1,0 +1,105 @@
+"""A model folder appears whole or not at all, and replaces nothing but an earlier export."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared_core.checkpoints.atomic import _is_alive, _sync
+from shared_core.deploy.facts import FACTS_FILE, ModelError, read_facts
+from shared_core.runs.command import UsageError
+
+CARD_FILE = "README.md"
+CARD_MARK = "<!-- smallvision model card -->"  # first line of the card, so that it is known as ours
+_UNDERWAY = ".export"  # lists what is being moved in
+
+
+def check_export_folder(folder: str | Path) -> list[Path]:
+    """The files of an earlier export that would be replaced; none where the folder is new or empty.
+
+    Raises:
+        UsageError: it is a file, or holds something that no export wrote.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, expected a folder")
+    present = sorted(folder.iterdir(), key=lambda path: path.name)
+    known = _named(folder)
+    for path in present:
+        if path.is_dir() or not (path.name in known or _is_card(path)):
+            raise UsageError(
+                f"{folder} holds {path.name}, which no export wrote: expected a new or empty "
+                "folder, or an earlier export"
+            )
+    return present
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A folder beside ``folder`` to write an export to; it takes its place at the end.
+
+    An error leaves the earlier export as it was. A kill leaves it, or a folder without
+    ``model.json``, which nothing opens; the next export cleans up.
+
+    Raises:
+        UsageError: see :func:`check_export_folder`.
+    """
+    folder = Path(os.path.abspath(folder))
+    check_export_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead(folder)
+    scratch = folder.with_name(f".{folder.name}.export-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        _publish(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    for path in scratch.iterdir():
+        _sync(path)
+    old = check_export_folder(folder)
+    folder.mkdir(exist_ok=True)
+    names = sorted(path.name for path in scratch.iterdir())
+    (folder / _UNDERWAY).write_text("\n".join(names), encoding="utf-8")
+    # The description goes first and comes last: without it nobody takes the folder for a model.
+    for path in sorted(old, key=lambda path: path.name != FACTS_FILE):
+        path.unlink(missing_ok=True)
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name == FACTS_FILE):
+        os.replace(path, folder / path.name)
+    (folder / _UNDERWAY).unlink(missing_ok=True)
+    _sync(folder)
+
+
+def _named(folder: Path) -> set[str]:
+    """Names of files that an earlier export calls its own, one that was killed as well."""
+    underway = folder / _UNDERWAY
+    names = {_UNDERWAY}
+    if underway.is_file():
+        names |= {FACTS_FILE, *underway.read_text(encoding="utf-8").splitlines()}
+    try:
+        facts = read_facts(folder)
+    except (FileNotFoundError, ModelError):
+        return names
+    return names.union({FACTS_FILE}, facts.sha256, *facts.files.values())
+
+
+def _is_card(path: Path) -> bool:
+    return path.name == CARD_FILE and path.read_bytes().startswith(CARD_MARK.encode())
+
+
+def _remove_dead(folder: Path) -> None:
+    """What killed exports of this folder have left beside it."""
+    for scratch in folder.parent.iterdir():
+        name, _, number = scratch.name.rpartition("-")
+        if name == f".{folder.name}.export" and number.isdigit():
+            if not _is_alive(int(number)):
+                shutil.rmtree(scratch, ignore_errors=True)
