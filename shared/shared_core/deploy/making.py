@@ -233,7 +233,8 @@ class Making:
         self, int8: Int8Result | None, latency: dict[str, Any], judged_on: str | None
     ) -> ModelFacts:
         """The facts with all that was measured."""
-        default = INT8 if INT8 in self.files and int8 is not None else next(iter(self.files))
+        fast = int8 is not None and int8.kept and int8.speedup > 1
+        default = INT8 if fast else next(iter(self.files))
         sizes = {
             n: (self.folder / n).stat().st_size for names in self.files.values() for n in names
         }
