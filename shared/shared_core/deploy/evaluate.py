@@ -76,12 +76,14 @@ def labelled_images(options: EvaluateOptions, facts: ModelFacts) -> Labelled:
     """
     if options.split is not None:
         manifest = Manifest.read(options.split, root=options.data)
-        if facts.class_names:
+        classes = facts.class_names or manifest.classes
+        if set(classes) != set(manifest.classes):
             facts.check_class_names(manifest.classes, who=str(options.split))
+        number = {name: label for label, name in enumerate(classes)}  # orders may differ
         items = manifest.subset(options.part)
-        labels = np.array([item.label for item in items], np.int64)
+        labels = np.array([number[manifest.classes[item.label]] for item in items], np.int64)
         files = [options.data / item.path for item in items]
-        return Labelled(files, labels, manifest.classes, options.part, manifest.hash)
+        return Labelled(files, labels, classes, options.part, manifest.hash)
     listing = scan(options.data, classes=facts.class_names or None)
     samples, part = list(listing.samples), None
     if listing.layout == "split":
