@@ -1,6 +1,5 @@
 """Measure the README's table of networks again, beside the published values; see ``--help``."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os
@@ -17,25 +16,29 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from shared_core.runs import Report, UsageError, run_command, write_result
+from shared_core.runs import Report, run_command, write_result
+from shared_core.runs.numbers import COUNT
+from shared_core.runs.options import CommandParser, words_of
 
 DATA = {"name": "no images: costs do not depend on them", "kind": "built-in", "images": 0,
         "split_hash": None}  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="compare_models.py",
         description="Parameters, multiply-adds, CPU time and ONNX size of the networks of the "
         "README's table (6 classes, 224 pixels), or of others.",
     )
     p.add_argument("--output", type=Path, required=True, metavar="DIR",
-                   help="gets result.json, report.md and report.html")  # fmt: skip
-    p.add_argument("-a", "--arch", nargs="+", help="networks (those of the README's table)")
-    p.add_argument("--rounds", type=int, default=7, help="of timing, 0 for none (7)")
+                   help="The folder that gets result.json, report.md and report.html.")  # fmt: skip
+    p.add_argument("-a", "--arch", nargs="+", metavar="NAME",
+                   help="The networks; without it those of the README's table.")  # fmt: skip
+    p.add_argument("--rounds", type=COUNT, default=7, metavar="N",
+                   help="How many times each is timed; 0 measures no time.")  # fmt: skip
     p.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True,
-                   help="measure the size as ONNX (yes)")  # fmt: skip
+                   help="Measure the size as ONNX.")  # fmt: skip
     return p
 
 
@@ -43,12 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns the exit code."""
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = build_parser().parse_args(argv)
-    if args.rounds < 0:
-        raise UsageError(f"--rounds {args.rounds}, expected 0 or more")
-    words = ["compare_models.py", *(sys.argv[1:] if argv is None else [str(w) for w in argv])]
-    compare(
-        args.output, archs=args.arch, rounds=args.rounds, onnx=args.onnx, command=" ".join(words)
-    )
+    command = " ".join(["compare_models.py", *words_of(argv)])
+    compare(args.output, archs=args.arch, rounds=args.rounds, onnx=args.onnx, command=command)
     return 0
 
 
@@ -113,5 +112,10 @@ def compare(
     )
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

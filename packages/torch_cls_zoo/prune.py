@@ -1,104 +1,182 @@
 """Cut off the channels that slimming (--sparsity) left unused; ``--help`` lists the options."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-import argparse
-import json
-from collections.abc import Sequence
-from typing import Any
+from shared_core.runs import run_command
+from shared_core.runs.numbers import number
+from shared_core.runs.options import CommandParser, add_common
+from torch_cls_zoo.dataloader import PARTS
 
-from shared_core.runs import UsageError, run_command
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for."""
+
+    resume: Path
+    output: Path
+    prune_ratio: float
+    prune_least: float
+    data: str | None
+    part: str
+    batch_size: int
+    seed: int
+    export: bool
+    threads: int | None
+
+
+def build_parser() -> CommandParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="prune.py",
         description="Cut the channels with the smallest BatchNorm scales off a trained network, "
         "check that it equals the network with those channels set to 0, and report.",
         epilog="The file that is written is a checkpoint of this zoo: fine-tune it with "
         "main.py --train --arch ARCH --resume FILE, measure with main.py --evaluate --resume FILE.",
     )
-    p.add_argument("--resume", type=Path, required=True, metavar="FILE", help="the checkpoint")
-    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write")
-    p.add_argument("--prune_ratio", type=float, default=0.5, help="share of the channels (0.5)")
-    p.add_argument("--prune_least", type=float, default=0.1, metavar="SHARE",
-                   help="of each layer this much stays (0.1)")  # fmt: skip
-    p.add_argument("--data", help="measure accuracy before and after: a data folder, or builtin")
-    p.add_argument("--part", default="test", choices=("train", "val", "test"), help="(test)")
-    p.add_argument("-b", "--batch_size", type=int, default=64)
-    p.add_argument("--seed", type=int, default=1234, help="of the split of --data (1234)")
-    p.add_argument("--export", action="store_true", help="also as TorchScript and ONNX")
-    p.add_argument("--threads", type=int, default=0, help="threads that compute (torch decides)")
+    p.add_argument(
+        "--resume", type=Path, required=True, metavar="FILE", help="The checkpoint to prune."
+    )
+    p.add_argument(
+        "--prune_ratio", type=number(float, 0, 0.999999), default=0.5, metavar="SHARE",
+        help="The share of the channels that is cut.",
+    )  # fmt: skip
+    p.add_argument(
+        "--prune_least", type=number(float, 0, 1, open_low=True), default=0.1, metavar="SHARE",
+        help="The share of each layer's channels that stays whatever happens.",
+    )  # fmt: skip
+    p.add_argument(
+        "--part", default="test", choices=PARTS, help="The part that accuracy is measured on."
+    )
+    p.add_argument("--export", action="store_true", help="Write TorchScript and ONNX files, too.")
+    add_common(
+        p,
+        ["output", "data-path", "batch-size", "seed", "threads"],
+        aliases={"data-path": ["--data"], "batch-size": ["-b", "--batch_size"]},
+        defaults={"batch-size": 64, "seed": 1234},
+        help={
+            "output": "The folder that gets the pruned checkpoint and prune.json.",
+            "data-path": "Measure the accuracy before and after on this folder of images; the "
+            "word builtin draws scenes.",
+            "seed": "The seed of the split of the images, as main.py's.",
+        },
+        more={"output": {"required": True}, "data-path": {"dest": "data", "type": str}},
+    )
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prune and report. Returns the exit code."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    args = build_parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise UsageError(f"--batch_size {args.batch_size}, expected 1 or more")
+    asked = Asked(**vars(build_parser().parse_args(argv)))
+    import json
+
     import torch
 
     from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_checkpoint
     from torch_cls_zoo.applications.export_files import export_all
+    from torch_cls_zoo.applications.model_facts import facts_of_checkpoint
     from torch_cls_zoo.models import build_model
-    from torch_cls_zoo.models.summary import summarize
     from torch_cls_zoo.pruning.cutting import merge_kept, prune
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    weights, facts = load_checkpoint(args.resume, project="torch_cls_zoo")
-    arch, classes = facts["architecture"], facts["class_names"]
-    size = (int(facts["input_size"][1]), int(facts["input_size"][2]))
-    before = facts.get("pruned") or {}
-    model = build_model(arch, num_classes=len(classes), image_size=size, kept=before).model
-    fit_into(model, weights, path=args.resume)
-    model.eval()
-    pruned, plan, proof = prune(model, size, ratio=args.prune_ratio, least=args.prune_least)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    weights, facts = load_checkpoint(asked.resume, project="torch_cls_zoo")
+    told = facts_of_checkpoint(facts, where=asked.resume)
+    arch, size, before = told.architecture, told.input_size, facts.get("pruned") or {}
+    model = build_model(
+        arch, num_classes=len(told.class_names), image_size=size, kept=before
+    ).model.eval()
+    fit_into(model, weights, path=asked.resume)
+    pruned, plan, proof = prune(model, size, ratio=asked.prune_ratio, least=asked.prune_least)
     report: dict[str, Any] = {
         "arch": arch,
         "groups": plan.groups,
         "cut": len(plan.cut),
         "largest_scale_cut": plan.threshold,
         **proof,
+        "before": _costs(model, size),
+        "after": _costs(pruned, size),
+        "layers": {
+            name: [len(sides["out"]), width]
+            for name, sides in plan.kept.items()
+            if "out" in sides and (width := _width(model, name)) is not None
+        },
     }
-    for name, net in (("before", model), ("after", pruned)):
-        summary = summarize(net, size)
-        report[name] = {"params": summary.params, "macs": summary.macs}
-    report["layers"] = {
-        name: [len(sides["out"]), width]
-        for name, sides in plan.kept.items()
-        if "out" in sides and (width := _width(model, name)) is not None
-    }
-    if args.data is not None:
-        from torch_cls_zoo.utils.prune_accuracy import accuracies
-
-        found = accuracies([model, pruned], args, facts, size)
+    if asked.data is not None:
+        found = accuracies([model, pruned], asked, facts)
         report["before"]["accuracy"], report["after"]["accuracy"] = found
-    args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"pruned_{arch.replace('/', '_')}.pth"
-    kept = merge_kept(before, plan.kept)
+    asked.output.mkdir(parents=True, exist_ok=True)
+    file = asked.output / f"pruned_{arch.replace('/', '_')}.pth"
     written = {k: v for k, v in facts.items() if k != "sha256"}
+    kept = merge_kept(before, plan.kept)
     save_checkpoint(file, pruned.state_dict(), {**written, "pruned": kept, "metrics": {}})
-    if args.export:
+    if asked.export:
         report["exported"] = export_all(
-            pruned, args.output, arch=f"pruned_{arch}", image_size=size, facts=written,
-            formats=("jit", "onnx"),
-        )  # fmt: skip
-    (args.output / "prune.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            pruned, asked.output, arch=f"pruned_{arch}", facts=told, formats=("jit", "onnx")
+        )
+    (asked.output / "prune.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _say(report, file)
     return 0
+
+
+def accuracies(models: Sequence[nn.Module], asked: Asked, facts: dict[str, Any]) -> list[float]:
+    """Top-1 accuracy of each, fractions in [0, 1], on ``--part`` of ``--data``.
+
+    The data are split as ``main.py`` does with the same ``--seed``.
+
+    Raises:
+        FileNotFoundError, DatasetError, ValueError: no data, or other classes than the network's.
+    """
+    import tempfile
+
+    import torch
+
+    from shared_core.for_torch.accuracy import answers_of
+    from shared_core.for_torch.distributed import World
+    from torch_cls_zoo.applications.model_facts import facts_of_checkpoint
+    from torch_cls_zoo.dataloader.folders import check_classes, open_data, part
+    from torch_cls_zoo.dataloader.loaders import InputSettings, eval_loader
+
+    told, world = (
+        facts_of_checkpoint(facts, where=asked.resume),
+        World(0, 1, 0, torch.device("cpu")),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        data = open_data(
+            str(asked.data),
+            Path(scratch),
+            num_classes=len(told.class_names),
+            seed=asked.seed,
+            image_side=min(told.input_size),
+        )
+        check_classes(data.classes, told.class_names, str(asked.resume))
+        loader = eval_loader(
+            part(data, asked.part).images,
+            InputSettings(told.input_size, told.mean, told.std),
+            batch_size=asked.batch_size,
+            world=world,
+            threads=1,
+        )
+        return [answers_of(model, loader, world).accuracy for model in models]
+
+
+def _costs(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    from torch_cls_zoo.models.summary import summarize
+
+    summary = summarize(model, size)
+    return {"params": summary.params, "macs": summary.macs}
 
 
 def _width(model: Any, name: str) -> int | None:
@@ -125,5 +203,10 @@ def _say(report: dict[str, Any], file: Path) -> None:
     )
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -1,14 +1,15 @@
 """Write a network for other runtimes, TorchScript, ONNX and torch.export, and check each file.
 
-Every file carries its facts (classes, input size, normalisation) inside, so that the demo needs
-nothing else. A file that does not give the network's numbers is not left behind.
+Each takes normalised float images and gives logits, and carries its facts (classes, view,
+normalisation) inside, so that the demo needs nothing else. A file that does not give the network's
+numbers is not left behind.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from shared_core.checkpoints import atomic_write
+from shared_core.deploy.facts import METADATA_KEY, ModelFacts
 from shared_core.for_torch.export import Difference, ExportError, export_onnx
+from torch_cls_zoo.applications.model_facts import FACTS
 
 FORMATS = {"jit": "jit_{arch}.pt", "onnx": "{arch}.onnx", "export": "{arch}.pt2"}
-FACTS = "facts.json"  # name of the facts inside a TorchScript or torch.export file
-ONNX_KEY = "smallvision.facts"  # of an ONNX file's metadata
 CHECK_BATCHES = (1, 3)
 
 
@@ -30,8 +31,7 @@ def export_all(
     folder: str | Path,
     *,
     arch: str,
-    image_size: tuple[int, int],
-    facts: Mapping[str, Any],
+    facts: ModelFacts,
     formats: Sequence[str] = tuple(FORMATS),
     tolerance: float = 1e-4,
 ) -> dict[str, dict[str, Any]]:
@@ -41,8 +41,7 @@ def export_all(
         model: on the CPU; float32 images ``(N, 3, H, W)`` to logits ``(N, K)``. Its mode is kept.
         folder: where to; made when missing.
         arch: for the file names: ``jit_ARCH.pt``, ``ARCH.onnx``, ``ARCH.pt2``.
-        image_size: height and width in pixels; the batch is free, the size is not.
-        facts: plain JSON, at least what :func:`demo_facts` gives.
+        facts: of the network; the batch is free, the input size is not.
         formats: out of ``jit``, ``onnx``, ``export``.
         tolerance: largest difference, relative to the largest logit.
 
@@ -57,7 +56,7 @@ def export_all(
         raise ValueError(f"export format {unknown[0]!r}, expected some of {', '.join(FORMATS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(facts), ensure_ascii=False)
+    text, image_size = json.dumps(facts.as_dict(), ensure_ascii=False), facts.input_size
     writers: dict[str, Callable[[Path], Difference]] = {
         "jit": lambda path: _jit(model, path, image_size, text, tolerance),
         "onnx": lambda path: _onnx(model, path, image_size, text, tolerance),
@@ -85,31 +84,6 @@ def export_all(
     finally:
         model.train(was_training)
     return done
-
-
-def demo_facts(
-    *,
-    arch: str,
-    class_names: Sequence[str],
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    family: str = "softmax",
-) -> dict[str, Any]:
-    """What the demo must know, under the names that a checkpoint's facts have: plain JSON.
-
-    Args:
-        family: ``softmax`` or ``bce`` (``sigmoid``): what turns logits into probabilities.
-    """
-    return {
-        "project": "torch_cls_zoo",
-        "architecture": arch,
-        "class_names": list(class_names),
-        "input_size": [3, *(int(side) for side in image_size)],
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
-        "criterion": "bce" if family in ("bce", "sigmoid") else "softmax",
-    }
 
 
 def _batches(image_size: tuple[int, int]) -> list[Tensor]:
@@ -178,7 +152,7 @@ def _onnx(
         )  # fmt: skip
         content = onnx.load(str(scratch))
         entry = content.metadata_props.add()
-        entry.key, entry.value = ONNX_KEY, facts
+        entry.key, entry.value = METADATA_KEY, facts
         onnx.checker.check_model(content)
         onnx.save(content, str(scratch))
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_cls_zoo.applications.export_files import export_all
+from shared_core.for_torch.export import export_onnx
 from torch_cls_zoo.models import build_model
 from torch_cls_zoo.models.summary import summarize
 
@@ -160,11 +160,9 @@ def _one_thread() -> Iterator[None]:
 def onnx_bytes(arch: str, *, pixels: int = PIXELS) -> int:
     """Size of the network as a checked ONNX file with its weights."""
     with tempfile.TemporaryDirectory() as folder:
-        written = export_all(
-            _ready(arch, pixels), folder, arch="net", image_size=(pixels, pixels), facts={},
-            formats=("onnx",),
-        )  # fmt: skip
-        return int(Path(folder, written["onnx"]["file"]).stat().st_size)
+        path = Path(folder, "net.onnx")
+        export_onnx(_ready(arch, pixels), path, input_size=(3, pixels, pixels))
+        return path.stat().st_size
 
 
 def table_row(name: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ python packages/torch_cls_zoo/utils/builtin_data.py FOLDER [--classes 3] [--imag
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -16,8 +15,9 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[3]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-from shared_core.datasets import make_scenes
 from shared_core.runs import UsageError, run_command
+from shared_core.runs.numbers import SIZE
+from shared_core.runs.options import CommandParser, add_common
 
 SHARES = {"train": 3, "val": 1, "test": 1}  # of five
 
@@ -39,6 +39,8 @@ def make_folder(
     Raises:
         UsageError: the folder holds something, or too few images.
     """
+    from shared_core.datasets import make_scenes
+
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"{root} is there already, expected a new or empty folder")
     if images < sum(SHARES.values()):
@@ -71,12 +73,13 @@ def make_folder(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="builtin_data.py", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--classes", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20, help="of each class")
-    parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = CommandParser(prog="builtin_data.py", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="The folder to make; it must be new or empty.")
+    add("--classes", type=SIZE, default=3, metavar="N", help="How many classes, 2 to 45.")
+    add("--images", type=SIZE, default=20, metavar="N", help="How many images of each class.")
+    add("--size", type=SIZE, default=64, metavar="PIXELS", help="The side of the images.")
+    add_common(parser, ["seed"], help={"seed": "The number that decides what is drawn."})
     args = parser.parse_args(argv)
     counts = make_folder(
         args.folder, classes=args.classes, images=args.images, size=args.size, seed=args.seed
@@ -85,5 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

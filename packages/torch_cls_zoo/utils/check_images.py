@@ -7,7 +7,6 @@ Exit code 0: every file can be used; 1: some cannot, each is named.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,29 +15,31 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[3]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-from shared_core.datasets import scan, write_quarantine
-from shared_core.datasets.finding.quarantine import FILE_NAME
-from shared_core.datasets.finding.verify import counter_line, verify
-from shared_core.runs import UsageError, run_command
+from shared_core.runs import run_command
+from shared_core.runs.numbers import COUNT
+from shared_core.runs.options import CommandParser
+
+FILE_NAME = "quarantine.txt"  # in the data folder, where the training looks for it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="check_images.py", description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder with train/, val/, test/ or class folders")
-    parser.add_argument("-j", "--workers", type=int, default=0, help="processes; 0: this one")
-    parser.add_argument(
-        "--quarantine", type=Path, nargs="?", const=Path(FILE_NAME),
-        help="write the list of files to leave out: here, or quarantine.txt in the data folder",
-    )  # fmt: skip
-    parser.add_argument("--report", type=Path, help="write all findings here (.json, .md beside)")
-    parser.add_argument("--near", action="store_true", help="look for nearly equal images, too")
+    parser = CommandParser(prog="check_images.py", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("data", type=Path, help="The folder with train/, val/ and test/, or with class folders.")
+    add("-j", "--workers", type=COUNT, default=0, metavar="N",
+        help="How many processes look; 0 is this one.")  # fmt: skip
+    add("--quarantine", type=Path, nargs="?", const=Path(FILE_NAME), metavar="FILE",
+        help="Write the list of files to leave out: here, or quarantine.txt in the data folder "
+        "where nothing follows.")  # fmt: skip
+    add("--report", type=Path, metavar="FILE", help="Write all findings (.json, .md beside).")
+    add("--near", action="store_true", help="Look for nearly equal images, too.")
     args = parser.parse_args(argv)
-    if args.workers < 0:
-        raise UsageError(f"--workers is {args.workers}, expected 0 or more")
-    listing = scan(args.data)
+    from shared_core.datasets import scan, write_quarantine
+    from shared_core.datasets.finding.verify import counter_line, verify
+
     report = verify(
-        listing,
+        scan(args.data),
         workers=args.workers,
         near=args.near,
         progress=counter_line("check") if sys.stderr.isatty() else None,
@@ -56,5 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report.ok else 1
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

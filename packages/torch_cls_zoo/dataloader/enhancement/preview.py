@@ -5,45 +5,44 @@ python packages/torch_cls_zoo/dataloader/enhancement/preview.py IMAGES OUT.png [
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[4]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-import cv2
-import numpy as np
-
-from shared_core.checkpoints import atomic_write
-from shared_core.datasets import decode, view_rng
 from shared_core.runs import UsageError, run_command
+from shared_core.runs.numbers import SIZE
+from shared_core.runs.options import CommandParser, add_common
 from torch_cls_zoo.dataloader import POLICIES
-from torch_cls_zoo.dataloader.enhancement.policies import make_augment
-from torch_cls_zoo.dataloader.preprocess import preprocess
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+if TYPE_CHECKING:
+    import numpy as np
+
 HEAD = 22  # pixels, the line with the column titles
 GAP = 4  # pixels between pictures
 
 
-def find_images(source: Path, number: int) -> list[Path]:
-    """A file, or ``number`` files of a folder, evenly spread over its sorted list.
+def some_images(source: Path, number: int) -> list[Path]:
+    """``number`` images of a file or folder, evenly spread over the sorted list.
 
     Raises:
-        FileNotFoundError: nothing there, or no image in the folder.
+        FileNotFoundError: no image there.
     """
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise FileNotFoundError(f"{source} holds no image ({', '.join(SUFFIXES)})")
-    chosen = np.linspace(0, len(found) - 1, min(number, len(found))).round().astype(int)
-    return [found[index] for index in chosen]
+    import numpy as np
+
+    from shared_core.datasets.finding.scan import list_images
+
+    found = list_images(source)
+    if not found.files:
+        path, reason = found.bad[0]
+        raise FileNotFoundError(f"{path}: {reason}")
+    last = len(found.files) - 1
+    chosen = np.linspace(0, last, min(number, last + 1)).round().astype(int)
+    return [found.files[index] for index in chosen]
 
 
 def contact_sheet(
@@ -54,6 +53,17 @@ def contact_sheet(
     Returns:
         uint8 RGB ``(H, W, 3)``.
     """
+    import cv2
+    import numpy as np
+
+    from shared_core.datasets import decode, view_rng
+    from torch_cls_zoo.dataloader.enhancement.policies import make_augment
+    from torch_cls_zoo.dataloader.preprocess import preprocess
+
+    def framed(cell: np.ndarray) -> np.ndarray:
+        white = (255, 255, 255)
+        return cv2.copyMakeBorder(cell, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=white)
+
     augment = make_augment(policy)
     if augment is None:
         raise ValueError("no augmentation to show")
@@ -64,7 +74,7 @@ def contact_sheet(
         for number in range(views):
             drawn = augment(image, view_rng(seed, path.name, number))
             cells.append(preprocess(drawn, size))
-        rows.append(np.concatenate([_framed(cell) for cell in cells], axis=1))
+        rows.append(np.concatenate([framed(cell) for cell in cells], axis=1))
     sheet = np.concatenate([np.full((HEAD, rows[0].shape[1], 3), 255, np.uint8), *rows])
     step = size[1] + GAP
     for column in range(views + 1):
@@ -74,31 +84,31 @@ def contact_sheet(
     return sheet
 
 
-def _framed(cell: np.ndarray) -> np.ndarray:
-    return cv2.copyMakeBorder(cell, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="preview.py", description=__doc__.splitlines()[0])
-    parser.add_argument("images", type=Path, help="an image, or a folder to take some from")
-    parser.add_argument("out", type=Path, help="the sheet, .png or .jpg")
-    parser.add_argument("--policy", default="my", choices=POLICIES)
-    parser.add_argument("--image_size", type=int, nargs=2, default=[128, 128], metavar=("H", "W"))
-    parser.add_argument("--rows", type=int, default=6, help="images of a folder")
-    parser.add_argument("--views", type=int, default=7, help="augmented views of each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = CommandParser(prog="preview.py", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("images", type=Path, help="An image, or a folder to take some from.")
+    add("out", type=Path, help="The sheet to write, .png or .jpg.")
+    add("--policy", default="my", choices=POLICIES, help="The augmentation to show.")
+    add("--image_size", type=SIZE, nargs=2, default=[128, 128], metavar=("H", "W"),
+        help="The height and width of each picture, in pixels.")  # fmt: skip
+    add("--rows", type=SIZE, default=6, metavar="N", help="How many images of a folder.")
+    add("--views", type=SIZE, default=7, metavar="N", help="How many augmented views of each.")
+    add_common(parser, ["seed"], help={"seed": "The number that decides the draws."})
     args = parser.parse_args(argv)
-    if min(args.rows, args.views, *args.image_size) < 1:
-        raise UsageError("--rows, --views and --image_size: expected at least 1 each")
-    if args.out.suffix.lower() not in (".png", ".jpg"):
+    ending = args.out.suffix.lower()
+    if ending not in (".png", ".jpg"):
         raise UsageError(f"{args.out}: expected a name that ends in .png or .jpg")
-    paths = find_images(args.images, args.rows)
-    height, width = args.image_size
+    import cv2
+
+    from shared_core.checkpoints import atomic_write
+
+    paths = some_images(args.images, args.rows)
     sheet = contact_sheet(
-        paths, policy=args.policy, size=(height, width), views=args.views, seed=args.seed
+        paths, policy=args.policy, size=tuple(args.image_size), views=args.views, seed=args.seed
     )
-    done, data = cv2.imencode(args.out.suffix.lower(), sheet[..., ::-1])
+    done, data = cv2.imencode(ending, sheet[..., ::-1])
     if not done:
         raise ValueError(f"{args.out}: the picture cannot be encoded")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,5 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())
