@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.claim_report import summarise_claims
+from gfnet_dynn.report.claims_page import summarise_claims
+from gfnet_dynn.judge.claims import settings_of
 from gfnet_dynn.model_files import load_model
-from shared_core.runs import read_result, run_command
+from shared_core.runs import UsageError, read_result, run_command
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +52,18 @@ def test_grid_is_run_recorded_and_reported(tried, finished):
     assert measured["varied_by_seed"] == "exits; backbone and student are one"
     # One student under all of them; the seeds differ in the exits.
     student = (finished[0] / "checkpoint/student_built-in-scenes.pth").read_bytes()
-    for cell in folder.glob("seed*/*/checkpoint/student_built-in-scenes.pth"):
+    for cell in folder.glob("cells/*/run/checkpoint/student_built-in-scenes.pth"):
         assert cell.read_bytes() == student
     rows = {
-        (p.parent.parent.name, p.parent.name): json.loads(p.read_text())
-        for p in folder.glob("seed*/*/cell.json")
+        (row["name"], row["seed"]): row["result"]
+        for row in (json.loads(p.read_text()) for p in folder.glob("cells/*/cell.json"))
     }
     assert len(rows) == 8
     finals = {row["final_accuracy"] for row in rows.values()}
     assert len(finals) == 1  # frozen below the exits
-    assert rows["seed0", "all-exits"]["exits"] == [0, 1, 2]
+    assert rows["exits all lambda 0.75", 0]["exits"] == [0, 1, 2]
     # The mean of the record is that of the cells, the deviation is the sample's.
-    values = [rows[f"seed{s}", "lambda-5"]["fixed"]["accuracy"] for s in (0, 1)]
+    values = [rows["exits 0.1.2 lambda 5", s]["fixed"]["accuracy"] for s in (0, 1)]
     found = measured["settings"]["lambda-5"]["fixed"]["accuracy"]
     assert found["mean"] == pytest.approx(np.mean(values))
     assert found["std"] == pytest.approx(np.std(values, ddof=1)) and found["n"] == 2
@@ -78,7 +79,7 @@ def test_grid_is_run_recorded_and_reported(tried, finished):
 def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
     folder, words, _ = tried
     before = read_result(folder / "result.json")["measured"]
-    cells = sorted(folder.glob("seed*/*/cell.json"))
+    cells = sorted(folder.glob("cells/*/cell.json"))
     stamps = {cell: cell.stat().st_mtime_ns for cell in cells[1:]}
     lost = json.loads(cells[0].read_text())
     cells[0].unlink()
@@ -87,7 +88,7 @@ def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
     again = json.loads(cells[0].read_text())
 
     def accuracies(row):
-        return [row["fixed"], row["budgets"], row["final_accuracy"]]
+        return [row["result"][key] for key in ("fixed", "budgets", "final_accuracy")]
 
     assert accuracies(again) == accuracies(lost)
     after = read_result(folder / "result.json")["measured"]
@@ -98,14 +99,15 @@ def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
 def test_a_replayed_cell_is_the_one_that_is_trained_on_images(tried, capture):
     """all-exits came last, on embeddings that another cell had recorded; alone it sees images."""
     folder, words, _ = tried
-    place = folder / "seed1" / "all-exits"
+    cell = folder / "cells" / "exits-all-lambda-0.75-s1"
+    place = cell / "run"
 
     def left() -> tuple[bytes, dict]:
         (model,) = (place / "checkpoint/best").glob("*.pth")
         return (place / "metrics.jsonl").read_bytes(), load_model(model)[0].state_dict()
 
     log, weights = left()
-    shutil.rmtree(place)
+    shutil.rmtree(cell)
     assert capture(*words)[0] == 0
     again, found = left()
     assert again == log
@@ -120,9 +122,10 @@ def test_distilled_against_scratch_and_own_students(finished, capture, tmp_path)
     record = read_result(tmp_path / "out/result.json")
     assert record["measured"]["varied_by_seed"].startswith("student and exits")
     claim = record["measured"]["claims"]["distilled beats from scratch"]
+    place = tmp_path / "out/cells"
     rows = [
         [
-            json.loads((tmp_path / f"out/seed{s}/{name}/cell.json").read_text())["student"]
+            json.loads((place / f"student-{name}-s{s}/cell.json").read_text())["result"]["student"]
             for s in (3, 4)
         ]
         for name in ("distilled", "from-scratch")
@@ -131,13 +134,15 @@ def test_distilled_against_scratch_and_own_students(finished, capture, tmp_path)
     assert claim["distilled_minus_scratch"]["mean"] == pytest.approx(np.mean(gaps))
     files = {
         (s, name): (
-            tmp_path / f"out/seed{s}/{name}/checkpoint/student_built-in-scenes.pth"
+            place / f"{name}-s{s}/run/checkpoint/student_built-in-scenes.pth"
         ).read_bytes()
         for s in (3, 4)
-        for name in ("distilled", "from-scratch", "few-exits")
+        for name in ("student-distilled", "student-from-scratch", "exits-0.1.2-lambda-0.75")
     }
-    assert files[3, "distilled"] != files[4, "distilled"] != files[4, "from-scratch"]
-    assert files[3, "few-exits"] == files[3, "distilled"]  # settings that train it alike share it
+    distilled, scratch = "student-distilled", "student-from-scratch"
+    assert files[3, distilled] != files[4, distilled] != files[4, scratch]
+    # Settings that train it alike share it.
+    assert files[3, "exits-0.1.2-lambda-0.75"] == files[3, distilled]
 
 
 def row_of(accuracy, cost, *, few=0.6, final=0.7):
@@ -160,7 +165,7 @@ def test_claims_by_hand():
         "few-exits": [row_of(0.65, 0.5, few=0.66), row_of(0.65, 0.8, few=0.64)],
         "all-exits": [row_of(0.6, 0.5, few=0.63), row_of(0.6, 0.5, few=0.65)],
     }
-    claims = summarise_claims(rows, seeds=[0, 1])["claims"]
+    claims = summarise_claims(rows)["claims"]
     falls = claims["accuracy falls as lambda grows"]  # in the order of numbers, not of words
     assert falls["holds_in_the_mean"] and falls["holds_for_every_seed"]
     assert falls["last_against_first"]["mean"] == pytest.approx((-0.2 - 0.05) / 2)
@@ -172,10 +177,10 @@ def test_claims_by_hand():
     assert speed["time"]["batch 64"]["mean"] == 1.5
     assert speed["accuracy_against_final_head"]["mean"] == pytest.approx(-0.05)
     rows["lambda-2"][1]["fixed"]["accuracy"] = 0.45  # one seed rises, the mean still falls
-    falls = summarise_claims(rows, seeds=[0, 1])["claims"]["accuracy falls as lambda grows"]
+    falls = summarise_claims(rows)["claims"]["accuracy falls as lambda grows"]
     assert falls["holds_in_the_mean"] and not falls["holds_for_every_seed"]
     rows["few-exits"][0]["budgets"] = {"0.9": {"accuracy": 0.6, "macs_fraction": 0.8}}
-    found = summarise_claims(rows, seeds=[0, 1])  # too dear for the budget: nothing to compare
+    found = summarise_claims(rows)  # too dear for the budget: nothing to compare
     assert "few exits beat all exits" not in found["claims"]
     assert found["settings"]["few-exits"]["budgets"] == {}
 
@@ -184,16 +189,19 @@ def test_claims_by_hand():
 def test_equal_settings_are_run_once_whatever_was_asked_first(
     finished, capture, tmp_path, monkeypatch
 ):
-    from gfnet_dynn import claim_runs
+    from gfnet_dynn.judge import claims
 
     ran = []
-    train = claim_runs.train_exits
+    train = claims.train_exits
     monkeypatch.setattr(
-        claim_runs, "train_exits", lambda run, replay: ran.append(run) or train(run, replay)
+        claims, "train_exits", lambda run, replay: ran.append(run) or train(run, replay)
     )
     words = (finished[0], tmp_path / "out", "--seeds", 0, "--tradeoffs", 0.75)
-    assert capture(*words, "--what", "exits")[0] == 0
-    assert [run.folder.name for run in ran] == ["few-exits", "all-exits"]
+    code, out, err = capture(*words, "--what", "exits", "--shard", "1/2")
+    assert code == 0 and "1 of 2 trials are not done here" in out, err
+    assert not (tmp_path / "out/result.json").exists()
+    assert capture(*words, "--what", "exits", "--shard", "2/2")[0] == 0
+    assert len(ran) == 2 and (tmp_path / "out/result.json").exists()
     code, _, err = capture(*words)  # the run's own lambda is 0.75: its cell is there
     assert code == 0, err
     settings = read_result(tmp_path / "out/result.json")["measured"]["settings"]
@@ -204,7 +212,7 @@ def test_equal_settings_are_run_once_whatever_was_asked_first(
     ("words", "code", "says"),
     [
         (("--seeds", 1, 1), 2, "expected different numbers"),
-        (("--tradeoffs", -1), 2, "expected numbers from 0"),
+        (("--tradeoffs", "-1"), 2, "expected"),
         (("--what", "magic"), 2, "invalid choice"),
     ],
 )
@@ -220,10 +228,6 @@ def test_what_is_no_run_is_refused(finished, capture, tmp_path):
     assert code == 2 and "is the run itself" in err
 
 
-def test_a_run_with_exits_everywhere_has_no_few(capture, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text('{"exits": [], "data_set": "AID"}')
-    (run / "stages.json").write_text('{"distil": {}}')
-    code, _, err = capture(run, tmp_path / "out")
-    assert code == 2 and "has an exit after every block" in err and err.count("\n") == 1
+def test_a_run_with_exits_everywhere_has_no_few():
+    with pytest.raises(UsageError, match="has an exit after every block"):
+        settings_of(["exits"], [], {"exits": "all"})

@@ -6,11 +6,15 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import gfnet_dynn
 from gfnet_dynn.config import parse
+from gfnet_dynn.choices import ALL, ISOTROPIC_ARCHS, PYRAMID_ARCHS
+from gfnet_dynn.models.gfnet import ISOTROPIC
+from gfnet_dynn.models.gfnet_pyramid import PYRAMIDS
 from gfnet_dynn.options import LEARNING, NETWORK, REFUSED, build_parser
 from gfnet_dynn.recipes import RECIPES
 from shared_core import datasets
@@ -37,16 +41,11 @@ ORIGINAL = {
     "--remode": ("remode", "pixel"),
     "--recount": ("recount", 1),
     "--num_workers": ("num_workers", 2),
-    "--pin-mem": ("pin_mem", False),
-    "--resume": ("resume", False),
     "--gate": ("gate", "unc"),
     "--gate_objective": ("gate_objective", "ce"),
     "--classifier_loss": ("classifier_loss", "boosted"),
-    "--early_exit_warmup": ("early_exit_warmup", True),
     "--barely_train": ("barely_train", False),
-    "--use_mlflow": ("use_mlflow", True),
-    "--eval": ("eval", False),
-    "--arch": ("arch", "GFNet-Dynn"),
+    "--arch": ("backbone_arch", "gfnet-xs"),
 }
 
 
@@ -57,8 +56,15 @@ def aid(tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def parsed(*words: object, scale: str | None = "auto"):
+def asked(*words: object, scale: str | None = "auto"):
     return parse([str(word) for word in words], prog="main.py", scale=scale)
+
+
+def parsed(*words: object, scale: str | None = "auto") -> SimpleNamespace:
+    """The run's configuration, and what is asked of this command alone."""
+    command = asked(*words, scale=scale)
+    more = ("output", "start", "stage", "judged", "use_mlflow")
+    return SimpleNamespace(**command.values, **{name: getattr(command, name) for name in more})
 
 
 def test_defaults_are_those_of_the_original(aid):
@@ -67,14 +73,17 @@ def test_defaults_are_those_of_the_original(aid):
         assert getattr(args, name) == value, name
     assert args.scale == "full" and args.data_path == aid / "aid"
     assert args.policy == "gate" and args.exits == (3, 5, 7, 9)
+    assert (args.start, args.stage, args.use_mlflow) == ("new", "all", True)
     known = set(build_parser("x").format_help().replace(",", " ").split())
-    assert set(ORIGINAL) <= known
+    further = {"--resume", "--use_mlflow", "--eval", "--early_exit_warmup"}
+    assert set(ORIGINAL) | further <= known
     assert not set(REFUSED) & known
 
 
 @pytest.mark.parametrize("scale", sorted(RECIPES))
 def test_recipe_sets_defaults_and_flags_win(aid, scale):
-    plain = parsed("--data-root", aid, "--scale", scale)
+    command = asked("--data-root", aid, "--scale", scale)
+    plain = SimpleNamespace(**command.values | {"threads": command.threads})
     for name, value in RECIPES[scale].items():
         assert getattr(plain, name) == value, name
     given = parsed(
@@ -83,10 +92,14 @@ def test_recipe_sets_defaults_and_flags_win(aid, scale):
     )
     assert (given.num_epoch, given.student_dim, given.mixup) == (33, 17, 0.25)
     assert list(given.crop_scale) == [0.3, 0.9] and given.backbone_lr == 0.5
-    named = {"num_epoch", "student_dim", "mixup", "crop_scale", "backbone_lr"}
+    named = {"num_epoch", "student_dim", "mixup", "crop_scale", "backbone_lr", "threads"}
     for name, value in RECIPES[scale].items():
         if name not in named:
             assert getattr(given, name) == value, name
+
+
+def test_names_of_networks_are_those_of_the_networks():
+    assert set(ISOTROPIC_ARCHS) == set(ISOTROPIC) and set(PYRAMID_ARCHS) == set(PYRAMIDS)
 
 
 def test_recipes_name_existing_options():
@@ -104,7 +117,7 @@ def test_auto_is_full_when_the_set_is_there_and_rehearsal_otherwise(aid, tmp_pat
     other = parsed("--data-root", aid, "--data-set", "ucm")
     assert (other.scale, other.data_set) == ("rehearsal", "UCM")
     own = parsed("--data-path", aid / "aid", "--data-set", "mine")
-    assert (own.scale, own.data_set, own.known_set) == ("full", "mine", False)
+    assert (own.scale, own.data_set) == ("full", "mine")
     assert parsed("--data-root", aid, "--scale", "short").scale == "short"
     # A rehearsal that was asked for stays one.
     assert parsed("--data-root", aid, "--scale", "rehearsal").data_path is None
@@ -120,18 +133,28 @@ def test_auto_is_full_when_the_set_is_there_and_rehearsal_otherwise(aid, tmp_pat
         (("--num_classes", "9"), "num_classes", 9),
         (("--split-ratio", "0.5"), "split_ratio", 0.5),
         (("--split_ratio", "0.5"), "split_ratio", 0.5),
-        (("-r",), "resume", True),
-        (("--resume",), "resume", True),
+        (("--epochs", "33"), "num_epoch", 33),
+        (("--batch-size", "7"), "batch", 7),
+        (("--workers", "5"), "num_workers", 5),
+        (("--init", "none"), "pretrained", None),
+        (("-r",), "start", "resume"),
+        (("--resume",), "start", "resume"),
+        (("--continue",), "start", "continue"),
+        (("--fresh",), "start", "fresh"),
         (("--use_mlflow", "False"), "use_mlflow", False),
         (("--use_mlflow",), "use_mlflow", True),
-        (("--early_exit_warmup", "false"), "early_exit_warmup", False),
-        (("--exits", "all"), "exits", ()),
+        (("--early_exit_warmup", "false"), "max_warmup_epoch", 0),
+        (("--early_exit_warmup", "True"), "max_warmup_epoch", 5),
+        (("--exits", "all"), "exits", ALL),
         (("--exits", "[1, 4]"), "exits", (1, 4)),
         (("--gate", "identity"), "policy", "max_prob"),
         (("--gate", "identity", "--policy", "entropy"), "policy", "entropy"),
         (("--policy", "jei"), "policy", "jei"),
         (("--eval",), "stage", "evaluate"),
-        (("--arch", "GFNet-xs-dynn"), "arch", "GFNet-xs-dynn"),
+        (("--eval",), "start", "continue"),
+        (("--arch", "GFNet-Dynn"), "backbone_arch", "gfnet-xs"),
+        (("--arch", "GFNet-xs-dynn"), "backbone_arch", "gfnet-xs"),
+        (("--arch", "gfnet-h-ti", "--backbone-arch", "gfnet-s"), "backbone_arch", "gfnet-s"),
     ],
     ids=str,
 )
@@ -143,7 +166,9 @@ def test_resume_with_a_file_starts_from_it(tmp_path):
     (tmp_path / "model.pth").write_text("")
     for words in (("--resume",), ("-r",), ("--checkpoint-path",)):
         args = parsed("--scale", "rehearsal", *words, tmp_path / "model.pth")
-        assert args.checkpoint == tmp_path / "model.pth" and args.resume is False
+        assert args.checkpoint == tmp_path / "model.pth" and args.start == "new"
+    judged = parsed("--scale", "rehearsal", "--eval", "-r", tmp_path / "model.pth")
+    assert judged.judged == tmp_path / "model.pth" and judged.checkpoint is None
 
 
 def commands_of_the_original() -> list[list[str]]:
@@ -158,7 +183,7 @@ def commands_of_the_original() -> list[list[str]]:
 def test_the_commands_of_the_original_fit_their_data_sets(tmp_path, words):
     args = parsed(*words, "--data-path", tmp_path, scale=None)
     spec = datasets.get(args.data_set)
-    assert args.no_distil and args.known_set and args.output == Path(words[-1])
+    assert args.no_distil and args.output == Path(words[-1])
     assert (args.num_classes, args.input_size) == (spec.num_classes, spec.image_size)
 
 
@@ -212,6 +237,7 @@ def test_what_a_model_file_stands_for_is_refused_beside_it(tmp_path, flag):
     (tmp_path / "model.pth").write_text("")
     value = "gfnet-s" if flag.endswith("_arch") else "3"
     value = {"ema": "0.5", "smoothing": "0.5", "drop_path": "0.5", "depth": "11"}.get(flag, value)
+    value = str(tmp_path / "model.pth") if flag == "teacher" else value
     more = ("--deep-supervision", "1") if flag in ("deep_kd", "deep_temperature") else ()
     words = ("--scale", "rehearsal", f"--{flag.replace('_', '-')}", value, *more)
     assert str(getattr(parsed(*words), flag)).removesuffix(".0") == value

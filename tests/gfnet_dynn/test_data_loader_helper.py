@@ -11,24 +11,28 @@ import pytest
 import torch
 
 from gfnet_dynn.config import parse
-from gfnet_dynn.data_loader_helper import eval_loader, prepare_data, train_loader
+from gfnet_dynn.data_loader_helper import Data, Loaders, prepare_data
+from gfnet_dynn.settings import Settings
 from shared_core import datasets
 
 CPU = torch.device("cpu")
 
 
-def options(*words: object):
-    fixed = [
-        "--scale",
-        "rehearsal",
-        "--num_workers",
-        "1",
-        "--patch-size",
-        "4",
-        "--input-size",
-        "16",
-    ]
-    return parse([*fixed, *(str(word) for word in words)], prog="main.py", scale=None)
+def options(*words: object) -> Settings:
+    fixed = "--scale rehearsal --num_workers 1 --patch-size 4 --input-size 16".split()
+    words = [*fixed, *(str(word) for word in words)]
+    return Settings.of(parse(words, prog="main.py", scale=None).values)
+
+
+def prepared(output: Path, *words: object) -> Data:
+    settings = options(*words)
+    return prepare_data(settings.source, output, seed=settings.seed)
+
+
+def loaders(data: Data, *words: object) -> Loaders:
+    settings = options("--data-path", data.root, *words)
+    workers = settings.source.num_workers
+    return Loaders(data, settings.views, settings.seed, workers, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def images(tmp_path_factory, folder_of_images) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, images):
-    return prepare_data(options("--data-path", images), tmp_path_factory.mktemp("out"))
+    return prepared(tmp_path_factory.mktemp("out"), "--data-path", images)
 
 
 def test_three_splits_without_overlap(data, images):
@@ -58,26 +62,26 @@ def test_three_splits_without_overlap(data, images):
 
 
 def test_split_ratio_and_seed_act(tmp_path, images, data):
-    half = prepare_data(options("--data-path", images, "--split_ratio", 0.5), tmp_path / "a")
+    half = prepared(tmp_path / "a", "--data-path", images, "--split_ratio", 0.5)
     assert 65 < half.facts()["splits"]["train"] < 115
-    other = prepare_data(options("--data-path", images, "--split-seed", 5), tmp_path / "b")
+    other = prepared(tmp_path / "b", "--data-path", images, "--split-seed", 5)
     assert other.manifest.hash != data.manifest.hash
-    again = prepare_data(options("--data-path", images), tmp_path / "c")
+    again = prepared(tmp_path / "c", "--data-path", images)
     assert again.manifest.hash == data.manifest.hash
 
 
 def test_split_on_disk_is_kept(tmp_path, images):
     copy = tmp_path / "set"
     shutil.copytree(images, copy)
-    first = prepare_data(options("--data-path", copy), tmp_path / "out")
+    first = prepared(tmp_path / "out", "--data-path", copy)
     (copy / "a/new.png").write_bytes(
         cv2.imencode(".png", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
     )
-    later = prepare_data(options("--data-path", copy), tmp_path / "out")
+    later = prepared(tmp_path / "out", "--data-path", copy)
     assert later.manifest.hash == first.manifest.hash
     (copy / "a/000.png").unlink()
     with pytest.raises(datasets.DatasetError, match="000.png"):
-        prepare_data(options("--data-path", copy), tmp_path / "out")
+        prepared(tmp_path / "out", "--data-path", copy)
 
 
 def test_folders_of_splits_are_kept_as_given(tmp_path, images):
@@ -87,7 +91,7 @@ def test_folders_of_splits_are_kept_as_given(tmp_path, images):
         target = root / part / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    data = prepare_data(options("--data-path", root), tmp_path / "out")
+    data = prepared(tmp_path / "out", "--data-path", root)
     for name, folder in (("train", "train"), ("calibration", "val"), ("test", "test")):
         tops = {Path(path).relative_to(root).parts[0] for path in data.image_set(name).paths}
         assert tops == {folder}
@@ -98,9 +102,7 @@ def test_fewer_images_of_a_known_set_are_a_subset(tmp_path, folder_of_images):
     spec = datasets.get("AID")
     names = spec.class_names or [f"class {n:02d}" for n in range(spec.num_classes)]
     root = folder_of_images(tmp_path / "AID", names, images=4, size=128)
-    data = prepare_data(
-        options("--data-set", "AID", "--data-path", root, "--input-size", 128), tmp_path / "out"
-    )
+    data = prepared(tmp_path / "out", "--data-set", "AID", "--data-path", root, "--input-size", 128)
     facts = data.facts()
     assert (facts["name"], facts["kind"], facts["pixels"]) == ("AID", "subset", 128)
     notes = " ".join(facts["notes"])
@@ -118,7 +120,7 @@ def test_near_copies_stay_in_one_split(tmp_path):
                 shown = np.clip(image.astype(int) + change, 0, 255).astype(np.uint8)
                 data = cv2.imencode(".png", shown[..., ::-1])[1].tobytes()
                 (root / name / f"{index:02d}{tail}.png").write_bytes(data)
-    data = prepare_data(options("--data-path", root), tmp_path / "out")
+    data = prepared(tmp_path / "out", "--data-path", root)
     place = {entry.path: entry.split for entry in data.manifest.entries}
     torn = [p for p in place if "-" in p and place[p] != place[p.replace("-brighter", "")]]
     assert torn == []
@@ -126,17 +128,16 @@ def test_near_copies_stay_in_one_split(tmp_path):
 
 def test_built_in_scenes(tmp_path):
     words = ("--builtin-classes", 3, "--builtin-images", 20, "--input-size", 16)
-    data = prepare_data(options(*words), tmp_path / "a")
+    data = prepared(tmp_path / "a", *words)
     assert (data.kind, data.name, len(data.manifest.entries)) == ("built-in", "built-in scenes", 60)
     assert data.root == tmp_path / "a/data/scenes" and data.input_size == 16
-    same = prepare_data(options(*words), tmp_path / "b")
-    other = prepare_data(options(*words, "--seed", 1), tmp_path / "c")
+    same = prepared(tmp_path / "b", *words)
+    other = prepared(tmp_path / "c", *words, "--seed", 1)
     assert same.manifest.hash == data.manifest.hash != other.manifest.hash
 
 
 def first_batch(data, *words: object, stage="backbone", epoch=0):
-    args = options("--data-path", data.root, *words)
-    loader = train_loader(data, args, stage=stage, batch_size=16, device=CPU)
+    loader = loaders(data, *words).train(stage, batch_size=16)
     loader.loader.order.set_epoch(epoch)
     return next(iter(loader))
 
@@ -175,8 +176,7 @@ def test_augmentation_flags_change_the_batch(data, words):
 
 
 def test_evaluation_sees_every_image_once_in_order(data):
-    args = options("--data-path", data.root)
-    batches = list(eval_loader(data, "test", args, device=CPU, batch_size=5))
+    batches = list(loaders(data).held("test"))
     indices = torch.cat([batch.indices for batch in batches])
     assert indices.tolist() == list(range(len(data.image_set("test"))))
     # crop_pct 1: the stored pixels, normalised by ImageNet's mean and deviation.
@@ -184,6 +184,8 @@ def test_evaluation_sees_every_image_once_in_order(data):
     pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) / 255.0
     wanted = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(batches[0].images[0].permute(1, 2, 0), wanted, atol=1e-5)
-    cut = options("--data-path", data.root, "--crop-pct", 0.5)
-    smaller = next(iter(eval_loader(data, "test", cut, device=CPU, batch_size=5)))
+    smaller = next(iter(loaders(data, "--crop-pct", 0.5).held("test")))
     assert not torch.equal(smaller.images, batches[0].images)
+    few = next(iter(loaders(data).held("test", rows=np.array([3, 1]))))
+    assert torch.equal(few.images, batches[0].images[[3, 1]])
+    assert few.labels.tolist() == batches[0].labels[[3, 1]].tolist()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.train.deep_supervision import DeepSupervision, label_loss
-from gfnet_dynn.train.finetune import cross_entropy_losses
 from gfnet_dynn.models import GFNet, GFNetDynn
+from gfnet_dynn.settings import DeepLosses
+from gfnet_dynn.train.deep_supervision import DeepTask
+from gfnet_dynn.train.finetune import PlainTask
 from shared_core.runs import read_metrics
 
 
@@ -25,14 +26,15 @@ def softmax(z):
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_term_by_hand(model, soft):
-    deep = DeepSupervision(8, 3, (0, 2), weight=0.7, kd=0.4, temperature=2.0, smoothing=0.1)
+    inner = PlainTask(model, smoothing=0.1)
+    deep = DeepTask(inner, (0, 2), DeepLosses(0.7, 0.4, 2.0), smoothing=0.1)
     images = torch.randn(5, 3, 16, 16)
     labels = torch.tensor([0, 1, 2, 1, 0])
     shares = np.eye(3)[labels.numpy()]
     if soft:
         shares = 0.6 * shares + 0.4 * np.roll(shares, 1, axis=0)
     targets = torch.from_numpy(shares).float() if soft else labels
-    parts = deep.added_to(cross_entropy_losses(model, smoothing=0.1), model)(images, targets, 1)
+    parts = deep(images, targets, 1)
 
     with_exits = GFNetDynn(model, (0, 2))
     with torch.no_grad():
@@ -58,9 +60,9 @@ def test_the_term_by_hand(model, soft):
 
 
 def test_the_final_head_teaches_and_is_not_taught(model):
-    deep = DeepSupervision(8, 3, (1,), kd=1.0)
+    deep = DeepTask(PlainTask(model, smoothing=0.0), (1,), DeepLosses(1.0, 1.0, 3.0))
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
-    parts = deep.added_to(cross_entropy_losses(model, smoothing=0.0), model)(images, labels, 1)
+    parts = deep(images, labels, 1)
     parts["deep"].backward()
     assert model.head.weight.grad is None  # its answer is detached
     for block in model.blocks[2:]:  # behind the exit nothing learns from it
@@ -71,22 +73,12 @@ def test_the_final_head_teaches_and_is_not_taught(model):
     assert all(not block._forward_hooks for block in model.blocks)
 
 
-def test_what_it_refuses():
-    for options in ({"weight": 0}, {"weight": -1}, {"kd": -1}):
-        with pytest.raises(ValueError, match="weights of the deep supervision"):
-            DeepSupervision(8, 3, (1,), **options)
-    with pytest.raises(ValueError, match="no exits"):
-        DeepSupervision(8, 3, ())
+def test_what_it_refuses(model):
+    for exits, weight in (((1,), 0.0), ((), 1.0)):
+        with pytest.raises(ValueError, match="deep supervision of exits"):
+            DeepTask(PlainTask(model, smoothing=0.0), exits, DeepLosses(weight, 1.0, 3.0))
 
 
-def test_label_loss_of_numbers_and_of_shares_agree():
-    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
-    shares = torch.nn.functional.one_hot(labels, 4).float()
-    a, b = (label_loss(logits, t, smoothing=0.2) for t in (labels, shares))
-    assert a.item() == pytest.approx(b.item(), rel=1e-6)
-
-
-@pytest.mark.slow
 def test_in_the_command_and_not_in_the_file(tiny, command, tmp_path, finished, no_figures):
     for number, words in enumerate(
         (("--deep-supervision", "0.5"), ("--deep-supervision", "0.5", "--no-distil"))

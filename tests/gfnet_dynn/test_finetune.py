@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,16 +10,15 @@ import torch
 from torch import nn
 
 from gfnet_dynn.train.finetune import (
+    PlainTask,
     Schedule,
     accuracy,
     apply_mix,
-    cross_entropy_losses,
     draw_mix,
     parameter_groups,
 )
 from gfnet_dynn.models.build import build_gfnet
 from shared_core.datasets.views.mixing import Mix
-from shared_core.for_torch.precision import Precision
 
 
 def test_schedule_golden():
@@ -65,16 +63,16 @@ def test_parameter_groups_of_a_gfnet():
     assert "pos_embed" in rest and "head.bias" in rest
 
 
-def test_parameter_groups_leave_frozen_ones_out_and_take_a_helper():
-    model, helper = nn.Linear(3, 2), nn.Linear(2, 2, bias=False)
-    model.weight.requires_grad_(False)
-    groups = parameter_groups(model, helper, weight_decay=0.1)
+def test_parameter_groups_leave_frozen_ones_out():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    model[0].weight.requires_grad_(False)
+    groups = parameter_groups(model, weight_decay=0.1)
     assert [[tuple(p.shape) for p in group["params"]] for group in groups] == [[(2, 2)], [(2,)]]
-    assert len(parameter_groups(helper, weight_decay=0.1)) == 1
+    assert len(parameter_groups(model[1], weight_decay=0.1)) == 1
 
 
-def options(**more: float) -> argparse.Namespace:
-    return argparse.Namespace(**{"seed": 0, "mixup": 0.8, "cutmix": 1.0, **more})
+def options(**more: float) -> SimpleNamespace:
+    return SimpleNamespace(**{"seed": 0, "mixup": 0.8, "cutmix": 1.0, **more})
 
 
 def test_draw_mix_depends_on_seed_stage_and_step_only():
@@ -140,8 +138,7 @@ def test_cross_entropy_with_smoothing_against_numpy(soft, smoothing):
     log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
     wanted = -((shares * (1 - smoothing) + smoothing / 3) * log_p).sum(axis=1).mean()
     targets = torch.from_numpy(shares.copy()).float() if soft else torch.from_numpy(labels)
-    losses = cross_entropy_losses(model, smoothing=smoothing)
-    found = losses(torch.from_numpy(x).float(), targets, 1.0)
+    found = PlainTask(model, smoothing=smoothing)(torch.from_numpy(x).float(), targets, 1.0)
     assert float(found["loss"].detach()) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -152,5 +149,5 @@ def test_accuracy_counts_images_and_puts_the_mode_back():
         SimpleNamespace(images=eye, labels=torch.tensor([0, 1, 1])),
         SimpleNamespace(images=eye[:1], labels=torch.tensor([0])),
     ]
-    assert accuracy(model, batches, Precision("cpu")) == 0.75  # not the mean of 2/3 and 1
+    assert accuracy(model, batches) == 0.75  # not the mean of 2/3 and 1
     assert model.training and model[0].training

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from gfnet_dynn import plots
-from gfnet_dynn.report.run_page import NOT_REPRODUCED, _sheet, headline
+from gfnet_dynn.report import run_plots as plots
+from gfnet_dynn.report.lines import NOT_REPRODUCED, headline
+from gfnet_dynn.report.run_page import _result_table, _sheet
 
 EXITS = (1, 3)
 
@@ -24,10 +25,13 @@ def shape(path) -> tuple[int, int]:
 def run_of(kind: str, *, known: bool = True):
     facts = {"name": "x", "kind": kind, "images": 7, "pixels": 16}
     data = SimpleNamespace(
-        facts=lambda: facts, kind=kind, classes=("a", "b"), manifest=SimpleNamespace(hash="f" * 64)
+        facts=lambda: facts,
+        rehearsal=kind == "built-in",
+        classes=("a", "b"),
+        manifest=SimpleNamespace(hash="f" * 64),
     )
-    args = SimpleNamespace(scale="short", data_set="AID", known_set=known)
-    return SimpleNamespace(data=data, args=args)
+    source = SimpleNamespace(data_set="AID", known=known)
+    return SimpleNamespace(data=data, settings=SimpleNamespace(scale="short", source=source))
 
 
 def test_headline():
@@ -92,6 +96,25 @@ def test_sheet_shrinks_rows_that_nobody_fills(tmp_path):
     assert tall[0] > low[0] > nobody[0]
 
 
+def test_who_passes_all_exits_has_a_time_of_its_own(measured):
+    """The row of a network whose exits nobody takes is not that of the network without them."""
+    measured["backbone"]["parameters"] = measured["student"]["parameters"] = 4e6
+    exits = measured["exits"] | {
+        "parameters": 5e6,
+        "macs_without_exits": 3.0e6,
+        "macs_per_exit": [1e6, 2e6, 3.2e6],
+        "ms_per_image_at_exits": {"batch 1": [1.0, 1.5, 2.5], "batch 64": [0.5, 0.7, 1.2]},
+    }
+    tables = []
+    report = SimpleNamespace(table=lambda columns, rows: tables.append(rows))
+    _result_table(report, measured | {"exits": exits})
+    rows = {row[0]: row[1:] for row in tables[0]}
+    assert rows["its exits taken away"] == [0.88, 5.0, 3.0, 2.0, 1.0]
+    assert rows["with exits, nobody leaves"] == [0.88, 5.0, 3.2, 2.5, 1.2]
+    assert rows["plain features, linear"] == [0.4, None, None, None, None]
+    assert rows["with exits, fast"] == [0.8, 5.0, 1.5, 2.0, 1.0]
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, by name, instead of files."""
@@ -145,8 +168,8 @@ def test_the_sheet_shows_who_leaves_where(tmp_path):
     run.data.image_set = lambda split: {"test": SimpleNamespace(paths=paths)}[split]
     left = np.array([0, 2] * 6)
     labels, predicted = np.arange(12) % 4 // 2, np.zeros(12, int)
-    drawn = {"real": {"balanced": (predicted, left, labels)}, "exits": EXITS}
-    pictures, captions = _sheet(run, drawn)
+    judged = SimpleNamespace(real={"balanced": (predicted, left, labels)}, exits=EXITS)
+    pictures, captions = _sheet(run, judged)
     found = [[int(picture[0, 0, 0]) // 20 for picture in row] for row in pictures]
     assert [set(row) for row in found] == [{0, 2, 4, 6, 8, 10}, set(), {1, 3, 5, 7, 9, 11}]
     for row, texts in zip(found, captions, strict=True):

@@ -48,7 +48,7 @@ def test_one_run_however_often_it_is_resumed(tracked):
 def test_parameters_and_artifacts(tracked):
     client, folder = tracked
     run = the_runs(client)["FINISHED"]
-    wanted = {"lr": "0.02", "ce_ic_tradeoff": "0.75", "exits": "(0, 1, 2)", "scale": "rehearsal"}
+    wanted = {"lr": "0.02", "ce_ic_tradeoff": "0.75", "exits": "[0, 1, 2]", "scale": "rehearsal"}
     assert wanted.items() <= run.data.params.items()
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     (model,) = (folder / "checkpoint/best").glob("*.pth")
