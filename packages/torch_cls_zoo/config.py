@@ -148,6 +148,8 @@ class RunSettings:
     output: Path
     logdir: Path
     histograms: bool
+    int8: str
+    max_accuracy_loss: float
 
     @property
     def trains(self) -> bool:

@@ -345,6 +345,15 @@ PROCESSES = (
 OUTPUT = (
     _common("output", in_config=False, in_facts=False),
     _row(
+        "--int8", "Whether --jit writes an int8 file, too: auto keeps it where it is faster on "
+        "this machine and accurate enough, yes where it is accurate enough.",
+        choices=("no", "auto", "yes"), default="auto", needs=("jit",), **_OUTSIDE,
+    ),
+    _row(
+        "--max_accuracy_loss", "How much accuracy int8 may cost, as a fraction.",
+        type=FRACTION, default=0.01, metavar="F", needs=("jit",), **_OUTSIDE,
+    ),
+    _row(
         "--logdir", "TensorBoard's folder; without it logs/ in the run's.",
         type=Path, metavar="DIR", modes=("train",), **_OUTSIDE,
     ),

@@ -1,1 +1,1 @@
-"""How to use a finished model: the demo, and what it opens that the core does not know."""
+"""How to use a finished model: the demo of the first README."""

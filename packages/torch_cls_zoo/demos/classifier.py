@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = predict_options(args)
     from shared_core.deploy.predict import predict
     from shared_core.deploy.predictor import open_asked
-    from torch_cls_zoo.demos.openers import OPENERS
+    from torch_cls_zoo.applications.openers import OPENERS
 
     return predict(open_asked(model_options(args), openers=OPENERS), options)
 
