@@ -18,7 +18,7 @@ from shared_core.deploy.facts import INT8, ONNX, ModelFacts
 from shared_core.deploy.graph import set_facts, wrap_chain, wrap_network
 from shared_core.deploy.latency import measure_latency
 from shared_core.deploy.options import ExitOptions
-from shared_core.deploy.predictor import NetworkPredictor, Predictor, _predictor
+from shared_core.deploy.predictor import NetworkPredictor, Predictor, predictor_of
 from shared_core.deploy.session import open_session, this_cpu
 from shared_core.metrics.intervals import wilson_interval
 from shared_core.runs.environment import environment
@@ -150,7 +150,7 @@ class Making:
 
         def score(files: list[Path]) -> float:
             sessions = [open_session(file) for file in files]
-            return judge(_predictor(self.facts, sessions, INT8, "int8").probabilities)
+            return judge(predictor_of(self.facts, sessions, INT8, "int8").probabilities)
 
         result = quantize_within(
             [self.folder / name for name in self.files[ONNX]],
@@ -286,7 +286,7 @@ class Making:
 
     def _predictor(self, names: tuple[str, ...]) -> Predictor:
         sessions = [open_session(self.folder / name) for name in names]
-        return _predictor(self.facts, sessions, ONNX, ", ".join(names))
+        return predictor_of(self.facts, sessions, ONNX, ", ".join(names))
 
     def _add(self, runtime: str, names: tuple[str, ...], predictor: Predictor) -> None:
         if missing := [name for name in names if not (self.folder / name).is_file()]:

@@ -315,7 +315,7 @@ def _open_folder(folder: Path, runtime: str, threads: int, device: str) -> Predi
     if chosen not in (ONNX, INT8):
         raise ModelError(f"{folder}: {chosen} is opened by the commands of {facts.project} alone")
     sessions = [open_session(file, threads=threads, device=device) for file in files]
-    return _predictor(facts, sessions, chosen, str(folder))
+    return predictor_of(facts, sessions, chosen, str(folder))
 
 
 def _check_hash(file: Path, facts: ModelFacts) -> None:
@@ -345,10 +345,10 @@ def _open_onnx(path: Path, runtime: str, threads: int, device: str) -> Predictor
     if facts.exits is not None:
         raise ModelError(f"{path} is one segment of a chain: expected its folder {path.parent}")
     kept = [key for key, names in facts.files.items() if path.name in names]
-    return _predictor(facts, [session], kept[0] if kept else ONNX, str(path))
+    return predictor_of(facts, [session], kept[0] if kept else ONNX, str(path))
 
 
-def _predictor(facts: ModelFacts, sessions: list[Any], runtime: str, name: str) -> Predictor:
+def predictor_of(facts: ModelFacts, sessions: list[Any], runtime: str, name: str) -> Predictor:
     """Sessions of files that take uint8 images and give probabilities; of a chain, logits."""
     if facts.exits is not None:
         try:
