@@ -57,15 +57,17 @@ def only_line(done, code: int = 1) -> str:
         (("--crop-scale", "0", "1"), "expected 0 < low"),
         (("--aa", "rand-q9"), "--aa rand-q9"),
         (("--max_warmup_epoch", "4"), "--max_warmup_epoch 4 leaves nothing of --num_epoch 4"),
-        (("--fresh", "--resume"), "--fresh starts anew, --resume goes on"),
-        (("--fresh", "--continue"), "--fresh starts anew, --resume goes on"),
+        (("--fresh", "--resume"), "--resume and --fresh: expected one of them"),
+        (("--fresh", "--continue"), "--continue and --fresh: expected one of them"),
         (("--gate", "identity", "--policy", "jei"), "--gate identity has none"),
-        (("--arch", "GFNet-xs-dynn", "--student-arch", "gfnet-s"), "stands on gfnet-xs"),
-        (("--input-size", "3"), "less than a patch"),
-        (("--pin-mem",), "this run is on a CPU"),
+        (("--backbone-arch", "gfnet-h-ti", "--no-distil"), "exits cannot sit on gfnet-h-ti"),
+        (("--backbone-arch", "gfnet-h-ti", "--spectrum-weight", "1"), "compares tokens of one grid"),
+        (("--backbone-arch", "gfnet-h-ti"), "expected 32 or more"),
+        (("--phase2", "backbone", "--max_warmup_epoch", "0"), "expected --max_warmup_epoch of 1"),
+        (("--input-size", "3"), "is less than the networks can cut into patches"),
         (("--no-distil",), "--student-dim would have no effect: --no-distil"),
         (("--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", "0.4"), "--aa rand-m9"),
-        (("--resolution-transfer", "spectrum"), "there is no --pretrained file"),
+        (("--resolution-transfer", "spectrum"), "there is no --init file"),
         (("--deep-kd", "2"), "--deep-kd would have no effect: --deep-supervision is 0"),
         (("--stage", "distil"), "needs the backbone stage first"),
         (("--stage", "exits"), "needs the backbone stage first"),
@@ -88,6 +90,7 @@ def test_wrong_words(tmp_path, tiny, command, words, says):
         ("--repeated-aug", None),
         ("--dist-eval", None),
         ("--resplit", None),
+        ("--pin-mem", None),
     ],
 )
 def test_flags_without_effect_are_refused_with_the_reason(tmp_path, tiny, command, flag, value):
@@ -112,7 +115,7 @@ def test_missing_files_and_folders_leave_nothing_behind(tmp_path, tiny, command)
     run, gone = tmp_path / "run", tmp_path / "gone"
     words = words_for_folder(tiny, run)
     assert "is not a folder" in only_line(command(*words, "--data-path", gone))
-    for flag in ("--checkpoint-path", "--pretrained", "--quarantine", "--resume"):
+    for flag in ("--checkpoint-path", "--init", "--teacher", "--quarantine", "--resume"):
         assert "there is no such file" in only_line(command(*tiny(run), flag, gone))
     assert "nothing to evaluate" in only_line(command(*tiny(run, "--eval")))
     assert not run.exists()

@@ -94,7 +94,7 @@ def test_resume_after_the_images_were_moved(tiny, command, folder_of_images, tmp
     assert done.code == 1 and "000.png is another image than the one" in done.err
     # Built-in scenes in their place are refused, too.
     done = command(*tiny(parted, "--eval"))
-    assert done.code == 1 and "this command says built-in scenes" in done.err
+    assert done.code == 1 and "cannot resume" in done.err
 
 
 def test_record_names_the_model_and_every_exit(finished):
