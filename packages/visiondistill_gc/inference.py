@@ -12,9 +12,6 @@ from typing import Any
 if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
-if __name__ == "__main__":  # before the framework: threads that wait without spinning
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle warns about things nobody can change
 
 from shared_core.deploy.options import (
     add_model_options,
@@ -73,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     options, model = predict_options(args), model_options(args)
     from shared_core.deploy.predict import Summary, predict
-    from visiondistill_gc.deploy.openers import open_asked
+    from visiondistill_gc.deploy.openers import open_checked
 
     folders = [path for path in options.paths if Path(path).is_dir()]
 
@@ -87,9 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = ", ".join(folders)
         return f"Processed {summary.images} images in directory: {where}" if folders else ""
 
-    predictor = open_asked(model, categories=args.categories, use_gpu=args.use_gpu)
+    predictor = open_checked(model, categories=args.categories, use_gpu=args.use_gpu)
     return predict(predictor, options, line=line, end=end)
 
 
+def cli() -> int:
+    """The installed command; the settings come before the framework does."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait without spinning
+    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle warns about things nobody can change
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

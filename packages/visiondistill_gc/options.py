@@ -269,6 +269,22 @@ class Settings:
         return as_plain({name: value for part in parts.values() for name, value in part.items()})
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What ``export.py`` writes, and which images check it."""
+
+    model: Path
+    output: Path
+    formats: tuple[str, ...]
+    categories: tuple[str, ...] | None
+    opset: int
+    int8: str  # no, auto, yes
+    max_accuracy_loss: float
+    int8_method: str
+    calibration: Path | None
+    accuracy: Path | None
+
+
 CONCERNS: dict[str, type] = {
     "run": RunOptions, "data": DataOptions, "view": ViewOptions, "teacher": TeacherOptions,
     "student": StudentOptions, "training": TrainingOptions, "records": RecordOptions,

@@ -7,64 +7,103 @@ stores four, for the training views that a run with the same words and ``--knowl
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from shared_core.runs import run_command
+from shared_core.runs.numbers import COUNT
+from shared_core.runs.options import CommandParser
+from visiondistill_gc.options import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the store; images that it has already are passed over. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="write_knowledge.py", description=__doc__, epilog="Other words: as for main.py."
+    parser = CommandParser(
+        prog="write_knowledge.py",
+        description=__doc__,
+        epilog="All other words are those of main.py.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", type=Path, required=True, help="a teacher_fold0.pdparams")
-    parser.add_argument("--store", type=Path, required=True, help="folder of the store")
-    parser.add_argument("--views", type=int, default=0, help="training views; 0: evaluation view")
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FILE",
+        help="The teacher, a teacher_fold0.pdparams.")  # fmt: skip
+    add("--store", type=Path, required=True, metavar="DIR", help="The folder of the store.")
+    add("--views", type=COUNT, default=0, metavar="N",
+        help="How many training views of an image are answered; 0 answers the evaluation "
+        "view.")  # fmt: skip
     own, words = parser.parse_known_args(argv)
-    if own.views < 0:
-        parser.error(f"--views {own.views}: expected 0 or more")
-
-    from shared_core.datasets import BatchLoader
-    from shared_core.for_paddle.data import Normalizer
-    from shared_core.knowledge import KnowledgeStore
-    from shared_core.runs import progress
     from visiondistill_gc.config import parse
-    from visiondistill_gc.utils.data_utils import EVAL_BATCH, prepare, train_view
+
+    settings = parse(words, prog="write_knowledge.py")
+    count, images = store_answers(settings, own.model, own.store, views=own.views)
+    print(f"{count} answers for {images} images in {own.store}")
+    return 0
+
+
+def store_answers(settings: Settings, model: Path, folder: Path, *, views: int) -> tuple[int, int]:
+    """Answer every image of the folds.
+
+    Args:
+        settings: of the run that will read the store; its data are prepared in its folder.
+        model: the teacher's file.
+        views: training views of an image; 0 for the evaluation view.
+
+    Returns:
+        How many answers the store holds, and of how many images.
+
+    Raises:
+        ValueError: another process works in the run's folder, or the teacher has other classes.
+    """
+    from shared_core.knowledge import KnowledgeStore
+    from shared_core.runs import RunLock, progress
+    from visiondistill_gc.utils.data_utils import prepare, train_view
     from visiondistill_gc.utils.model_files import check_categories, load_model
-    from visiondistill_gc.utils.prediction import predict_logits
     from visiondistill_gc.utils.transforms import eval_view
 
-    args = parse(words, prog="write_knowledge.py")
-    args.output.mkdir(parents=True, exist_ok=True)
-    data, loaded = prepare(args, args.output), load_model(own.model)
-    check_categories(own.model, loaded.class_names, data.classes)
-    view = train_view(args, seed=args.knowledge_seed) if own.views else eval_view(args.input_size)
-    normalizer = Normalizer(loaded.mean, loaded.std)
+    output, loaded = settings.run.output, load_model(model)
+    output.mkdir(parents=True, exist_ok=True)
+    with RunLock(output):
+        data = prepare(settings, output)
+    check_categories(model, loaded.class_names, data.classes)
+    seed = settings.teacher.knowledge_seed
+    view: Any = eval_view(settings.data.input_size)
+    if views:
+        view = train_view(settings, seed=seed)
     with KnowledgeStore.create(
-        own.store,
+        folder,
         teacher_hash=loaded.facts["sha256"],
         classes=list(data.classes),
         view=view.settings(),
         dtype="float32",
     ) as store:
-        for number in range(max(1, own.views)):
-            loader = BatchLoader(
-                data.images, view=view, batch_size=EVAL_BATCH, threads=args.num_workers
-            )
-            loader.order.set_epoch(number)  # the epoch is the view's number
-            for batch in progress(loader, total=len(loader), label=f"view {number}"):
-                logits = predict_logits(loaded.net, [batch], normalizer=normalizer).logits
-                store.put([data.images.keys[i] for i in batch.indices], number, logits)
-        print(f"{len(store)} answers for {len(data.images)} images in {own.store}")
-    return 0
+        for number in range(max(1, views)):
+            batches = _batches(data.images, view, number, threads=settings.data.workers)
+            for batch in progress(batches, total=len(batches), label=f"view {number}"):
+                keys = [data.images.keys[i] for i in batch.indices]
+                store.put(keys, number, loaded.logits(batch.images))
+        return len(store), len(data.images)
+
+
+def _batches(images: Any, view: Any, number: int, *, threads: int) -> Any:
+    """Every image in order, in view ``number``."""
+    from shared_core.datasets import BatchLoader
+    from visiondistill_gc.utils.data_utils import EVAL_BATCH
+
+    loader = BatchLoader(images, view=view, batch_size=EVAL_BATCH, threads=threads)
+    loader.order.set_epoch(number)  # the epoch is the view's number
+    return loader
+
+
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -21,12 +21,13 @@ import pytest
 from shared_core import datasets
 from shared_core.datasets.finding.scan import list_images
 from shared_core.deploy.options import ModelOptions
+from shared_core.deploy.predictor import open_asked
 from shared_core.for_paddle.accuracy import answers_of
 from shared_core.for_paddle.data import Normalizer, PaddleLoader
 from shared_core.for_paddle.distributed import World
 from shared_core.metrics import softmax
 from visiondistill_gc import inference
-from visiondistill_gc.deploy.openers import facts_of, open_asked
+from visiondistill_gc.deploy.openers import OPENERS, facts_of
 from visiondistill_gc.utils.model_files import load_model
 from visiondistill_gc.utils.transforms import eval_view
 
@@ -120,7 +121,7 @@ def test_answers_are_those_of_evaluation(model, folder):
         PaddleLoader(loader, Normalizer(loaded.mean, loaded.std)),
         World(0, 1, "cpu"),
     )
-    predictor = open_asked(ModelOptions(model))
+    predictor = open_asked(ModelOptions(model), openers=OPENERS)
     assert predictor.view.settings() == eval_view(loaded.input_size).settings()
     views = np.concatenate([batch.images.copy() for batch in loader])
     wanted = softmax(found.logits).astype(np.float32)

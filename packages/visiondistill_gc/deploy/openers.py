@@ -7,25 +7,32 @@ service on ONNX Runtime has none in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared_core.deploy.facts import ONNX, ModelFacts, read_facts
 from shared_core.deploy.options import ModelOptions
-from shared_core.deploy.predictor import NetworkPredictor, Predictor, logits_to_run, open_model
+from shared_core.deploy.predictor import NetworkPredictor, Predictor, activate, open_asked
 from shared_core.runs import UsageError
 from visiondistill_gc.utils.paddle_inference import check_gpu, import_paddle, paddle_inference
 from visiondistill_gc.utils.transforms import eval_view
+
+if TYPE_CHECKING:
+    from visiondistill_gc.utils.model_files import LoadedModel
 
 PADDLE = "paddle"  # the runtime's name in ``model.json``
 PREFIX = "student"  # of its files
 CHECKPOINTS = (".pdparams", ".safetensors")
 
 
-def facts_of(model: Any) -> ModelFacts:
-    """The facts of a :class:`visiondistill_gc.utils.model_files.LoadedModel`."""
-    known = model.facts
+def facts_of(model: LoadedModel) -> ModelFacts:
+    """What a model file says, as a model folder says it."""
+    known, config = model.facts, model.facts.get("config") or {}
     return ModelFacts(
         project="visiondistill_gc",
         architecture=known["architecture"],
@@ -35,23 +42,25 @@ def facts_of(model: Any) -> ModelFacts:
         mean=model.mean,
         std=model.std,
         provenance={
-            "checkpoint_sha256": known["sha256"],
+            "data": config.get("data_set"),
             "split_hash": known["split_hash"],
+            "teacher": config.get("teacher"),
+            "initial_weights": config.get("init"),
             "epoch": known["epoch"],
             "metrics": known["metrics"],
+            "checkpoint_sha256": known["sha256"],
         },
     )
 
 
-def network_of(net: Any) -> Any:
-    """A Paddle layer in eval mode: normalised images float32 ``(N, 3, H, W)`` to logits."""
-    paddle = import_paddle()
+def predictor_of(model: LoadedModel, *, name: str) -> NetworkPredictor:
+    """A loaded model, run by Paddle as it is."""
+    facts = facts_of(model)
 
-    def run(images: Any) -> Any:
-        with paddle.no_grad():
-            return net(paddle.to_tensor(images)).astype("float32").numpy()
+    def run(images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        return activate(model.logits(images), facts.activation)
 
-    return run
+    return NetworkPredictor(facts, run, runtime="dygraph", name=name)
 
 
 def _place(device: str) -> str:
@@ -88,10 +97,7 @@ def open_checkpoint(path: Path, *, runtime: str, threads: int, device: str) -> P
 
     paddle.set_device(_place(device))
     paddle.base.core.set_num_threads(threads)
-    model = load_model(path)
-    facts = facts_of(model)
-    run = logits_to_run(facts, network_of(model.net))
-    return NetworkPredictor(facts, run, runtime="dygraph", name=str(path))
+    return predictor_of(load_model(path), name=str(path))
 
 
 def open_paddle(path: Path, *, runtime: str, threads: int, device: str) -> Predictor | None:
@@ -109,26 +115,25 @@ def open_paddle(path: Path, *, runtime: str, threads: int, device: str) -> Predi
     return NetworkPredictor(facts, network, runtime=PADDLE, name=str(path))
 
 
-def open_asked(
-    options: ModelOptions, *, categories: Sequence[str] | None = None, use_gpu: bool = False
+OPENERS = (open_checkpoint, open_paddle)
+
+
+def open_checked(
+    options: ModelOptions, *, categories: Sequence[str] | None, use_gpu: bool
 ) -> Predictor:
     """The model that a command names.
 
     Args:
         categories: the classes that the caller believes it has, in order; None takes the model's.
-        use_gpu: instead of the options' device.
+        use_gpu: on a GPU, whatever the options' device.
 
     Raises:
         ModelError: nothing that can be opened, or other classes.
         UsageError: a runtime for a model file, or a GPU that is not there.
     """
-    predictor = open_model(
-        options.path,
-        runtime=options.runtime,
-        threads=options.threads,
-        device="cuda" if use_gpu else options.device,
-        openers=(open_checkpoint, open_paddle),
-    )
+    if use_gpu:
+        options = replace(options, device="cuda")
+    predictor = open_asked(options, openers=OPENERS)
     if categories is not None:
         predictor.facts.check_class_names(categories, who="--categories")
     return predictor

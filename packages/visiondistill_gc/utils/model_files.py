@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import paddle
+from numpy.typing import NDArray
 from paddle import nn
 
 from shared_core import checkpoints
@@ -20,7 +23,7 @@ from shared_core.for_paddle.checkpoints import (
     to_numpy,
     unwrap,
 )
-from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD
+from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.models.teacher_model import build_teacher
 
@@ -38,6 +41,12 @@ class LoadedModel:
     mean: tuple[float, ...]  # RGB, fractions of 255
     std: tuple[float, ...]
     facts: dict[str, Any]
+
+    @paddle.no_grad()
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``(N, C)`` of uint8 views ``(N, H, W, 3)``, as evaluation computes them."""
+        pixels = Normalizer(self.mean, self.std)(images)
+        return self.net(pixels).astype("float32").numpy()
 
 
 def save_model(

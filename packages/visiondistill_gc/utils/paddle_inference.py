@@ -41,7 +41,12 @@ def paddle_inference(prefix: str | Path, *, threads: int = 1, gpu: bool = False)
 
     Raises:
         UsageError: ``gpu`` where there is none.
+        FileNotFoundError: a file is missing.
+        ValueError: damaged.
     """
+    for path in (Path(f"{prefix}.json"), Path(f"{prefix}.pdiparams")):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, expected a network for Paddle Inference")
     inference = import_paddle().inference
     config = inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
     config.disable_glog_info()
@@ -54,7 +59,11 @@ def paddle_inference(prefix: str | Path, *, threads: int = 1, gpu: bool = False)
         # MKL-DNN is oneDNN's former name. Without a limit, every new batch size adds to its cache.
         config.enable_mkldnn()
         config.set_mkldnn_cache_capacity(16)
-    predictor = inference.create_predictor(config)
+    try:
+        predictor = inference.create_predictor(config)
+    except Exception as error:  # C++ errors of several kinds
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{prefix}.pdiparams: Paddle Inference cannot open it: {reason}") from None
     taken = predictor.get_input_handle(predictor.get_input_names()[0])
     given = predictor.get_output_handle(predictor.get_output_names()[0])
 
