@@ -265,6 +265,11 @@ def test_a_runtime_of_a_project_is_left_to_it(plain, tmp_path):
     files = {"onnx": ("model.onnx",), "exported-program": ("net.pt2",)}
     write_facts(folder, read_facts(folder).replaced(files=files))
     assert "opened by the commands of tiny alone" in refused(folder, runtime="exported-program")
+    facts = read_facts(folder).replaced(default="exported-program")
+    write_facts(folder, facts)
+    assert open_model(folder).runtime == "onnx"  # what can be opened here
+    write_facts(folder, facts.replaced(files={"exported-program": ("net.pt2",)}))
+    assert "opened by the commands of tiny alone" in refused(folder)
 
 
 def test_openvino_runs_an_ir_and_says_when_it_is_missing(plain, tmp_path, images, monkeypatch):

@@ -51,8 +51,7 @@ MODEL: Table = {
     },
     "runtime": {
         "choices": ("auto", *RUNTIMES), "default": "auto",
-        "help": "What computes. auto takes what the model's own record says is best, and what is "
-        "installed.",
+        "help": "What computes. auto takes what the model's own record says is best.",
     },
     "threads": {
         "type": SIZE, "metavar": "N", "default": 1,

@@ -22,7 +22,7 @@ from shared_core.deploy.facts import (
     read_facts,
 )
 from shared_core.deploy.openvino_file import openvino_run
-from shared_core.deploy.options import ExitOptions, ModelOptions
+from shared_core.deploy.options import RUNTIMES, ExitOptions, ModelOptions
 from shared_core.deploy.session import facts_in, open_session
 from shared_core.runs.command import UsageError
 
@@ -301,7 +301,10 @@ def open_asked(options: ModelOptions, *, openers: Sequence[Opener] = ()) -> Pred
 
 def _open_folder(folder: Path, runtime: str, threads: int, device: str) -> Predictor:
     facts = read_facts(folder)
-    chosen = facts.default if runtime == "auto" else runtime
+    chosen = runtime
+    if runtime == "auto":  # the default, unless only the project's own commands open it
+        usable = [one for one in (facts.default, *RUNTIMES) if one in RUNTIMES]
+        chosen = next((one for one in usable if one in facts.files), facts.default)
     files = [folder / name for name in facts.files.get(chosen, ())]
     if not files:
         known = ", ".join(facts.files) or "none"
