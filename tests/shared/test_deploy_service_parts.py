@@ -3,6 +3,7 @@
 import struct
 import threading
 import time
+import tracemalloc
 from concurrent.futures import CancelledError
 
 import cv2
@@ -66,6 +67,21 @@ def test_a_tiff_that_states_two_sizes_is_refused():
     assert stated_size(tiff((256, 10), (257, 8))) == (8, 10)
     with pytest.raises(ValueError, match="twice"):
         stated_size(tiff((256, 14000), (257, 14000), (256, 10), (257, 8)))
+
+
+def test_a_small_header_cannot_ask_for_much_memory():
+    """An EXIF block whose 5,000 tags all claim its 60,000 bytes."""
+    entries = b"".join(struct.pack("<HHII", 1000 + n, 1, 60_000, 8) for n in range(5000))
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 5000) + entries
+    block += bytes(65_000 - len(block))
+    image = encode(noise(8, 8), ".jpg")
+    data = image[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + image[2:]
+    tracemalloc.start()
+    try:
+        check_upload(data, name="a", limits=Limits())
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def refused(data, **limits):

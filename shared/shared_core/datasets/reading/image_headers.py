@@ -14,6 +14,8 @@ Pixels = npt.NDArray[np.uint8]
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4}
 _EXIF = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
+# Size, samples, where strips and tiles lie, and orientation: all that is ever asked for.
+_TIFF_TAGS = frozenset({256, 257, 262, 273, 277, 279, 324, 325, _ORIENTATION_TAG})
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -82,9 +84,10 @@ def jpeg_header(data: bytes) -> JpegHeader:
 
 
 def tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """Read the integer tags of the first directory of a TIFF file or EXIF block.
+    """Read the tags in ``_TIFF_TAGS`` of the first directory of a TIFF file or EXIF block.
 
-    Entries that do not fit into ``data`` are left out.
+    Entries that do not fit into ``data`` are left out. Of a tag that stands twice the first counts,
+    as for libtiff. A directory of thousands of tags that all claim the whole file costs nothing.
     """
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or len(data) < 8:
@@ -97,7 +100,7 @@ def tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
     for entry in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
         tag, kind, number = struct.unpack_from(order + "HHI", data, entry)
         size = _TIFF_TYPE_BYTES.get(kind, 0)
-        if size == 0 or kind in (2, 7) or number == 0:
+        if tag not in _TIFF_TAGS or tag in tags or size == 0 or kind in (2, 7) or number == 0:
             continue
         where = entry + 8
         if size * number > 4:
