@@ -33,17 +33,22 @@ import numpy as np
 import paddle
 from _rows import measure, row, skipped
 
-from shared_core.for_paddle.export import export_inference, export_onnx
+from shared_core.deploy.predictor import open_model
+from shared_core.deploy.quantize import quantize_static
+from shared_core.deploy.write import write_model_folder
+from shared_core.for_paddle.export import export_inference
 from shared_core.for_paddle.losses import cross_entropy, kd_kl
 from shared_core.runs import write_benchmark
-from visiondistill_gc.deploy_model import Network, dygraph_network, onnx_network, paddle_network
+from visiondistill_gc.deploy.forms import onnx_source, paddle_form
+from visiondistill_gc.deploy.openers import OPENERS, facts_of, predictor_of
 from visiondistill_gc.models.student_model import build_student
-from visiondistill_gc.models.teacher_model import build_teacher, freeze
-from visiondistill_gc.quantization import quantize_static
+from visiondistill_gc.models.teacher_model import build_teacher, freeze, teach
+from visiondistill_gc.utils.model_files import load_model, save_model
+from visiondistill_gc.utils.paddle_inference import Network, paddle_inference
 
 PIXELS, CLASSES = 224, 4
 EXPORTED, STEP, TEACHER = 7.0, 5.5, 4.0  # goals, as ratios
-CLOSE = 1e-4  # relative, of logits
+CLOSE = 1e-4  # of probabilities; of logits relative
 TEMPERATURE, ALPHA = 4.0, 0.5
 
 
@@ -76,45 +81,58 @@ def difference(network: Network, expected: np.ndarray, data: np.ndarray) -> floa
     return float(np.abs(network(data) - expected).max() / np.abs(expected).max())
 
 
+def pictures(count: int, *, seed: int) -> np.ndarray:
+    """Noise uint8 ``(N, 224, 224, 3)``."""
+    return np.random.default_rng(seed).integers(0, 256, (count, PIXELS, PIXELS, 3), np.uint8)
+
+
+def exported(folder: Path, missing: list[str]) -> dict[str, Network]:
+    """The student by what runs it: uint8 pictures to probabilities."""
+    save_model(folder / "m.pdparams", settled_student(), class_names="abcd",
+               architecture="mobilenet_v2", input_size=PIXELS)  # fmt: skip
+    model = load_model(folder / "m.pdparams")
+    facts, network, home = facts_of(model), predictor_of(model, name="student"), folder / "export"
+    sources = [] if missing else [onnx_source(model.net, facts, folder, opset=17)]
+    write_model_folder(home, facts=facts, network=network, sources=sources,
+                       forms={"paddle": paddle_form(model.net, facts)})  # fmt: skip
+    opened = {name: open_model(home, runtime=name, openers=OPENERS).probabilities
+              for name in ("paddle", "onnx") if name == "paddle" or not missing}  # fmt: skip
+    found = {"dygraph": network.probabilities, "Paddle Inference, oneDNN": opened["paddle"]}
+    if not missing:
+        quantize_static(home / "model.onnx", folder / "int8.onnx", [pictures(16, seed=3)])
+        found["ONNX Runtime"] = opened["onnx"]
+        found["ONNX Runtime int8"] = open_model(folder / "int8.onnx").probabilities
+    return found
+
+
 def compare_exported(folder: Path, batches: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     """The exported student in three runtimes against dygraph."""
-    net = settled_student()
-    export_inference(net, folder / "student", input_size=(3, PIXELS, PIXELS))
-    dygraph = dygraph_network(net)
-    networks = {
-        "Paddle Inference, oneDNN": paddle_network(
-            folder / "student.json", folder / "student.pdiparams"
-        )
-    }
-    names = {
+    missing = [p for p in ("paddle2onnx", "onnx", "onnxruntime") if find_spec(p) is None]
+    networks = exported(folder, missing)
+    data = pictures(max(batches), seed=1)
+    expected = networks["dygraph"](data)
+    goals = {
         "ONNX Runtime": EXPORTED,
         "Paddle Inference, oneDNN": None,
         "ONNX Runtime int8": EXPORTED,
     }
-    missing = [p for p in ("paddle2onnx", "onnx", "onnxruntime") if find_spec(p) is None]
-    if not missing:
-        export_onnx(net, folder / "student.onnx", input_size=(3, PIXELS, PIXELS), tolerance=CLOSE)
-        quantize_static(folder / "student.onnx", folder / "int8.onnx", images(16, seed=3))
-        networks["ONNX Runtime"] = onnx_network(folder / "student.onnx")
-        networks["ONNX Runtime int8"] = onnx_network(folder / "int8.onnx")
-    data = images(max(batches))
-    expected = dygraph(data)
     equal = {}
     for name, network in networks.items():
-        worst = difference(network, expected, data)
+        found = network(data)
+        worst = float(np.abs(found - expected).max())
         if name.endswith("int8"):
-            same = (network(data).argmax(1) == expected.argmax(1)).mean()
-            equal[name] = f"relative error {worst:.3f}, same class {same:.2f} on noise"
+            same = (found.argmax(1) == expected.argmax(1)).mean()
+            equal[name] = f"probabilities within {worst:.3f}, same class {same:.2f} on noise"
         elif worst > CLOSE:
-            raise ValueError(f"{name}: logits differ by {worst:.1e} relative")
+            raise ValueError(f"{name}: probabilities differ by {worst:.1e}")
         else:
-            equal[name] = f"logits within {worst:.0e}"
+            equal[name] = f"probabilities within {worst:.0e}"
     rows = []
     for size in batches:
         part = data[:size]
-        runs = {name: partial(n, part) for name, n in {"dygraph": dygraph, **networks}.items()}
+        runs = {name: partial(network, part) for name, network in networks.items()}
         times = measure(runs, rounds, repeats=5 if size == 1 else 1)
-        for name, goal in names.items():
+        for name, goal in goals.items():
             line = f"student, batch {size}: {name} against dygraph"
             if name in networks:
                 rows.append(row(line, times[name], times["dygraph"], goal=goal, equal=equal[name]))
@@ -149,8 +167,11 @@ def compare_steps(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]
     paddle.seed(0)
     net = freeze(build_teacher("resnet50", num_classes=CLASSES))
     export_inference(net, folder / "teacher", input_size=(3, PIXELS, PIXELS))
-    dygraph = dygraph_network(net)
-    engine = paddle_network(folder / "teacher.json", folder / "teacher.pdiparams")
+    engine = paddle_inference(folder / "teacher")
+
+    def dygraph(images: np.ndarray) -> np.ndarray:
+        return teach(net, paddle.to_tensor(images)).numpy()
+
     data = images(batch)
     expected = dygraph(data)
     worst = difference(engine, expected, data)

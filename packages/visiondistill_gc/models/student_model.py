@@ -8,10 +8,10 @@ from paddle import Tensor, nn
 from paddle.utils import unique_name
 from paddle.vision.models import MobileNetV2
 
+from visiondistill_gc.options import HEADS, SOURCES
+
 BLOCKS = 19  # children of MobileNetV2's ``features``
 FROZEN = 14  # of them, in the original
-HEADS = ("improved", "plain")
-SOURCES = ("paddle.vision", "paddleclas")
 
 
 class Student(nn.Layer):
@@ -104,7 +104,7 @@ def build_student(
 
     Args:
         source: ``paddle.vision``, or ``paddleclas`` for that package's MobileNetV2 with its own
-            head, of which nothing can be frozen (it has no ``features``).
+            head (``plain``, without dropout) and width.
 
     Others as in :class:`Student`.
 
@@ -112,33 +112,40 @@ def build_student(
         ValueError: a value out of range, or one that the source cannot do.
         ImportError: paddleclas is not installed.
     """
-    recipe: dict[str, Any] = {"kind": "student", "source": source, "num_classes": num_classes}
+    shape: dict[str, Any] = {"scale": scale, "head": head, "frozen": frozen, "freeze_bn": freeze_bn}
     if source == "paddleclas":
-        from visiondistill_gc.models.paddleclas_models import build_paddleclas
-
-        if frozen or head != "plain" or scale != 1.0:
+        if head != "plain" or scale != 1.0:
             raise ValueError(
-                f"a paddleclas student with frozen={frozen}, head={head!r}, scale={scale}: "
-                "expected frozen 0, head plain, scale 1; its network has no list of blocks"
+                f"a paddleclas student with head={head!r}, scale={scale}: expected head plain, "
+                "scale 1; its network has its own head and width"
             )
-        net = build_paddleclas("MobileNetV2", num_classes=num_classes)
+        net = _paddleclas_student(num_classes, frozen=frozen, freeze_bn=freeze_bn)
     elif source == "paddle.vision":
-        shape = {
-            "scale": scale,
-            "head": head,
-            "frozen": frozen,
-            "freeze_bn": freeze_bn,
-            "dropout": dropout,
-            "hidden": hidden,
-        }
+        shape |= {"dropout": dropout, "hidden": hidden}
         # Generated names start anew for every network, so that a second one of a process has the
         # same, whatever was built before it.
         with unique_name.guard():
             net = Student(num_classes=num_classes, **shape)
-        recipe |= shape
     else:
         raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
-    net.built_from = recipe
+    recipe = {"kind": "student", "source": source, "num_classes": num_classes}
+    net.built_from = {**recipe, **shape}
+    return net
+
+
+def _paddleclas_student(num_classes: int, *, frozen: int, freeze_bn: bool) -> nn.Layer:
+    """PaddleClas' MobileNetV2: the same 19 blocks, which lie in groups by their width."""
+    from visiondistill_gc.models.paddleclas_models import build_paddleclas
+
+    net = build_paddleclas("MobileNetV2", num_classes=num_classes)
+    units = [layer for layer in net.sublayers() if type(layer).__name__ == "InvertedResidualUnit"]
+    for block in [net.conv1, *units, net.conv9][:frozen]:
+        for parameter in block.parameters():
+            parameter.stop_gradient = True
+            parameter.trainable = False
+        for layer in block.sublayers() if freeze_bn else ():
+            if hasattr(layer, "_use_global_stats"):
+                layer._use_global_stats = True  # in training mode, too
     return net
 
 

@@ -9,8 +9,9 @@ from paddle import Tensor, nn
 from paddle.utils import unique_name
 from paddle.vision import models as vision
 
+from visiondistill_gc.options import SOURCES
+
 DEFAULT = "resnet50"
-SOURCES = ("paddle.vision", "paddleclas")
 
 
 class MainOutput(nn.Layer):
