@@ -200,6 +200,33 @@ def test_a_chain_computes_only_what_is_left(parts):
     assert len(parts[1].seen) == 1 and len(parts[2].seen) == 1  # nobody was left
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("patience", 1), ("jei", 0.6), ("margin", 0.35)])
+def test_a_chain_decides_as_a_full_pass_does(kind, limit):
+    """What a rule remembers of an image goes on with that image alone."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 2, (5, 50, 3)).astype(np.float32)
+    logits += 2 * logits[:1]  # some agreement from head to head
+    gates = rng.normal(0, 1, (4, 50)).astype(np.float32)
+
+    def segment(n):
+        def run(**feed):
+            (taken,) = feed.values()
+            rows = taken.reshape(len(taken), -1)[:, 0].astype(int)
+            found = [logits[n, rows], gates[n, rows], rows] if n < 4 else [logits[n, rows]]
+            return found
+
+        outputs = ["logits", "gate_logit", "rows"] if n < 4 else ["logits"]
+        return Segment(["images" if n == 0 else "rows"], outputs, run)
+
+    chain = ExitChain([segment(n) for n in range(5)])
+    out, exits = chain(images(*range(50)), ExitPolicy(kind, limit))
+    scores = [scores_by_hand(kind, logits[:4, n].tolist(), gates[:, n].tolist()) for n in range(50)]
+    wanted = [next((i for i, s in enumerate(row) if s >= limit), 4) for row in scores]
+    assert len(set(wanted)) >= 3
+    np.testing.assert_array_equal(exits, wanted)
+    np.testing.assert_array_equal(out, logits[wanted, np.arange(50)])
+
+
 def test_without_exits_everything_reaches_the_final_head(parts):
     _, exits = ExitChain(parts)(images(0, 1, 2), ExitPolicy.never())
     assert exits.tolist() == [2, 2, 2]

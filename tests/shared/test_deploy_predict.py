@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -122,6 +124,23 @@ def test_batches_are_as_large_as_asked(model, folder, monkeypatch):
     predictor.outputs = lambda images: (sizes.append(len(images)), real(images))[1]
     predict_module.predict(predictor, PredictOptions((str(folder),), batch_size=4))
     assert sizes == [1, 4, 4, 1]  # the first warms up
+
+
+def test_progress_with_the_remaining_time_where_the_answers_go_elsewhere(
+    model, folder, monkeypatch
+):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    predictor, paths = open_model(model), (str(folder),)
+    real = predictor.outputs
+    predictor.outputs = lambda images: (time.sleep(0.1), real(images))[1]
+    predict_module.predict(predictor, PredictOptions(paths, batch_size=2))
+    assert re.search(r"predict: [2-6]/6, 0:\d\d left", screen.getvalue())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    before = screen.getvalue()
+    predict_module.predict(predictor, PredictOptions(paths, batch_size=2))
+    assert screen.getvalue() == before  # lines and a moving line would be mixed
 
 
 def test_json_lines_are_printed_and_written(run, model, folder, tmp_path, truth):
