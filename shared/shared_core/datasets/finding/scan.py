@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,15 +16,25 @@ from typing import Literal
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
 from shared_core.datasets.sets.spec_type import DatasetSpec, normal_name
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
+IMAGE_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+)
+# How people name the parts of a split; see part_of.
+_PARTS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "vali"), "val"),
+    **dict.fromkeys(("dev", "development", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "tst", "holdout", "heldout"), "test"),
 }
+# Folders that stand beside class folders or parts and are none.
+_NO_CLASSES = frozenset(
+    {"unlabeled", "unlabelled", "masks", "mask", "annotations", "labels", "labelmaps"}
+)
+# What a NAS, a Mac, Windows and Linux leave among a user's folders.
+_SYSTEM = frozenset(
+    {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
+    | {"system volume information", "@recycle", "@sharebin", "thumbs.db", "desktop.ini"}
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Listing:
         samples: sorted by their path below root, part by part, as UTF-8 bytes.
         layout: "single" for root/class/..., "split" for root/{train,val,test}/class/...
         stray: image files (paths below root) that lie in no class folder; they are not samples.
+        ignored: number of files that are not named like images, by their ending.
     """
 
     root: Path
@@ -50,6 +64,22 @@ class Listing:
     samples: tuple[Sample, ...]
     layout: Literal["single", "split"]
     stray: tuple[str, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def notes(self) -> tuple[str, ...]:
+        """One line each for what was passed over: images in no class folder, other files."""
+        lines = []
+        if self.stray:
+            tops = sorted({path.split("/")[0] for path in self.stray if "/" in path})
+            where = f" in {', '.join(tops[:4])}" if tops else ""
+            lines.append(
+                f"{len(self.stray)} images{where} lie in no class folder and are left out "
+                f"(the first is {self.stray[0]})"
+            )
+        if self.ignored:
+            counts = ", ".join(f"{n} {ending}" for ending, n in self.ignored.items())
+            lines.append(f"files that are not named like images are left out: {counts}")
+        return tuple(lines)
 
     def relative(self, sample: Sample) -> str:
         """The sample's path below root, with forward slashes."""
@@ -68,8 +98,21 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
+def part_of(name: str) -> str | None:
+    """``train``, ``val`` or ``test`` for a folder that is named like a part of a split, else None.
+
+    Case, separators and words such as ``set`` or ``images`` do not matter: ``Train_Set``,
+    ``validation-images``.
+    """
+    plain = re.sub(r"[\s_.-]+", "", name.casefold())
+    for ending in ("", "set", "data", "dataset", "images", "split", "folder", "part"):
+        if plain.endswith(ending) and plain[: len(plain) - len(ending)] in _PARTS:
+            return _PARTS[plain[: len(plain) - len(ending)]]
+    return None
+
+
 def _visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
+    return not name.startswith(".") and name.casefold() not in _SYSTEM
 
 
 def _bytes_key(parts: Sequence[str]) -> tuple[bytes, ...]:
@@ -77,9 +120,15 @@ def _bytes_key(parts: Sequence[str]) -> tuple[bytes, ...]:
 
 
 def _walk(
-    folder: Path, parts: tuple[str, ...], above: frozenset[tuple[int, int]]
+    folder: Path,
+    parts: tuple[str, ...],
+    above: frozenset[tuple[int, int]],
+    ignored: Counter[str],
 ) -> Iterator[tuple[str, ...]]:
-    """Image files below ``folder`` as tuples of path parts; links are followed, loops are not."""
+    """Image files below ``folder`` as tuples of path parts; links are followed, loops are not.
+
+    Files of other endings are counted in ``ignored``.
+    """
     here = os.stat(folder)
     identity = (here.st_dev, here.st_ino)
     if identity in above:  # a link that leads back to a folder which holds it
@@ -90,10 +139,12 @@ def _walk(
                 continue
             if entry.is_dir():
                 yield from _walk(
-                    folder / entry.name, (*parts, entry.name), above | frozenset({identity})
+                    folder / entry.name, (*parts, entry.name), above | {identity}, ignored
                 )
+            elif not is_image_name(entry.name):
+                ignored[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
             # A broken link stays in the list: verify reports it, instead of nobody.
-            elif is_image_name(entry.name) and (entry.is_file() or entry.is_symlink()):
+            elif entry.is_file() or entry.is_symlink():
                 yield (*parts, entry.name)
 
 
@@ -105,18 +156,83 @@ def _folders(folder: Path) -> list[str]:
         )
 
 
-def _is_split_layout(files: list[tuple[str, ...]]) -> bool:
-    """Split folders all, at least one of them with class folders inside.
+def _split_tops(root: Path, files: list[tuple[str, ...]]) -> dict[str, str]:
+    """Top folder -> part, of a folder that is split into parts; empty for class folders.
 
-    A class that happens to be called ``train`` has sisters of other names, or holds its images
-    itself; neither is taken for a split.
+    Parts are named like parts and hold class folders, and classes of the training part are in
+    another part, too. What else stands beside them is stray. A class that happens to be called
+    ``train`` holds its images itself, or has no such brother.
+
+    Raises:
+        DatasetError: parts and other folders in a mixture that could mean either.
     """
-    tops = {parts[0] for parts in files if len(parts) > 1}
-    return (
-        bool(tops)
-        and all(top.lower() in SPLIT_FOLDERS for top in tops)
-        and any(len(parts) > 2 for parts in files)
-    )
+    tops: dict[str, set[str]] = {}  # top -> folders inside that hold images
+    for parts in files:
+        if len(parts) > 1:
+            inner = tops.setdefault(parts[0], set())
+            if len(parts) > 2:
+                inner.add(parts[1])
+    named = {top: part for top in tops if (part := part_of(top)) is not None}
+    nested = {top: part for top, part in named.items() if tops[top]}
+    others = sorted(set(tops) - set(named))
+    if not nested:
+        return {}
+    if not others:
+        return named
+    training = [top for top, part in nested.items() if part == "train"]
+    related = {
+        top
+        for top, part in nested.items()
+        if part != "train" and any(tops[top] & tops[one] for one in training)
+    }
+    if related:
+        return {top: part for top, part in named.items() if top in related or part == "train"}
+    strange = [top for top in others if top.casefold() in _NO_CLASSES]
+    if strange:
+        raise DatasetError(
+            f"{root} holds {', '.join(sorted(nested))} beside {strange[0]}: is "
+            f"{sorted(nested)[0]} a part of a split or a class? Take {strange[0]} out, or name the "
+            "folder that holds the classes"
+        )
+    return {}
+
+
+def _check_names(root: Path, files: list[tuple[str, ...]], depth: int) -> None:
+    """Class folders whose names are no text, look alike, or are no classes.
+
+    Raises:
+        DatasetError: one of these.
+    """
+    seen: dict[str, set[str]] = {}  # folded name -> spellings
+    parts_with: dict[str, set[str]] = {}  # spelling -> top folders
+    for parts in files:
+        name = parts[depth]
+        seen.setdefault(unicodedata.normalize("NFC", name).casefold(), set()).add(name)
+        parts_with.setdefault(name, set()).add(parts[0])
+    for name in sorted(parts_with):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DatasetError(
+                f"class folder {name.encode('utf-8', 'surrogateescape')!r} in {root}: its name is "
+                "not UTF-8, expected one that is; rename it"
+            ) from None
+    for spellings in seen.values():
+        alike = sorted(spellings)
+        for first, second in itertools.combinations(alike, 2):
+            same = unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second)
+            # Two letters of one alphabet may differ in case; two parts must not spell differently.
+            if same or (depth and not parts_with[first] & parts_with[second]):
+                raise DatasetError(
+                    f"class folders {first!r} and {second!r} in {root} look alike: expected one "
+                    "spelling of a class"
+                )
+    names = set(parts_with)
+    if not depth and {one.casefold() for one in names} & _NO_CLASSES and len(names) == 2:
+        raise DatasetError(
+            f"{root} holds {' and '.join(sorted(names))}, which are no classes of images: expected "
+            "a folder of class folders"
+        )
 
 
 def scan(root: str | Path, *, classes: Sequence[str] | None = None) -> Listing:
@@ -138,16 +254,23 @@ def scan(root: str | Path, *, classes: Sequence[str] | None = None) -> Listing:
     root = Path(root)
     if not root.is_dir():
         raise DatasetNotFoundError(f"no dataset folder at {root}; expected a folder of classes")
-    files = sorted(_walk(root, (), frozenset()), key=_bytes_key)
-    split_layout = _is_split_layout(files)
+    ignored: Counter[str] = Counter()
+    files = sorted(_walk(root, (), frozenset(), ignored), key=_bytes_key)
+    tops = _split_tops(root, files)
+    split_layout = bool(tops)
     depth = 1 if split_layout else 0  # index of the class among a path's parts
-    stray = tuple("/".join(parts) for parts in files if len(parts) < depth + 2)
-    files = [parts for parts in files if len(parts) >= depth + 2]
+
+    def stands(parts: tuple[str, ...]) -> bool:
+        return len(parts) >= depth + 2 and (not split_layout or parts[0] in tops)
+
+    stray = tuple("/".join(parts) for parts in files if not stands(parts))
+    files = [parts for parts in files if stands(parts)]
     if not files:
         raise DatasetError(
             f"no image in a class folder below {root}; expected {root}/<class>/*.jpg "
             f"(extensions {' '.join(sorted(IMAGE_EXTENSIONS))})"
         )
+    _check_names(root, files, depth)
     found = sorted({parts[depth] for parts in files}, key=lambda name: _bytes_key([name]))
     if classes is None:
         _refuse_wrapping_folder(root, files, found, split_layout)
@@ -167,11 +290,12 @@ def scan(root: str | Path, *, classes: Sequence[str] | None = None) -> Listing:
         Sample(
             root.joinpath(*parts),
             label[parts[depth]],
-            SPLIT_FOLDERS[parts[0].lower()] if split_layout else None,
+            tops[parts[0]] if split_layout else None,
         )
         for parts in files
     )
-    return Listing(root, names, samples, "split" if split_layout else "single", stray)
+    layout: Literal["single", "split"] = "split" if split_layout else "single"
+    return Listing(root, names, samples, layout, stray, dict(ignored.most_common()))
 
 
 def _refuse_wrapping_folder(
@@ -220,7 +344,7 @@ def find(data_root: str | Path, spec: DatasetSpec) -> Path | None:
 
 def _unwrap(folder: Path) -> Path:
     inner = _folders(folder)
-    if len(inner) == 1 and inner[0].lower() not in SPLIT_FOLDERS and _folders(folder / inner[0]):
+    if len(inner) == 1 and part_of(inner[0]) is None and _folders(folder / inner[0]):
         return folder / inner[0]
     return folder
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
-from shared_core.datasets.finding.scan import SPLIT_FOLDERS, is_image_name
+from shared_core.datasets.finding.scan import is_image_name, part_of
 
 MARKER = ".unpacked.json"  # in the finished folder: from what it was made
 _BLOCK = 1 << 20
@@ -260,6 +260,6 @@ def _strip_wrapper(folder: Path) -> Path:
         if len(folders) != 1 or any(is_image_name(p.name) for p in inside if p.is_file()):
             return folder
         (only,) = folders
-        if only.name.lower() in SPLIT_FOLDERS or not any(p.is_dir() for p in only.iterdir()):
+        if part_of(only.name) is not None or not any(p.is_dir() for p in only.iterdir()):
             return folder
         folder = only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ def from_layout(
     drop_leaks: bool = False,
     quarantine: Quarantine | None = None,
     keys: Mapping[str, str] | None = None,
+    near: Iterable[Sequence[str]] = (),
 ) -> Manifest:
     """Keep train/val/test folders as they are given; the val folder is the part "calibration".
 
@@ -32,9 +33,13 @@ def from_layout(
             train becomes calibration. "leave": the part is not made. "error": refuse.
         drop_leaks: leave out of train (then of calibration) what has an exact copy in a later
             part; the manifest lists them as quarantined. Otherwise leaks are noted only.
+        keys: known content keys by path (``VerifyReport.keys``), not to be computed again.
+        near: groups of paths of nearly the same picture: those across the given parts are noted,
+            those inside a part that is divided here stay together.
 
     Raises:
-        DatasetError: no split folders, no train folder, only train, or ``missing="error"``.
+        DatasetError: no split folders, no train folder, only train, ``missing="error"``, or a class
+            without training images.
     """
     if listing.layout != "split":
         raise DatasetError(f"{listing.root} has no train/val/test folders; use make_split")
@@ -50,7 +55,8 @@ def from_layout(
     for name, value in (("share", share), ("calibration_share", calibration_share)):
         if not 0 < value < 1:
             raise DatasetError(f"{name} is {value}, expected above 0 and below 1")
-    prepared = Placing(listing, quarantine=quarantine, keys=keys)
+    near = [tuple(group) for group in near]
+    prepared = Placing(listing, quarantine=quarantine, keys=keys, duplicates=near)
     rename = {"train": "train", "val": "calibration", "test": "test"}
     splits = [rename[str(given)] for given in prepared.given]
     notes = []
@@ -65,6 +71,12 @@ def from_layout(
             for s, name in zip(splits, prepared.deciders, strict=True)
         ]
         notes.append(f"no {absent[0]} folder: {part:g} of {source} is {target}, by hash")
+    notes += _class_gaps(listing, prepared, splits)
+    crossing = _crossing(prepared, splits, near)
+    if crossing:
+        notes.append(
+            f"{crossing} files of train have a near copy (nearly the same picture) in a later part"
+        )
     leaks = _leaks(prepared.keys, splits)
     if leaks:
         what = "left out" if drop_leaks else "kept"
@@ -78,6 +90,39 @@ def from_layout(
         entries = tuple(e for e in manifest.entries if e.path not in prepared.quarantined)
         manifest = replace(manifest, entries=entries)
     return replace(manifest, notes=tuple(notes))
+
+
+def _class_gaps(listing: Listing, prepared: Placing, splits: Sequence[str]) -> list[str]:
+    """A line for each class that a judging part lacks.
+
+    Raises:
+        DatasetError: a class without training images: nobody could learn it.
+    """
+    have: dict[str, set[int]] = {}
+    for label, split in zip(prepared.labels, splits, strict=True):
+        have.setdefault(split, set()).add(label)
+    lines = []
+    for split in ("train", *sorted(set(have) - {"train"})):
+        lacking = [c for k, c in enumerate(listing.classes) if k not in have.get(split, set())]
+        if lacking and split == "train":
+            raise DatasetError(
+                f"{listing.root}: class {lacking[0]!r} has no usable image in the training part; "
+                "expected some, or no folder of that class"
+            )
+        if lacking:
+            lines.append(f"{split} has no image of {', '.join(lacking[:5])}")
+    return lines
+
+
+def _crossing(prepared: Placing, splits: Sequence[str], near: Sequence[Sequence[str]]) -> int:
+    """How many training files have a near, not exact, copy in another part."""
+    place_of = {name: i for i, name in enumerate(prepared.names)}
+    count = 0
+    for group in near:
+        members = [place_of[name] for name in group if name in place_of]
+        others = {prepared.keys[i] for i in members if splits[i] != "train"}
+        count += sum(bool(others - {prepared.keys[i]}) for i in members if splits[i] == "train")
+    return count
 
 
 def _leaks(keys: Sequence[str], splits: Sequence[str]) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from shared_core.datasets.finding.quarantine import load_quarantine
 from shared_core.datasets.finding.scan import Listing
 from shared_core.datasets.splitting.manifest import Entry, Manifest, sorted_entries
 
+NEAR_SHARE = 0.2  # of a class that one group of near copies may hold
+NEAR_LEAST = 5  # images that it may hold in any case
 Groups = Mapping[str, str] | Callable[[str], str]
 Quarantine = Mapping[str, str] | str | Path
 
@@ -21,6 +24,32 @@ def place(seed: int, purpose: str, name: str) -> float:
     text = f"{seed}\x1f{purpose}\x1f{name}".encode("utf-8", "surrogateescape")
     # 53 bits: exactly a double, and below 1.
     return (int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 11) / 2**53
+
+
+def bounded_groups(
+    listing: Listing, near: Sequence[Sequence[str]]
+) -> tuple[tuple[Sequence[str], ...], str | None]:
+    """Groups of near copies that may bind, and a line on those that may not.
+
+    Pictures of a fixed camera, or digits, all look nearly alike: bound together they would put a
+    whole class into one part. A group that holds more than ``NEAR_SHARE`` of a class is left apart;
+    exact copies bind all the same.
+    """
+    label = {listing.relative(sample): sample.label for sample in listing.samples}
+    counts = Counter(label.values())
+    kept: list[Sequence[str]] = []
+    dropped: list[Sequence[str]] = []
+    for group in near:
+        of_class = Counter(label[name] for name in group if name in label)
+        large = any(n > max(NEAR_LEAST, NEAR_SHARE * counts[k]) for k, n in of_class.items())
+        (dropped if large else kept).append(group)
+    if not dropped:
+        return tuple(kept), None
+    most = max(dropped, key=len)
+    return tuple(kept), (
+        f"{len(most)} images look nearly alike ({most[0]} ...), too many to keep on one side: only "
+        "exact copies bind them; parts may hold neighbours of one another"
+    )
 
 
 class Placing:

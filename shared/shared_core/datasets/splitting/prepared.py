@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared_core.datasets.builtin.sources import make_scenes
 from shared_core.datasets.errors import DatasetError
@@ -19,13 +19,14 @@ from shared_core.datasets.sets.spec_check import describe
 from shared_core.datasets.sets.spec_type import DatasetSpec
 from shared_core.datasets.splitting.layout_split import from_layout
 from shared_core.datasets.splitting.manifest import Manifest
-from shared_core.datasets.splitting.placing import Groups
+from shared_core.datasets.splitting.placing import Groups, bounded_groups
 from shared_core.datasets.splitting.split import make_split
 
 SPLIT_FILE, VERIFY_FILE, QUARANTINE_FILE = "split.json", "verify.json", "quarantine.txt"
 SPLITS = ("train", "calibration", "test")
 FRACTIONS = (("train", 0.8), ("calibration", 0.1), ("test", 0.1))
 BUILTIN_NAME = "built-in scenes"
+GroupBy = Literal["near", "exact"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def prepare_data(
     workers: int = 0,
     scenes: Mapping[str, Any] | None = None,
     groups: Groups | None = None,
+    group_by: GroupBy = "near",
     split: str | Path | None = None,
+    drop_leaks: bool = False,
 ) -> PreparedData:
     """Find or make the images, look at every file once, split them, and write it all down.
 
@@ -124,8 +127,12 @@ def prepare_data(
         scenes: arguments of :func:`make_scenes`: ``num_classes``, ``image_size`` (pixels),
             ``images_per_class``, ``seed``.
         groups: path below the root -> name of the group that must stay on one side, or None.
+        group_by: copies that stay on one side: ``near`` (nearly the same picture) or ``exact``
+            (the same bytes). A near group that would swallow a class (images of a fixed camera)
+            is taken apart, and a note says so.
         split: a manifest that decides who learns and who tests, so that several projects judge
             on the same images; its files must be below ``root``.
+        drop_leaks: of given parts, leave out of training what has an exact copy in a later part.
 
     Raises:
         DatasetError, FileNotFoundError: no images, too few, or other classes than expected; a
@@ -150,9 +157,11 @@ def prepare_data(
                 )
             notes = describe(listing, spec)
     _check_classes(listing, num_classes)
+    notes += listing.notes()
     split_file = output / SPLIT_FILE
     if split_file.exists():
         manifest = Manifest.read(split_file, root=listing.root)
+        notes += _changed(listing, manifest, output)
         if split is not None and Manifest.read(split, root=listing.root).hash != manifest.hash:
             raise DatasetError(f"{output} was begun with another split than {split}")
     elif split is not None:
@@ -168,14 +177,37 @@ def prepare_data(
             quarantine,
             workers if workers > 1 else 0,
             groups,
+            group_by,
+            drop_leaks,
         )
         manifest.write(split_file)
     if spec is not None and spec.num_images and len(manifest.entries) < spec.num_images:
         kind = "subset"
-    data = PreparedData(name, kind, Path(listing.root), manifest, tuple(notes))
+    data = PreparedData(name, kind, Path(listing.root), manifest, (*notes, *manifest.notes))
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
     for split in manifest.splits:
         data.image_set(split)  # an empty one is told now, not after an hour
     return data
+
+
+def _changed(listing: Listing, manifest: Manifest, output: Path) -> list[str]:
+    """A line for images that were added since the split was made.
+
+    Raises:
+        DatasetError: the classes are others now.
+    """
+    if listing.classes != manifest.classes:
+        different = sorted(set(listing.classes) ^ set(manifest.classes))
+        raise DatasetError(
+            f"{listing.root} has other classes than when {output} was begun "
+            f"({', '.join(different[:3])}): start anew with --fresh, or take them back"
+        )
+    known = {entry.path for entry in manifest.entries} | set(manifest.quarantined)
+    new = [name for sample in listing.samples if (name := listing.relative(sample)) not in known]
+    if not new:
+        return []
+    return [f"{len(new)} images were added since the split was made and are not used ({new[0]})"]
 
 
 def _given(split: str | Path, listing: Listing) -> Manifest:
@@ -210,6 +242,8 @@ def _split(
     quarantine_file: str | Path | None,
     workers: int,
     groups: Groups | None,
+    group_by: GroupBy,
+    drop_leaks: bool,
 ) -> Manifest:
     """Verify every file and make the split."""
     report = verify(listing, spec=spec, workers=workers)
@@ -224,14 +258,23 @@ def _split(
             file=sys.stderr,
         )
     if listing.layout == "split":
-        return from_layout(listing, seed=seed, quarantine=quarantine)
-    return make_split(
+        return from_layout(
+            listing,
+            seed=seed,
+            quarantine=quarantine,
+            keys=report.keys,
+            near=report.duplicates_near,
+            drop_leaks=drop_leaks,
+        )
+    near, note = bounded_groups(listing, report.duplicates_near if group_by == "near" else ())
+    manifest = make_split(
         listing,
         fractions=fractions,
         seed=seed,
         groups=groups,
-        duplicates=report.duplicates,
+        duplicates=(*report.duplicates_exact, *near),
         quarantine=quarantine,
         keys=report.keys,
         gaps="fill",
     )
+    return manifest if note is None else replace(manifest, notes=(*manifest.notes, note))

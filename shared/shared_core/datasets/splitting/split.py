@@ -139,11 +139,13 @@ def _judge_gaps(manifest: Manifest, gaps: Gaps) -> Manifest:
     more = f" (and {len(found) - 1} more such gaps)" if len(found) > 1 else ""
     line = (
         f"class {name!r} has no sample in part {part!r}{more}; "
-        "take more images, larger shares, another seed, or gaps='fill'"
+        "take more images, larger shares or another seed"
+        + (", or gaps='fill'" if gaps != "fill" else "")
     )
     if gaps == "error":
         raise DatasetError(line)
-    warnings.warn(line, stacklevel=3)
+    if gaps == "warn":
+        warnings.warn(line, stacklevel=3)
     return replace(manifest, notes=(*manifest.notes, line))
 
 
