@@ -1,5 +1,6 @@
-"""ONNX files that give the numbers of the model, or none at all."""
+"""ONNX files that give the numbers of the model, or none at all; and wrapped, of the formula."""
 
+import float_networks as nets
 import numpy as np
 import pytest
 
@@ -9,6 +10,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from torch import nn  # noqa: E402
 
+from shared_core.deploy.graph import wrap_network  # noqa: E402
+from shared_core.deploy.session import open_session  # noqa: E402
 from shared_core.for_torch.export import (  # noqa: E402
     Difference,
     ExportError,
@@ -28,28 +31,39 @@ class TwoHeads(nn.Module):
         return self.head(features), features
 
 
-@pytest.mark.slow
-def test_export_and_check(tmp_path):
+@pytest.fixture(scope="module")
+def model():
     torch.manual_seed(0)
-    model, path = TwoHeads(), tmp_path / "m.onnx"
-    model(torch.rand(4, 3, 8, 8))  # statistics other than 0 and 1; stays in training mode
-    found = export_onnx(
+    made = TwoHeads()
+    made(torch.rand(4, 3, 8, 8))  # statistics other than 0 and 1; stays in training mode
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("two heads") / "m.onnx"
+    return path, export_onnx(
         model, path, input_size=(3, 8, 8), output_names=["logits", "features"], seed=3
     )
+
+
+def test_export_and_check(model, exported):
+    path, found = exported
     assert model.training
     assert 0 <= found.max_abs < 1e-5
     assert 0 <= found.max_rel < 1e-5
     proto = onnx.load(path)  # one file: weights inside
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert [p.name for p in path.parent.iterdir()] == ["m.onnx"]
     assert proto.graph.input[0].name == "image"
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     assert [o.name for o in proto.graph.output] == ["logits", "features"]
 
     # an independent batch, of a size that the export never saw; and a truth that is wrong
-    model.eval()
     batch = np.random.default_rng(0).normal(size=(7, 3, 8, 8)).astype(np.float32)
+    model.eval()
     with torch.no_grad():
         truth = [o.numpy() for o in model(torch.from_numpy(batch))]
+    model.train()
     assert check_onnx(path, [batch], [truth]).max_rel < 1e-5
     shifted = [truth[0] + 0.01, truth[1]]
     with pytest.raises(ExportError, match="ONNX Runtime differs by .* expected at most 1e-04"):
@@ -63,18 +77,43 @@ def test_export_and_check(tmp_path):
     with pytest.raises(ExportError, match="differs by nan"):
         check_onnx(path, [batch], [[truth[0] * np.nan, truth[1]]])
 
-    # above the tolerance: the old file stays
-    old = path.read_bytes()
+
+def test_above_the_tolerance_the_old_file_stays(model, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+    words = {"input_size": (3, 8, 8), "output_names": ["a", "b"], "opset": 17}
     with pytest.raises(ExportError, match="expected at most"):
-        export_onnx(
-            model,
-            path,
-            input_size=(3, 8, 8),
-            output_names=["logits", "features"],
-            tolerance=-1.0,
-        )
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
-    assert export_onnx(
-        model, path, input_size=(3, 8, 8), output_names=["a", "b"], check_batches=()
-    ) == Difference(0.0, 0.0)
+        export_onnx(model, path, tolerance=-1.0, **words)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert export_onnx(model, path, check_batches=(), **words) == Difference(0.0, 0.0)
+    with pytest.raises(ValueError, match="opset is 12, expected 13 or more"):
+        export_onnx(model, path, input_size=(3, 8, 8), opset=12)
+
+
+@pytest.mark.parametrize("opset", [13, 17, None, 20])
+def test_what_torch_writes_can_be_wrapped(tmp_path, opset):
+    weights = nets.layers(5, 3)
+    linear = [nn.Linear(*w.shape, bias=False) for w in weights]
+    for layer, weight in zip(linear, weights, strict=True):
+        layer.weight.data = torch.from_numpy(weight.T.copy())
+    model = nn.Sequential(nn.Flatten(), linear[0], nn.ReLU(), linear[1])
+    path = tmp_path / "m.onnx"
+    export_onnx(model, path, input_size=(3, *nets.SIZE), input_name="images", opset=opset)
+    written = next(o.version for o in onnx.load(path).opset_import if o.domain == "")
+    assert opset in (None, written)
+    content = wrap_network(path, nets.facts()).SerializeToString()
+    # Neither the code's places nor the exporter's notes on them.
+    assert b"site-packages" not in content and b"pkg.torch" not in content
+    session = open_session(content)
+    for count in (1, 6):
+        pixels = nets.images(count)
+        truth = nets.softmax(nets.outputs(pixels, weights))
+        np.testing.assert_allclose(session.run(None, {"images": pixels})[0], truth, atol=1e-6)
+
+
+def test_a_later_segment_takes_tokens(tmp_path):
+    model, path = nn.Linear(4, 3), tmp_path / "segment1.onnx"
+    export_onnx(model, path, input_size=(7, 4), input_name="tokens_in", opset=17)
+    (taken,) = onnx.load(path).graph.input
+    assert taken.name == "tokens_in"
+    assert [d.dim_value for d in taken.type.tensor_type.shape.dim] == [0, 7, 4]

@@ -110,11 +110,12 @@ def _load(source: str | Path | Any) -> Any:
     if opset < LEAST_OPSET:
         raise ExportError(f"the network has opset {opset}, expected {LEAST_OPSET} or more")
     # What exporters note of the code that they came through: file names of this machine.
-    model.doc_string = model.graph.doc_string = ""
-    for node in model.graph.node:
-        node.doc_string = ""
-        if hasattr(node, "metadata_props"):
-            del node.metadata_props[:]
+    graph = model.graph
+    noted = [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]
+    for part in (model, *noted):
+        part.doc_string = ""
+        if part is not model and hasattr(part, "metadata_props"):
+            del part.metadata_props[:]
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     if taken & {INPUT, PROBABILITIES, FEATURES} or any(n.startswith(OWN) for n in taken):
         # Values alone: layers that stay float are known by the names of their nodes.
