@@ -8,10 +8,10 @@ from torch import nn
 
 from shared_core.for_torch.data import Normalizer
 from shared_core.runs import UsageError
-from torch_cls_zoo.models import build_model
 from torch_cls_zoo.explain.cam import METHODS, class_maps, normalized
 from torch_cls_zoo.explain.cam_layers import Layout, default_layer, layout_of, to_maps
 from torch_cls_zoo.explain.overlays import METHOD_NAMES, explain, overlay, visualise
+from torch_cls_zoo.models import build_model
 
 
 class Tiny(nn.Module):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
 from shared_core.runs import UsageError
 from torch_cls_zoo.applications.launch import Plan, plan_processes
-from torch_cls_zoo.config import build_parser, parse
+from torch_cls_zoo.config import ProcessSettings, parse
+from torch_cls_zoo.options import OPTIONS, build_parser
 
 # Every flag of the first README and of its code (notes of the first version).
 ORIGINAL = (
@@ -29,11 +29,50 @@ def test_every_flag_of_the_first_readme_is_there():
 
 
 def test_the_defaults_of_the_first_version_are_kept():
-    args = parse(["--train"])
-    assert (args.epochs, args.lr, args.opt, args.warmup, args.wd) == (85, 1e-4, "adam", 5, 5e-4)
-    assert (args.mixup_ratio, args.mixup_alpha, args.slim, args.seed) == (0.5, 1.1, 5e-4, 1234)
-    assert args.curriculum_thresholds == [0.7, 0.5, 0.3, 0.0]
-    assert args.hard_ratio == 0.7 and args.print_freq == 50
+    config = parse(["--train"])
+    training, augment = config.training, config.augment
+    assert (training.epochs, training.lr, training.opt) == (85, 1e-4, "adam")
+    assert (training.warmup, training.wd, training.slim) == (5, 5e-4, 5e-4)
+    assert (augment.mixup_ratio, augment.mixup_alpha, config.data.seed) == (0.5, 1.1, 1234)
+    assert config.teaching.curriculum_thresholds == [0.7, 0.5, 0.3, 0.0]
+    assert config.loss.hard_ratio == 0.7 and training.print_freq == 50
+
+
+def test_every_option_ends_in_one_settings_class_or_says_how_the_run_starts():
+    """A row of the table that no part of the program can read would have no effect."""
+    config = parse(["--train"])
+    parts = [getattr(config, name) for name in vars(config) if name not in ("values", "given")]
+    known = [name for part in parts for name in vars(part)]
+    shared = {"sync_bn"}  # the loss' layers, and a check of the processes
+    assert {name for name in known if known.count(name) > 1} == shared
+    modes = {"train", "evaluate", "jit"}  # run.modes has them
+    starts, spellings = {"go_on", "fresh"}, {"aug", "cuda"}  # run.start; aug_policy, device
+    assert set(OPTIONS) - set(known) == modes | starts | spellings
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ("--device cpu", lambda c: c.processes.device == "cpu"),
+        ("--no-cuda", lambda c: c.processes.device == "cpu"),
+        ("--cuda", lambda c: c.processes.device == "cuda"),
+        ("--input-size 30", lambda c: c.data.image_size == (30, 30)),
+        ("--image_size 30 40", lambda c: c.data.image_size == (30, 40)),
+        ("--data-path x", lambda c: c.data.data == "x" and c.teaching.knowledge_dir == Path("x")),
+        ("--data x", lambda c: c.data.data == "x"),
+        ("--batch-size 3", lambda c: c.data.batch_size == 3),
+        ("-b 3 -j 2", lambda c: (c.data.batch_size, c.data.workers) == (3, 2)),
+        ("--init", lambda c: c.network.pretrained == "default"),
+        ("--pretrained w.pth", lambda c: c.network.pretrained == "w.pth"),
+        ("--init none", lambda c: c.network.pretrained is None),
+        ("--aug", lambda c: c.augment.aug_policy == "my"),
+        ("--bias_prior 0.1 0.2", lambda c: c.training.bias_prior == [0.1, 0.2]),
+        ("--continue", lambda c: c.run.start == "continue"),
+        ("--fresh", lambda c: c.run.start == "fresh"),
+    ],
+)
+def test_old_and_new_spellings(words, read):
+    assert read(parse(["--train", *words.split()]))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +85,12 @@ def test_the_defaults_of_the_first_version_are_kept():
         ("--train --cutmix_alpha 0.4", "nothing without --cutmix"),
         ("--train --slim 0.1", "nothing without --sparsity"),
         ("--train --hard_ratio 0.1", "nothing without --ohm_loss"),
-        ("--train --ohm_loss --hard_ratio 0", "--hard_ratio is 0.0"),
+        ("-e --resume WEIGHTS --ohm_loss", "--ohm_loss does nothing without --train"),
+        ("-e --train --ghm_counts original", "nothing without --ghm_loss"),
+        ("--train --criterion bce --ghm_loss --ghm_counts original", "with --criterion bce"),
+        ("--seed 3", "--seed does nothing without --train"),
+        ("--train --int8 no", "nothing without --jit"),
+        ("--train --knowledge_dir k", "nothing without --knowledge or"),
         ("--train --class_matrices x.yaml", "nothing without --weighted_loss"),
         ("--train --visual_layer fc", "nothing without --visual_data"),
         ("--train --curriculum_weights 1", "nothing without --make_curriculum"),
@@ -54,24 +98,38 @@ def test_the_defaults_of_the_first_version_are_kept():
         ("--train --distill --knowledge train", "run them apart"),
         ("--train --aug --aug_policy imagenet", "--aug means"),
         ("--train --lr_ratios 1 2", "go together"),
-        ("--train --lr 0", "--lr is 0.0"),
-        ("--train --image_size 0 5", "--image_size"),
+        ("--train --image_size 1 2 3", "--image_size"),
         ("--train --epochs 5 --warmup 5", "--warmup is 5"),
-        ("--train --num_classes 1", "--num_classes is 1"),
         ("--train --bias_prior many", "--bias_prior"),
         ("--evaluate", "--resume FILE"),
         ("--train --nodes 2", "--rank is -1"),
         ("--train --nodes 2 --rank 2", "--rank is 2"),
         ("--train --rank 1", "--rank is 1"),
-        ("--train --resume --fresh", "expected one of them"),
+        ("--train --resume --fresh", "no --continue or --fresh"),
+        ("--train --continue --fresh", "expected one of them"),
+        ("--train --no-cuda --device cuda:1", "--device is cuda:1"),
+        ("--train --resume WEIGHTS --pretrained", "both name weights"),
         ("--resume", "add --train"),
         ("--train --data builtin --distill", "--knowledge_dir"),
         ("--find_lr --train", "stands alone"),
     ],
 )
-def test_words_that_would_do_nothing_or_contradict_are_refused(words, message):
+def test_words_that_would_do_nothing_or_contradict_are_refused(words, message, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"x")
     with pytest.raises(UsageError, match=message.replace("*", r"\*")):
-        parse(words.split())
+        parse(words.replace("WEIGHTS", str(tmp_path / "w.pth")).split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--lr 0", "--lr nan", "--epochs 0", "--hard_ratio 0", "--image_size 0 5", "--num_classes 1",
+     "--mixup_ratio 1.5", "--momentum 1", "--find_lr 4", "--opt"],
+)  # fmt: skip
+def test_numbers_out_of_range_are_one_line_and_name_the_option(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--train", "--ohm_loss", "--mixup", *words.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words.split()[0] in error
 
 
 def test_a_missing_file_of_weights_is_told_at_once():
@@ -84,7 +142,7 @@ def test_both_spellings_of_grad_cam_plus_plus(tmp_path):
     file.write_bytes(b"x")
     for name in ("grad-cam++", "grad-camm++"):
         words = ["--visual_data", "test", "--resume", str(file), "--visual_method", name]
-        assert parse(words).visual_method == "grad-cam++"
+        assert parse(words).pictures.visual_method == "grad-cam++"
 
 
 def test_resume_means_weights_or_a_run(tmp_path):
@@ -92,19 +150,36 @@ def test_resume_means_weights_or_a_run(tmp_path):
     (tmp_path / "run" / "state" / "train.pth").write_bytes(b"x")
     (tmp_path / "w.pth").write_bytes(b"x")
     weights = parse(["--train", "--resume", str(tmp_path / "w.pth")])
-    assert not weights.exact and weights.resume == str(tmp_path / "w.pth")
+    assert weights.run.start == "new" and weights.network.resume == str(tmp_path / "w.pth")
     for place in (tmp_path / "run", tmp_path / "run" / "state" / "train.pth"):
-        run = parse(["--train", "--resume", str(place)])
-        assert run.exact and run.resume is None and run.output == tmp_path / "run"
+        config = parse(["--train", "--resume", str(place)])
+        assert config.run.start == "resume" and config.run.output == tmp_path / "run"
+        assert config.network.resume is None
     bare = parse(["--train", "--output", str(tmp_path / "run"), "--resume"])
-    assert bare.exact and bare.output == tmp_path / "run"
+    assert bare.run.start == "resume" and bare.run.output == tmp_path / "run"
     with pytest.raises(UsageError, match="goes on in that folder"):
         parse(["--train", "--output", "elsewhere", "--resume", str(tmp_path / "run")])
 
 
-def arguments(**given) -> argparse.Namespace:
-    base = {"cuda": None, "gpus": None, "nodes": 1, "rank": -1, "sync_bn": False}
-    return argparse.Namespace(**{**base, **given}, given=set(given))
+def test_what_a_command_does_not_say_is_taken_from_the_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = parse(["--train", "--resume", str(tmp_path / "run"), "--lr", "0.5", "-j", "3"])
+    stored = config.stored()
+    assert stored["lr"] == 0.5 and stored["epochs"] is None and stored["workers"] == 3
+    stored = {name: config.values[name] for name in stored}  # as open_run fills it
+    whole = config.continued({**stored, "epochs": 7, "ohm_loss": True, "class_matrices": "m.yaml",
+                              "weighted_loss": True, "image_size": [20, 30]})  # fmt: skip
+    assert (whole.training.epochs, whole.training.lr, whole.data.workers) == (7, 0.5, 3)
+    assert whole.loss.class_matrices == Path("m.yaml") and whole.data.image_size == (20, 30)
+    needy = parse(["--train", "--resume", str(tmp_path / "run"), "--hard_ratio", "0.5"])
+    assert needy.continued({**stored, "ohm_loss": True, "hard_ratio": 0.5}).loss.hard_ratio == 0.5
+    with pytest.raises(UsageError, match="--hard_ratio does nothing without --ohm_loss"):
+        needy.continued({**stored, "ohm_loss": False})
+
+
+def asked(**given) -> ProcessSettings:
+    usual = {"device": "auto", "nodes": 1, "gpus": None, "rank": -1, "sync_bn": False, "threads": 0}
+    return ProcessSettings(**{**usual, "init_method": "tcp://127.0.0.1:1", **given})
 
 
 @pytest.mark.parametrize(
@@ -114,22 +189,24 @@ def arguments(**given) -> argparse.Namespace:
         ({}, 4, {}, Plan("cuda", 4, 0, 4)),
         ({"gpus": 2}, 4, {}, Plan("cuda", 2, 0, 2)),
         ({"gpus": 0}, 4, {}, Plan("cpu", 1, 0, 1)),
-        ({"cuda": False, "gpus": 3}, 4, {}, Plan("cpu", 3, 0, 3)),
+        ({"device": "cuda:1"}, 4, {}, Plan("cuda:1", 1, 0, 1)),
+        ({"device": "cpu", "gpus": 3}, 4, {}, Plan("cpu", 3, 0, 3)),
         ({"nodes": 3, "rank": 2, "gpus": 4}, 4, {}, Plan("cuda", 4, 8, 12)),
-        ({"nodes": 2, "rank": 0, "cuda": False, "gpus": 2}, 0, {}, Plan("cpu", 2, 0, 4)),
+        ({"nodes": 2, "rank": 0, "device": "cpu", "gpus": 2}, 0, {}, Plan("cpu", 2, 0, 4)),
         ({"sync_bn": True}, 2, {}, Plan("cuda", 2, 0, 2)),
         ({}, 2, {"RANK": "1", "WORLD_SIZE": "2"}, Plan("cuda", 1, 1, 2, True)),
     ],
 )
 def test_flags_to_ranks(flags, gpus, env, plan):
-    assert plan_processes(arguments(**flags), gpus=gpus, env=env) == plan
+    assert plan_processes(asked(**flags), flags, gpus=gpus, env=env) == plan
 
 
 def test_all_ranks_of_all_machines_are_there_once():
     nodes, gpus = 3, 4
     ranks = []
     for node in range(nodes):
-        plan = plan_processes(arguments(nodes=nodes, rank=node, gpus=gpus), gpus=gpus, env={})
+        flags = {"nodes": nodes, "rank": node, "gpus": gpus}
+        plan = plan_processes(asked(**flags), flags, gpus=gpus, env={})
         ranks += [plan.first_rank + local for local in range(plan.local)]
         assert plan.world_size == nodes * gpus
     assert ranks == list(range(nodes * gpus))
@@ -139,19 +216,21 @@ def test_all_ranks_of_all_machines_are_there_once():
     ("flags", "gpus", "env", "message"),
     [
         ({"gpus": 2}, 0, {}, "add --no-cuda"),
-        ({"cuda": True}, 0, {}, "no GPU"),
-        ({"gpus": 3}, 2, {}, "this machine has 2"),
+        ({"device": "cuda"}, 0, {}, "no GPU"),
+        ({"device": "tpu"}, 2, {}, "--device is 'tpu'"),
+        ({"gpus": 3}, 2, {}, "has 2"),
+        ({"gpus": 2, "device": "cuda:0"}, 2, {}, "has 1"),
         ({"sync_bn": True}, 1, {}, "--sync_bn"),
-        ({"sync_bn": True, "cuda": False, "gpus": 2}, 2, {}, "--sync_bn"),
+        ({"sync_bn": True, "device": "cpu", "gpus": 2}, 2, {}, "--sync_bn"),
         ({"gpus": 2}, 2, {"RANK": "0", "WORLD_SIZE": "2"}, "torchrun decides"),
         ({"init_method": "tcp://127.0.0.1:1"}, 0, {}, "nothing for one process"),
     ],
 )
 def test_processes_that_cannot_be_are_refused(flags, gpus, env, message):
     with pytest.raises(UsageError, match=message):
-        plan_processes(arguments(**flags), gpus=gpus, env=env)
+        plan_processes(asked(**flags), flags, gpus=gpus, env=env)
 
 
 def test_output_has_a_folder_by_default():
-    assert parse(["--train"]).output == Path("runs/torch_cls_zoo/efficientnet_b0")
-    assert parse(["--train", "-a", "resnet18"]).output == Path("runs/torch_cls_zoo/resnet18")
+    assert parse(["--train"]).run.output == Path("runs/torch_cls_zoo/efficientnet_b0")
+    assert parse(["--train", "-a", "resnet18"]).run.output == Path("runs/torch_cls_zoo/resnet18")

@@ -19,12 +19,18 @@ SUBSETS = [c for n in range(5) for c in itertools.combinations(NAMES, n)]
 class Reference:
     """The definitions, one number after the other, in float64; remembers GHM-C's averages."""
 
-    def __init__(self, names, family, hard_ratio=0.7, bins=30, momentum=0.75) -> None:
-        self.names, self.family, self.ratio = names, family, hard_ratio
+    def __init__(self, names, family, *, counts="loss", bins=30, momentum=0.75) -> None:
+        self.names, self.family, self.ratio, self.counted_by = names, family, 0.7, counts
         self.bins, self.momentum = bins, momentum
         self.average, self.updates = [0.0] * bins, [0] * bins
 
-    def losses(self, z: np.ndarray, t: np.ndarray) -> list[float]:
+    def losses(self, z: np.ndarray, t: np.ndarray, u: np.ndarray | None = None) -> list[float]:
+        """Of each sample; those of weight ``u = 0`` are as if they were not there."""
+        if u is not None:
+            kept = [i for i in range(len(z)) if u[i] > 0]
+            some = self.losses(z[kept], t[kept])
+            found = dict(zip(kept, some, strict=True))
+            return [u[i] * found.get(i, 0.0) for i in range(len(z))]
         n, k = z.shape
         if self.family == "softmax":
             p = [[math.exp(v) / sum(math.exp(w) for w in row) for v in row] for row in z]
@@ -72,19 +78,22 @@ class Reference:
         return [[float((i, c) in kept) for c in range(k)] for i in range(n)]
 
     def ghm(self, p, t, hard):
-        n, k = len(hard), len(hard[0])
         which = [[min(int(v * self.bins), self.bins - 1) for v in row] for row in hard]
-        counts = [0] * self.bins
-        for row in which:
-            for b in row:
-                counts[b] += 1
+        counts, whole = [0.0] * self.bins, 0.0
+        for row, target in zip(which, t, strict=True):
+            for b, share in zip(row, target, strict=True):
+                part = share if self.family == "softmax" and self.counted_by == "loss" else 1.0
+                counts[b] += part
+                whole += part
         filled = [b for b in range(self.bins) if counts[b]]
         for b in filled:
-            share = counts[b] / (n * k)
+            share = counts[b] / whole
             self.average[b] = self.momentum * self.average[b] + (1 - self.momentum) * share
             self.updates[b] += 1
         density = {b: self.average[b] / (1 - self.momentum ** self.updates[b]) for b in filled}
-        return [[1 / (density[b] * len(filled)) for b in row] for row in which]
+        # A bin that only terms without a part in the loss fall into decides nothing.
+        return [[1 / (density[b] * len(filled)) if b in density else 1.0 for b in row]
+                for row in which]  # fmt: skip
 
 
 def _batch(seed: int, *, n: int = 13, soft: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -97,15 +106,42 @@ def _batch(seed: int, *, n: int = 13, soft: bool = False) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("family", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
-def test_three_steps_are_those_of_the_loop(names, family, soft) -> None:
+@pytest.mark.parametrize("weighed", [False, True], ids=["alike", "curriculum"])
+def test_three_steps_are_those_of_the_loop(names, family, soft, weighed) -> None:
     criterion = build_criterion(names, family=family, num_classes=K, matrices=MATRICES).train()
-    reference = Reference(names, family)
+    compare_with_loop(criterion, Reference(names, family), soft=soft, weighed=weighed)
+
+
+@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_the_original_s_way_to_count_is_that_of_the_loop(family, soft) -> None:
+    criterion = build_criterion(
+        ["ghm"], family=family, num_classes=K, matrices=MATRICES, ghm_counts="original"
+    ).train()
+    compare_with_loop(criterion, Reference(["ghm"], family, counts="original"), soft=soft)
+
+
+def compare_with_loop(criterion, reference, *, soft, weighed=False) -> None:
     for seed in range(3):
         z, t = _batch(seed, soft=soft)
         target = torch.from_numpy(t) if soft else torch.from_numpy(t.argmax(1))
-        got = criterion.per_sample(torch.from_numpy(z), target)
-        expected = reference.losses(z, t)
+        u = np.random.default_rng(seed).choice([0.0, 0.0, 0.4, 1.0], len(z)) if weighed else None
+        weights = None if u is None else torch.from_numpy(u)
+        got = criterion.per_sample(torch.from_numpy(z), target, sample_weights=weights)
+        expected = reference.losses(z, t, u)
         np.testing.assert_allclose(got.numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_ghm_keeps_the_scale_of_a_softmax_loss_of_many_classes() -> None:
+    """The original's counting made it half the number of classes times as large."""
+    z = np.random.default_rng(0).normal(0, 1, (64, 1000))
+    logits, labels = torch.from_numpy(z), torch.arange(64)
+    plain = float(build_criterion(num_classes=1000)(logits, labels))
+    ours, original = (
+        float(build_criterion(["ghm"], num_classes=1000, ghm_counts=how).train()(logits, labels))
+        for how in ("loss", "original")
+    )
+    assert 0.5 < ours / plain < 2 and original / plain > 100
 
 
 @pytest.mark.parametrize("family", ["softmax", "bce"])
@@ -232,7 +268,6 @@ def _counts(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_ghm_of_two_processes_learns_what_one_does(tmp_path) -> None:
     torch.multiprocessing.start_processes(_counts, (str(tmp_path),), nprocs=2, start_method="fork")
     alone = build_criterion(["ghm"], num_classes=K).train()

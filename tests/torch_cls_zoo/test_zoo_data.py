@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.for_torch.distributed import World
 from torch_cls_zoo.dataloader.batch_ops import (
     BatchOps,
@@ -16,8 +17,6 @@ from torch_cls_zoo.dataloader.batch_ops import (
 )
 from torch_cls_zoo.dataloader.folders import check_classes, open_data, part
 from torch_cls_zoo.dataloader.loaders import InputSettings, eval_loader, train_loader
-from torch_cls_zoo.dataloader.preprocess import normalization, prepare_batch, preprocess
-from torch_cls_zoo.dataloader.view import LetterboxView
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -27,7 +26,7 @@ WORLD = World(0, 1, 0, torch.device("cpu"))
 def test_the_letterbox_has_exactly_the_size_and_keeps_the_shape(height, width):
     for target in ((33, 47), (32, 32), (225, 225), (1, 1), (5, 64)):
         white = np.full((height, width, 3), 255, np.uint8)
-        out = preprocess(white, target)
+        out = LetterboxView(target)(white)
         assert out.shape == (*target, 3)
         rows, columns = np.flatnonzero(out[..., 0].any(1)), np.flatnonzero(out[..., 0].any(0))
         filled = (len(rows), len(columns))
@@ -44,14 +43,10 @@ def test_the_letterbox_has_exactly_the_size_and_keeps_the_shape(height, width):
 def test_the_input_is_the_formula_in_float64():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    for advprop in (False, True):
-        mean, std = normalization(advprop)
+    for mean, std in (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)):
         want = (image / 255.0 - np.array(mean)) / np.array(std)
-        got = prepare_batch([image], (24, 24), mean=mean, std=std)
-        np.testing.assert_allclose(got[0], want.transpose(2, 0, 1), atol=2e-6)
-        torch_side = InputSettings((24, 24), mean, std).normalizer("cpu")(image[None])
-        np.testing.assert_allclose(torch_side.numpy(), got, atol=2e-6)
-    assert normalization(True) == ((0.5,) * 3, (0.5,) * 3)
+        got = InputSettings((24, 24), mean, std).normalizer("cpu")(image[None])
+        np.testing.assert_allclose(got[0].numpy(), want.transpose(2, 0, 1), atol=2e-6)
 
 
 def test_the_parts_keep_the_folders_as_they_are(zoo_data, tmp_path):

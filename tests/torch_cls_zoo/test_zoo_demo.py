@@ -1,22 +1,32 @@
-"""The demo: the right class from jit and ONNX files, for files, folders, videos; clear errors."""
+"""What the demo opens: every form gives the network's own answers, under the flags of the README.
 
-import sys
+How pictures are found, shown and written is the core's, and is tested there.
+"""
+
+import json
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
-from shared_core.runs import run_command
-from torch_cls_zoo.dataloader.preprocess import preprocess
+from command_tools import run_main
+from shared_core.checkpoints import make_facts
+from shared_core.datasets.views.evaluation import LetterboxView
+from shared_core.deploy.facts import METADATA_KEY, ModelError
+from shared_core.deploy.predictor import open_model
+from shared_core.for_torch.checkpoints import save_checkpoint
+from shared_core.runs import UsageError
+from torch_cls_zoo.applications.export_files import export_all
+from torch_cls_zoo.applications.model_facts import FACTS, facts_from_file, model_facts
+from torch_cls_zoo.applications.openers import OPENERS
 from torch_cls_zoo.demos import classifier
-from torch_cls_zoo.demos.drawing import draw_result
-from torch_cls_zoo.demos.exported import load_exported
-from torch_cls_zoo.applications.export_files import demo_facts, export_all
+from torch_cls_zoo.models import build_model
 
 CLASSES = ["red", "green", "blue"]
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+MEAN, STD, SIZE = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (20, 31)
 
 
 class Colours(nn.Module):
@@ -27,26 +37,27 @@ class Colours(nn.Module):
         return ((x * std + mean) * 255).mean((2, 3)) / 20
 
 
+def by_hand(image: np.ndarray, family: str) -> np.ndarray:
+    logits = LetterboxView(SIZE)(image).astype(np.float64).mean((0, 1)) / 20
+    if family == "bce":
+        return 1 / (1 + np.exp(-logits))
+    return np.exp(logits) / np.exp(logits).sum()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    facts = {}
-    for family in ("softmax", "bce"):
-        facts = demo_facts(
-            arch="colours", class_names=CLASSES, image_size=(20, 31), mean=MEAN, std=STD,
-            family=family,
-        )  # fmt: skip
-        export_all(
-            Colours(), folder, arch=family, image_size=(20, 31), facts=facts,
-            formats=("jit", "onnx") if family == "softmax" else ("jit",),
-        )  # fmt: skip
+    for family, formats in (("softmax", ("jit", "onnx", "export")), ("bce", ("jit",))):
+        facts = model_facts(arch="colours", class_names=CLASSES, image_size=SIZE, mean=MEAN,
+                            std=STD, family=family)  # fmt: skip
+        export_all(Colours(), folder, arch=family, facts=facts, formats=formats)
     return folder
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    (folder / "deep").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "deep").mkdir()
     for number, name in enumerate(CLASSES):
         image = np.random.default_rng(number).integers(0, 60, (40, 50, 3)).astype(np.uint8)
         image[..., number] += 180
@@ -55,97 +66,86 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("file", ["jit_softmax.pt", "softmax.onnx"])
-def test_classes_and_probabilities_are_right(models, pictures, file, capsys) -> None:
-    assert run_command(classifier.main, [str(models / file), str(pictures), "--topk", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
+@pytest.mark.parametrize(
+    ("file", "runtime"),
+    [("jit_softmax.pt", "torchscript"), ("softmax.onnx", "onnx"),
+     ("jit_bce.pt", "torchscript")],
+)  # fmt: skip
+def test_every_form_gives_probabilities_of_the_picture_itself(models, pictures, file, runtime):
+    image = cv2.imread(str(pictures / "red.png"))[..., ::-1]
+    predictor = open_model(models / file, openers=OPENERS)
+    assert predictor.runtime == runtime
+    found = predictor.probabilities(np.stack([predictor.view(image)] * 3))
+    want = by_hand(image, "bce" if "bce" in file else "softmax")
+    np.testing.assert_allclose(found, np.tile(want, (3, 1)), rtol=1e-4)
+    with pytest.raises(UsageError, match="--runtime checkpoint"):
+        open_model(models / file, runtime="checkpoint", openers=OPENERS)
+
+
+def test_a_checkpoint_is_opened_as_it_was_trained(tmp_path, pictures):
+    torch.manual_seed(0)
+    net = build_model("test_resnet", num_classes=3, image_size=SIZE).model.eval()
+    facts = make_facts(project="torch_cls_zoo", architecture="test_resnet", class_names=CLASSES,
+                       framework="torch", input_size=(3, *SIZE), mean=MEAN, std=STD,
+                       config={"criterion": "bce"})  # fmt: skip
+    save_checkpoint(tmp_path / "w.pth", net.state_dict(), facts)
+    predictor = open_model(tmp_path / "w.pth", openers=OPENERS)
+    view = LetterboxView(SIZE)(cv2.imread(str(pictures / "red.png"))[..., ::-1])
+    pixels = ((view / 255 - MEAN) / STD).transpose(2, 0, 1)[None]
+    with torch.no_grad():
+        want = net(torch.from_numpy(pixels).float()).sigmoid().numpy()
+    np.testing.assert_allclose(predictor.probabilities(view[None]), want, rtol=1e-4)
+
+
+def test_the_readme_s_flags(models, pictures, tmp_path):
+    words = [models / "jit_softmax.pt", pictures, "--topk", 2, "--output", tmp_path, "--threads", 1]
+    done = run_main(classifier.main, words)
+    assert done.code == 0, done.err
+    lines = [line for line in done.out.splitlines() if ".png: " in line]
+    assert len(lines) == 3 and all(line.count(",") == 1 for line in lines)
     for name in CLASSES:
         (line,) = [one for one in lines if f"{name}.png" in one]
         image = cv2.imread(str(next(pictures.rglob(f"{name}.png"))))[..., ::-1]
-        logits = preprocess(image, (20, 31)).astype(np.float64).mean((0, 1)) / 20
-        share = np.exp(logits - logits.max())
-        share /= share.sum()
-        assert f": {name} {share.max():.3f}"[:-1] in line and line.count(",") == 1
+        assert f": {name} {by_hand(image, 'softmax').max():.3f}"[:-1] in line
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert run_main(classifier.main, [models / "jit_softmax.pt", "--webcam", 93]).code == 1
 
 
-def test_sigmoid_models_do_not_share_their_probabilities(models, pictures) -> None:
-    image = cv2.imread(str(pictures / "red.png"))[..., ::-1]
-    logits = preprocess(image, (20, 31)).astype(np.float64).mean((0, 1)) / 20
-    found = load_exported(models / "jit_bce.pt").probabilities([image, image])
-    np.testing.assert_allclose(found, np.tile(1 / (1 + np.exp(-logits)), (2, 1)), rtol=1e-4)
+def test_files_of_the_first_versions_are_read_too():
+    old = {"project": "torch_cls_zoo", "architecture": "net", "class_names": CLASSES,
+           "input_size": [3, *SIZE], "mean": MEAN, "std": STD, "criterion": "bce"}  # fmt: skip
+    facts = facts_from_file(json.dumps(old), where="x")
+    assert facts.class_names == tuple(CLASSES) and facts.input_size == SIZE
+    assert facts.activation == "sigmoid" and facts.mean == MEAN
+    for text in ("", "nonsense", "[1]", "{}"):
+        with pytest.raises(ModelError, match="x: does not say its class_names"):
+            facts_from_file(text, where="x")
 
 
-def test_labelled_pictures_are_written(models, pictures, tmp_path) -> None:
-    words = [str(models / "softmax.onnx"), str(pictures), "--output", str(tmp_path / "out")]
-    assert run_command(classifier.main, words) == 0
-    found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png"))
-    assert found == ["deep/blue.png", "green.png", "red.png"]
-    drawn = cv2.imread(str(tmp_path / "out" / "red.png"))
-    assert drawn.shape == (200, 250, 3)  # enlarged fivefold, so that the text can be read
-
-
-def test_a_video_is_labelled(models, tmp_path, capsys) -> None:
-    path = tmp_path / "in.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (320, 240))
-    if not writer.isOpened():
-        pytest.skip("this OpenCV writes no MPEG-4")
-    for number in range(6):
-        frame = np.full((240, 320, 3), 30, np.uint8)
-        frame[..., 2 if number < 3 else 0] = 220  # BGR: red, then blue
-        writer.write(frame)
-    writer.release()
-    words = [str(models / "jit_softmax.pt"), "--video", str(path), "--output", str(tmp_path / "o")]
-    assert run_command(classifier.main, [*words, "--every", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines[:3]] == ["red", "red", "blue"]
-    assert lines[3].startswith("6 frames, 3 classified")
-    capture = cv2.VideoCapture(str(tmp_path / "o" / "labelled.mp4"))
-    assert capture.isOpened() and int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == 6
-
-
-def test_pictures_that_cannot_be_read_do_not_stop_the_rest(models, pictures, capsys) -> None:
-    (pictures / "bad.jpg").write_bytes(b"\xff\xd8\xff broken")
-    assert run_command(classifier.main, [str(models / "jit_softmax.pt"), str(pictures)]) == 1
-    done = capsys.readouterr()
-    assert len(done.out.splitlines()) == 3 and "bad.jpg" in done.err
-
-
-def test_errors_are_one_line(models, pictures, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    jit, empty = str(models / "jit_softmax.pt"), tmp_path / "empty"
-    empty.mkdir()
+def test_what_is_no_model_of_the_zoo_is_one_line(models, tmp_path):
     (tmp_path / "other.pt").write_bytes(b"nothing")
     (tmp_path / "other.onnx").write_bytes(b"nothing")
-    plain = torch.jit.trace(nn.Flatten(), torch.zeros(1, 2))
-    torch.jit.save(plain, str(tmp_path / "plain.pt"))
-    cases = [
-        ([jit], 2, "0 sources"),
-        ([jit, str(pictures), "--webcam", "0"], 2, "2 sources"),
-        ([jit, str(pictures), "--topk", "0"], 2, "--topk 0"),
-        ([jit, str(pictures), "--every", "2"], 2, "for --video"),
-        ([jit, str(empty)], 1, "no picture in this folder"),
-        ([jit, "nowhere.png"], 1, "no such file"),
-        ([jit, "--video", str(tmp_path / "none.mp4")], 1, "no such file"),
-        ([jit, "--video", str(pictures / "red.png"), "--frames", "-1"], 2, "--frames -1"),
-        ([jit, "--webcam", "93"], 1, "--webcam 93: cannot be opened"),
-        ([str(tmp_path / "none.pt"), str(pictures)], 1, "no such model file"),
-        ([str(tmp_path / "other.pt"), str(pictures)], 1, "no TorchScript file"),
-        ([str(tmp_path / "other.onnx"), str(pictures)], 1, "no ONNX file"),
-        ([str(tmp_path / "plain.pt"), str(pictures)], 1, "does not say its class_names"),
-    ]
-    if sys.platform == "linux":
-        cases.append(([jit, str(pictures), "--show"], 2, "no screen here"))
-    for words, code, message in cases:
-        assert run_command(classifier.main, words) == code, words
-        error = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error:")]
-        assert len(error) == 1 and message in error[0], (words, error)
+    torch.jit.save(torch.jit.trace(nn.Flatten(), torch.zeros(1, 2)), str(tmp_path / "plain.pt"))
+    bare = onnx.load(str(models / "softmax.onnx"))
+    del bare.metadata_props[:]
+    onnx.save(bare, str(tmp_path / "bare.onnx"))
+    for name, message in (
+        ("none.pt", "does not exist"),
+        ("other.pt", "no TorchScript file"),
+        (models / "softmax.pt2", "is no model that this command knows"),
+        ("other.onnx", "ONNX Runtime cannot open it"),
+        ("plain.pt", "does not say its class_names"),
+        ("bare.onnx", "does not say its classes"),
+    ):
+        done = run_main(classifier.main, [tmp_path / name, tmp_path])
+        assert done.code == 1 and message in done.err, (name, done.err)
+        assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3), (300, 40, 3), (64, 2000, 3)])
-def test_drawing_fits_any_size_and_leaves_the_picture_alone(shape) -> None:
-    image = np.full(shape, 200, np.uint8)
-    drawn = draw_result(image, [("猫", 1.0), ("dog", 0.2), ("x" * 80, 0.0)])
-    assert (image == 200).all() and drawn.dtype == np.uint8
-    assert drawn.shape[0] % shape[0] == 0 and drawn.shape[1] >= 240 and (drawn != 200).any()
+def test_the_onnx_file_says_what_it_is(models):
+    content = onnx.load(str(models / "softmax.onnx"))
+    (text,) = [entry.value for entry in content.metadata_props if entry.key == METADATA_KEY]
+    assert facts_from_file(text, where="x").class_names == tuple(CLASSES)
+    extra = {FACTS: ""}
+    torch.export.load(str(models / "softmax.pt2"), extra_files=extra)
+    assert facts_from_file(extra[FACTS], where="x").input_size == SIZE

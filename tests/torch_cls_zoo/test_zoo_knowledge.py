@@ -120,7 +120,7 @@ def written(tmp_path_factory, zoo_data, zoo_best, zoo_command):
 def test_the_command_writes_the_teacher_s_softmax(written, zoo_data, zoo_best):
     """Text file and store hold what the network says, computed here image by image."""
     from shared_core.datasets import content_key, decode
-    from torch_cls_zoo.dataloader.preprocess import prepare_batch
+    from shared_core.datasets.views.evaluation import LetterboxView
     from torch_cls_zoo.models import build_model
 
     weights, facts = load_checkpoint(zoo_best)
@@ -133,10 +133,10 @@ def test_the_command_writes_the_teacher_s_softmax(written, zoo_data, zoo_best):
                                 teacher_hash=facts["sha256"])  # fmt: skip
     assert file.about["teacher"] == facts["sha256"]
     for name, row in zip(file.names, file.values, strict=True):
-        image = prepare_batch([decode(zoo_data / name)], (24, 24), mean=facts["mean"],
-                              std=facts["std"])  # fmt: skip
+        pixels = LetterboxView((24, 24))(decode(zoo_data / name)) / 255
+        image = ((pixels - facts["mean"]) / facts["std"]).transpose(2, 0, 1)[None]
         with torch.no_grad():
-            logits = net(torch.from_numpy(image)).double()[0]
+            logits = net(torch.from_numpy(image).float()).double()[0]
         np.testing.assert_allclose(row, logits.softmax(0).numpy(), atol=1e-5)
         assert row.sum() == pytest.approx(1, abs=1e-6)
         stored = store.get([content_key(zoo_data / name)], 0)[0]

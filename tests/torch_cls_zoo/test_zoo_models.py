@@ -8,8 +8,8 @@ from torch import nn
 from shared_core.checkpoints import CheckpointError, make_facts
 from shared_core.for_torch.checkpoints import save_checkpoint
 from torch_cls_zoo.models import ALIASES, build_model, head_names, list_archs, resolve
-from torch_cls_zoo.models.pretrained import load_pretrained
 from torch_cls_zoo.models.bias_prior import set_bias_prior, share_of_classes
+from torch_cls_zoo.models.pretrained import load_pretrained
 
 # Millions of parameters with 6 classes, counted on the first version's own networks.
 PUBLISHED = {

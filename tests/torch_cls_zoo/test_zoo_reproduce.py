@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from shared_core.runs import check_record, read_result
+from shared_core.trials import Cell, Trials
+from torch_cls_zoo.applications.train import Training
 from torch_cls_zoo.config import parse
 from torch_cls_zoo.dataloader.sample_files import read_sample_file, write_sample_file
-from torch_cls_zoo.experiments import cells as cells_module
 from torch_cls_zoo.experiments import command
-from torch_cls_zoo.experiments.cells import Bench
+from torch_cls_zoo.experiments.cells import Bench, cells_of, words_of_row
 from torch_cls_zoo.experiments.page import summarize_rows
 from torch_cls_zoo.experiments.recipes import SCALES, recipe
 from torch_cls_zoo.experiments.rows import EXPERIMENTS, MODELS, Row
@@ -31,25 +32,36 @@ def tiny(monkeypatch):
     monkeypatch.setattr(command, "recipe", lambda scale, experiment: small)
 
 
+def cell_of(row: Row, seed: int, settings, **more) -> Cell:
+    return cells_of([row], [seed], settings, split_hash="h", **more)[0]
+
+
 @pytest.mark.parametrize("experiment", list(EXPERIMENTS))
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_row_s_command_is_read_and_only_differs_by_its_own_words(
     experiment, scale, tmp_path, monkeypatch
 ):
-    bench = Bench(tmp_path, experiment, recipe(scale, experiment), None)
-    monkeypatch.setattr(Bench, "_sources", lambda self, row, seed: self.files_of(row.label, seed))
-    args = {row.name: parse(bench.words(row, 7)) for row in EXPERIMENTS[experiment]}
-    for name, one in args.items():
-        assert one.train and one.seed == 7, name
+    rows = {row.name: row for row in EXPERIMENTS[experiment]}
+    bench, settings = Bench(tmp_path, None, rows), recipe(scale, experiment)
+    monkeypatch.setattr(Bench, "_gather", lambda self, row, seed, target: None)
+    configs = {name: parse(bench.command(cell_of(row, 7, settings), tmp_path))
+               for name, row in rows.items()}  # fmt: skip
+    for name, one in configs.items():
+        assert one.run.modes[0] == "train" and one.data.seed == 7, name
+        assert one.run.start == "continue" and one.run.output == tmp_path / "run"
+        assert one.training.epochs == settings.epochs
     if experiment == "criteria":
-        shared = ("arch", "epochs", "lr", "batch_size", "aug_policy", "image_size", "lr_ratios")
-        for key in shared:
-            assert len({str(getattr(one, key)) for one in args.values()}) == 1
-        assert [one.ghm_loss for one in args.values()].count(True) == 1
+        shared = [(c.training, c.augment, c.data, c.network) for c in configs.values()]
+        assert all(one == shared[0] for one in shared)
+        assert [one.loss.ghm_loss for one in configs.values()].count(True) == 1
     if experiment == "augment":
-        assert args["-aug"].aug_policy is None and args["baseline (bce+aug)"].aug_policy == "my"
-        assert args["AutoAugment for MyAugment"].aug_policy == "imagenet"
-        assert args["+multi-scale"].multi_scale and args["+mixup"].mixup
+        policies = {name: one.augment.aug_policy for name, one in configs.items()}
+        assert policies["-aug"] is None and policies["baseline (bce+aug)"] == "my"
+        assert policies["AutoAugment for MyAugment"] == "imagenet"
+        assert configs["+multi-scale"].augment.multi_scale and configs["+mixup"].augment.mixup
+        assert configs["+distill from b0+ghm"].teaching.distill
+    if experiment == "distill":
+        assert configs["teacher: larger net"].network.arch == settings.larger
 
 
 def test_the_published_column_is_the_readme_s():
@@ -67,28 +79,34 @@ def test_the_published_column_is_the_readme_s():
     ]  # fmt: skip
 
 
-def test_pretrained_is_taken_out_of_its_row(tmp_path):
-    bench = Bench(tmp_path, "augment", recipe("full", "augment"), None,
-                  extra=["--pretrained", "w.pth"])  # fmt: skip
+def test_pretrained_is_taken_out_of_its_row():
     rows = {row.name: row for row in EXPERIMENTS["augment"]}
-    assert "--pretrained" in bench.words(rows["baseline (bce+aug)"], 0)
-    words = bench.words(rows["-pretrained"], 0)
-    assert "--pretrained" not in words and "w.pth" not in words
+    extra = ["--pretrained", "w.pth"]
+    whole, without = (
+        words_of_row(rows[name], recipe("full", "augment"), extra)
+        for name in ("baseline (bce+aug)", "-pretrained")
+    )
+    assert "--pretrained" in whole and set(whole) - set(without) == set(extra)
+    assert rows["-pretrained"].reason("full", None) and not rows["-pretrained"].reason("full", "w")
 
 
-def test_means_and_paired_differences_are_those_by_hand():
+def test_the_record_s_rows_are_those_by_hand():
     def cell(value):
         return {"accuracy": value, "macro_f1": 0.5, "val_accuracy": 0.5, "seconds": 1.0,
                 "best_epoch": 2, "parameters": 10}  # fmt: skip
 
-    cells = {"a": {0: cell(0.5), 1: cell(0.6), 2: cell(0.7)},
-             "b": {0: cell(0.6), 1: cell(0.6), 2: cell(0.9)}}  # fmt: skip
-    rows = [Row("a"), Row("b", published=0.89), Row("c", skip=(("short", "too large"),))]
-    found = summarize_rows(rows, cells, scale="short")
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.6, 0.9]}
+    results = {
+        (name, n): cell(value) for name, row in values.items() for n, value in enumerate(row)
+    }
+    trials = Trials(tuple(Cell(*key[:1], {}, key[1]) for key in results), results, 6.0)
+    rows = [Row("a"), Row("b", published=0.89), Row("c")]
+    found = summarize_rows(rows, trials, {"c": "too large"})
     assert found["a"]["accuracy"] == pytest.approx({"mean": 0.6, "std": 0.1, "n": 3})
+    assert found["a"]["values"] == values["a"] and found["b"]["published"] == 0.89
     gap = found["b"]["difference"]
     differences = np.array([0.1, 0.0, 0.2])
-    assert gap["mean"] == pytest.approx(0.1) and gap["wins"] == 2
+    assert gap["mean"] == pytest.approx(0.1) and gap["wins"] == 2 and gap["to"] == "a"
     reach = 4.302652729911275 * differences.std(ddof=1) / 3**0.5  # t(0.975, 2)
     assert (gap["low"], gap["high"]) == pytest.approx((0.1 - reach, 0.1 + reach))
     assert found["c"]["not_run"] == "too large" and "accuracy" not in found["c"]
@@ -109,9 +127,11 @@ def test_a_rehearsal_runs_and_says_what_it_is(tiny, zoo_reproduce, tmp_path):
     assert rows["softmax"]["accuracy"]["n"] == 2 and "difference" in rows["weighted bce"]
     page = (out / "report.md").read_text()
     assert "not comparable" in page and "0.8920" in page and "plain features" in page
-    assert not list((out / "cells").glob("*/checkpoints"))  # what is large is taken away
+    assert not list((out / "cells").rglob("checkpoints"))  # what is large is taken away
+    cells = [json.loads(path.read_text()) for path in (out / "cells").glob("softmax-*/cell.json")]
+    assert sorted(one["result"]["accuracy"] for one in cells) == sorted(rows["softmax"]["values"])
     again = zoo_reproduce("criteria", "--scale", "rehearsal", "--output", out)
-    assert again.code == 2 and "--continue or --fresh" in again.err
+    assert again.code == 1 and "already holds a run" in again.err
     words = ("criteria", "--scale", "rehearsal", "--output", out, "--seeds", 0, 1, "--rows",
              "softmax", "weighted bce", "--continue")  # fmt: skip
     before = {name: value["values"] for name, value in rows.items()}
@@ -126,32 +146,21 @@ def test_a_stopped_experiment_goes_on_in_the_middle_of_a_cell(
     words = ["criteria", "--scale", "rehearsal", "--seeds", 0, "--rows", "softmax", "bce loss"]
     whole = zoo_reproduce(*words, "--output", tmp_path / "whole")
     assert whole.code == 0, whole.err
-    real, count = cells_module.run, []
+    saved, count = Training._save, []
 
-    def interrupted(args, world, *, data):
-        from torch_cls_zoo.applications import run_state
+    def save(self):
+        saved(self)
+        count.append(self.epoch)
+        if len(count) == 3:  # the second cell, after its first epoch
+            raise KeyboardInterrupt
 
-        saved = run_state.RunState.save
-
-        def save(self, epoch, sums, *, unreadable=None):
-            saved(self, epoch, sums, unreadable=unreadable)
-            count.append(epoch)
-            if len(count) == 3:  # the second cell, after its first epoch
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(run_state.RunState, "save", save)
-        try:
-            return real(args, world, data=data)
-        finally:
-            monkeypatch.setattr(run_state.RunState, "save", saved)
-
-    monkeypatch.setattr(cells_module, "run", interrupted)
+    monkeypatch.setattr(Training, "_save", save)
     stopped = zoo_reproduce(*words, "--output", tmp_path / "stopped")
     assert stopped.code == 130
-    monkeypatch.setattr(cells_module, "run", real)
+    monkeypatch.setattr(Training, "_save", saved)
     done = zoo_reproduce(*words, "--output", tmp_path / "stopped", "--continue")
     assert done.code == 0, done.err
-    (log,) = (tmp_path / "stopped" / "cells").glob("bce*.log")
+    log = tmp_path / "stopped" / "cells" / "bce-loss-s0" / "run" / "log.txt"
     assert "going on at epoch 2" in log.read_text()
     mine, theirs = (
         read_result(tmp_path / name / "result.json")["measured"]["rows"]
@@ -167,7 +176,7 @@ def test_students_get_the_files_of_their_teachers(tiny, zoo_reproduce, tmp_path)
     assert done.code == 0, done.err
     rows = read_result(out / "result.json")["measured"]["rows"]
     assert list(rows) == ["teacher: same net, ghm", "from it, averaged with the labels"]
-    folder = out / "files" / "from-it--averaged-with-the-labels-s0"
+    folder = out / "cells" / "from-it--averaged-with-the-labels-s0" / "run" / "files"
     teacher = read_sample_file(folder / "distill_0.txt")
     labels = read_sample_file(folder / "distill_1.txt")
     assert set(np.unique(labels.values)) == {0.0, 1.0}
@@ -177,14 +186,18 @@ def test_students_get_the_files_of_their_teachers(tiny, zoo_reproduce, tmp_path)
 def test_the_control_has_the_same_weights_on_other_images(tmp_path):
     names = [f"train/a/{n}.jpg" for n in range(30)]
     weights = np.linspace(0.1, 1, 30)[:, None]
-    bench = Bench(tmp_path, "curriculum", recipe("rehearsal", "curriculum"), None)
     rows = {row.name: row for row in EXPERIMENTS["curriculum"]}
-    source = bench.files_of(rows["no curriculum"].label, 3)
+    bench, settings = Bench(tmp_path, None, rows), recipe("rehearsal", "curriculum")
+    source = tmp_path / "cells" / "no-curriculum-s3" / "run" / "files"
     write_sample_file(source / "curriculum.txt", names, weights, about={})
-    dealt = read_sample_file(
-        bench._sources(rows["its weights dealt out at random"], 3) / "curriculum.txt"
-    )
-    kept = read_sample_file(bench._sources(rows["curriculum of that run"], 3) / "curriculum.txt")
+    found = {}
+    for name in ("its weights dealt out at random", "curriculum of that run"):
+        cell = cell_of(rows[name], 3, settings)
+        assert cell.needs == ("no curriculum",)
+        words = bench.command(cell, tmp_path / name)
+        found[name] = read_sample_file(Path(words[words.index("--knowledge_dir") + 1])
+                                       / "curriculum.txt")  # fmt: skip
+    dealt, kept = found.values()
     np.testing.assert_array_equal(kept.values, weights)
     assert dealt.names == kept.names and not np.array_equal(dealt.values, weights)
     np.testing.assert_array_equal(np.sort(dealt.values, axis=0), weights)
@@ -204,9 +217,11 @@ def test_what_cannot_run_is_refused(zoo_reproduce, zoo_data, tmp_path):
 def test_a_user_s_folder_is_decoded_once_and_gives_the_files_pixels(zoo_data, tmp_path):
     from torch_cls_zoo.experiments.data import open_images
 
-    data = open_images(zoo_data, tmp_path, known=False, classes=0, images=0, cache_side=64)
+    settings = replace(recipe("short", "criteria"), cache_side=64)
+    data = open_images(zoo_data, tmp_path, known=False, settings=settings)
     assert data.kind == "real" and (tmp_path / "cache" / "pixels.bin").exists()
-    plain = open_images(zoo_data, tmp_path / "p", known=False, classes=0, images=0, cache_side=0)
+    settings = replace(settings, cache_side=0)
+    plain = open_images(zoo_data, tmp_path / "p", known=False, settings=settings)
     for split in ("train", "test"):
         mine, theirs = data.image_set(split), plain.image_set(split)
         for n in range(len(mine)):
@@ -218,8 +233,8 @@ def test_a_user_s_folder_is_decoded_once_and_gives_the_files_pixels(zoo_data, tm
 def test_the_scale_follows_the_data(monkeypatch, zoo_reproduce, zoo_data, tmp_path):
     seen = []
 
-    def stop(bench, log, rows, seeds):
-        seen.append((bench.data.kind, json.loads((bench.folder / "config.json").read_text())))
+    def stop(asked, run, rows, reasons, settings, data):
+        seen.append((data.kind, json.loads((run.folder / "config.json").read_text())))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_run_cells", stop)
@@ -230,3 +245,26 @@ def test_the_scale_follows_the_data(monkeypatch, zoo_reproduce, zoo_data, tmp_pa
     ]  # fmt: skip
     assert seen[0][1]["recipe"]["arch"] == "efficientnet_b0"
     assert Path(seen[0][1]["data"]) == zoo_data
+
+
+def test_two_shards_do_every_cell_once_and_the_second_writes_the_page(
+    tiny, zoo_reproduce, tmp_path
+):
+    """As a job array of a cluster does, in one folder; a teacher goes with its student."""
+    words = ["distill", "--scale", "rehearsal", "--seeds", 0, "--output", tmp_path,
+             "--rows", "alone", "from the same net, ghm"]  # fmt: skip
+    first = zoo_reproduce(*words, "--shard", "1/2")
+    assert first.code == 0 and not (tmp_path / "result.json").exists(), first.err
+    done = {path.parent.name for path in (tmp_path / "cells").glob("*/cell.json")}
+    assert done in ({"alone-s0"}, {"teacher--same-net--ghm-s0", "from-the-same-net--ghm-s0"})
+    second = zoo_reproduce(*words, "--shard", "2/2")
+    assert second.code == 0, second.err
+    assert len(read_result(tmp_path / "result.json")["measured"]["rows"]) == 3
+
+
+def test_a_cell_of_other_settings_is_refused(tiny, zoo_reproduce, tmp_path):
+    words = ["criteria", "--scale", "rehearsal", "--seeds", 0, "--output", tmp_path,
+             "--rows", "softmax"]  # fmt: skip
+    assert zoo_reproduce(*words).code == 0
+    done = zoo_reproduce(*words, "--continue", "--threads", 2)
+    assert done.code == 1 and "was made with words=" in done.err

@@ -9,11 +9,10 @@ from typing import Any
 
 from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.deploy.facts import SCHEMA, ModelError, ModelFacts, facts_from_text
-from torch_cls_zoo.dataloader.preprocess import FILL, METHOD
 
 PROJECT = "torch_cls_zoo"
 FACTS = "facts.json"  # name of the facts inside a TorchScript or torch.export file
-NEEDED = ("class_names", "input_size", "mean", "std")
+NEEDED = ("class_names", "input_size")
 
 
 def model_facts(
@@ -42,7 +41,7 @@ def model_facts(
         architecture=arch,
         class_names=tuple(class_names),
         input_size=image_size,
-        view=LetterboxView(image_size, fill=FILL, method=METHOD).settings(),
+        view=LetterboxView(image_size).settings(),
         mean=tuple(float(value) for value in mean),  # type: ignore[arg-type]
         std=tuple(float(value) for value in std),  # type: ignore[arg-type]
         activation="sigmoid" if family in ("bce", "sigmoid") else "softmax",
@@ -58,13 +57,17 @@ def facts_of_checkpoint(facts: Mapping[str, Any], *, where: str | Path) -> Model
     """
     if missing := [name for name in NEEDED if not facts.get(name)]:
         raise ModelError(f"{where}: does not say its {missing[0]}, expected a model of this zoo")
-    config = facts.get("config") or {}
+    config, mean, std = facts.get("config") or {}, facts.get("mean"), facts.get("std")
+    if not mean or not std:
+        from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
+
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
     return model_facts(
         arch=str(facts.get("architecture") or "unknown"),
         class_names=facts["class_names"],
         image_size=(int(facts["input_size"][1]), int(facts["input_size"][2])),
-        mean=facts["mean"],
-        std=facts["std"],
+        mean=mean,
+        std=std,
         family=str(facts.get("criterion") or config.get("criterion") or "softmax"),
     )
 

@@ -17,13 +17,14 @@ from shared_core.deploy.session import open_session
 from shared_core.runs import UsageError
 from torch_cls_zoo.applications.model_facts import FACTS, facts_from_file, facts_of_checkpoint
 
-CHECKPOINT, TORCHSCRIPT, EXPORTED = "checkpoint", "torchscript", "torch-export"
-RUNTIMES = (CHECKPOINT, TORCHSCRIPT, EXPORTED)
-ENDINGS = {".pth": CHECKPOINT, ".pt": TORCHSCRIPT, ".pt2": EXPORTED}
+CHECKPOINT, TORCHSCRIPT = "checkpoint", "torchscript"
+ENDINGS = {".pth": CHECKPOINT, ".pt": TORCHSCRIPT}
 
 
 def open_torch(path: Path, *, runtime: str, threads: int, device: str) -> Predictor | None:
-    """A ``.pth`` of a training, a ``.pt`` (TorchScript) or a ``.pt2`` (torch.export) file.
+    """A ``.pth`` of a training, or a ``.pt`` (TorchScript).
+
+    A ``.pt2`` of torch.export is not opened: reading one may run code that is in it.
 
     Raises:
         UsageError: another runtime.
@@ -41,8 +42,7 @@ def open_torch(path: Path, *, runtime: str, threads: int, device: str) -> Predic
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(device)
-    load = {CHECKPOINT: _checkpoint, TORCHSCRIPT: _torchscript, EXPORTED: _exported}[kind]
-    model, facts = load(path)
+    model, facts = (_checkpoint if kind == CHECKPOINT else _torchscript)(path)
     model = model.to(place)
 
     def network(batch: np.ndarray) -> np.ndarray:
@@ -103,14 +103,3 @@ def _torchscript(path: Path) -> tuple[Any, ModelFacts]:
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: no TorchScript file, expected one of main.py --jit") from error
     return model, facts_from_file(extra[FACTS], where=path)
-
-
-def _exported(path: Path) -> tuple[Any, ModelFacts]:
-    import torch
-
-    extra: dict[str, str] = {FACTS: ""}
-    try:
-        program = torch.export.load(str(path), extra_files=extra)
-    except Exception as error:  # a broken archive raises nearly anything
-        raise ModelError(f"{path}: no torch.export file, expected one of main.py --jit") from error
-    return program.module(), facts_from_file(extra[FACTS], where=path)

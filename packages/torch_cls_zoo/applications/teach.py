@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.for_torch.checkpoints import unwrap, weights_sha256
 from shared_core.knowledge import KnowledgeStore
 from torch_cls_zoo.applications.session import Session
@@ -14,7 +15,6 @@ from torch_cls_zoo.applications.test import Outputs, outputs_of, plain_criterion
 from torch_cls_zoo.dataloader.curriculum_files import curriculum_weights, write_curriculum
 from torch_cls_zoo.dataloader.folders import part
 from torch_cls_zoo.dataloader.knowledge_files import write_knowledge
-from torch_cls_zoo.dataloader.view import LetterboxView
 
 
 def knowledge_folder(session: Session) -> Path:

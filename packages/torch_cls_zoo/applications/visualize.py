@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.for_torch.checkpoints import unwrap
 from torch_cls_zoo.applications.session import Session
 from torch_cls_zoo.dataloader.folders import Part, part
-from torch_cls_zoo.dataloader.preprocess import preprocess
 from torch_cls_zoo.explain.overlays import visualise
 
 BATCH = 8  # images; maps need the gradients of a whole batch
@@ -52,10 +52,9 @@ def visualize(session: Session) -> dict[str, Any]:
 def _batches(
     session: Session, chosen: Part, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, list[int | None], list[str]]]:
+    view = LetterboxView(session.settings.size)
     for first in range(0, len(rows), BATCH):
         now = rows[first : first + BATCH].tolist()
-        images = np.stack(
-            [preprocess(chosen.images.image(row), session.settings.size) for row in now]
-        )
+        images = np.stack([view(chosen.images.image(row)) for row in now])
         labels: list[int | None] = [int(chosen.images.labels[row]) for row in now]
         yield images, labels, [chosen.paths[row] for row in now]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from shared_core.datasets import BatchLoader, EpochOrder, ImageSet
+from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer, TorchLoader
 from shared_core.for_torch.distributed import World
 from shared_core.runs import derive_seed
 from torch_cls_zoo.dataloader.enhancement.policies import make_augment
-from torch_cls_zoo.dataloader.view import LetterboxView
+from torch_cls_zoo.dataloader.view import AugmentedView
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ def train_loader(
         world_size=world.world_size,
         uneven="wrap" if world.world_size > 1 else "keep",
     )
-    mine = len(order)
+    mine, augment = len(order), make_augment(policy)
+    view = LetterboxView(settings.size)
+    if augment is not None:
+        view = AugmentedView(settings.size, augment=augment, seed=derive_seed(seed, "views"))
     loader = BatchLoader(
         images,
-        view=LetterboxView(
-            settings.size, augment=make_augment(policy), seed=derive_seed(seed, "views")
-        ),
+        view=view,
         batch_size=batch_size,
         order=order,
         threads=threads,

@@ -1,4 +1,7 @@
-"""The view of one image: augmentation of the whole picture, then the letterbox."""
+"""The view of a training image: augmentation of the whole picture, then the letterbox.
+
+Evaluation and use take the core's ``LetterboxView`` as it is: the whole image, centred on black.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_core.datasets.views.augment import Plan
-from shared_core.datasets.views.geometry import letterbox_box
-from torch_cls_zoo.dataloader.preprocess import FILL, METHOD, preprocess
+from shared_core.datasets.views.evaluation import LetterboxView
 
 
 class Augment(Protocol):
@@ -20,55 +22,32 @@ class Augment(Protocol):
         """uint8 RGB ``(H, W, 3)`` in and out; the input is not written to."""
 
 
-class LetterboxView:
-    """What training or evaluation sees of an image; decided by (seed, image key, view number).
+class AugmentedView(LetterboxView):
+    """What training sees of an image; decided by (seed, image key, view number).
+
+    The whole file is decoded: the augmentation's strengths are in pixels of the file.
 
     Args:
         size: height and width of the result in pixels, any.
-        augment: applied to the whole image first; None for evaluation.
+        augment: applied to the whole image first.
         seed: of all views.
-        dct_scaled: let a JPEG be decoded at 1/2, 1/4 or 1/8 where that is still as large as its
-            place in the letterbox. Off with ``augment``: its strengths are in pixels of the file.
 
     Raises:
         ValueError: a size below 1.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        dct_scaled: bool | None = None,
-    ) -> None:
-        if min(size) < 1:
-            raise ValueError(f"image size is {size[0]} x {size[1]}, expected at least 1 x 1")
-        self.size = (int(size[0]), int(size[1]))
+    def __init__(self, size: tuple[int, int], *, augment: Augment, seed: int = 0) -> None:
+        super().__init__(size, dct_scaled=False)
         self.augment, self.seed = augment, seed
-        self.dct_scaled = augment is None if dct_scaled is None else dct_scaled
-
-    def plan(self, rng: np.random.Generator, height: int, width: int) -> Plan:
-        """The geometry: the whole image goes to its place in the letterbox."""
-        inside = letterbox_box((height, width), self.size)
-        return Plan((0, 0, height, width), (inside[2], inside[3]), None, False, False)
 
     def finish(
-        self, image: np.ndarray, plan: Plan, rng: np.random.Generator, out: np.ndarray
+        self, image: np.ndarray, plan: Plan, rng: np.random.Generator | None, out: np.ndarray
     ) -> None:
         """Write the view of ``image`` to ``out``, uint8 ``(height, width, 3)``."""
-        if self.augment is not None:
-            image = self.augment(image, rng)
-        preprocess(image, self.size, out=out)
+        if rng is None:
+            raise ValueError("an augmented view needs a generator of random numbers")
+        super().finish(self.augment(image, rng), plan, rng, out)
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels, as plain JSON."""
-        return {
-            "view": "letterbox",
-            "size": list(self.size),
-            "augment": None if self.augment is None else self.augment.name,
-            "fill": FILL,
-            "method": METHOD,
-            "seed": self.seed,
-            "dct_scaled": self.dct_scaled,
-        }
+        return {**super().settings(), "augment": self.augment.name, "seed": self.seed}

@@ -28,10 +28,10 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="classifier.py",
         description="Classify pictures with a model: a checkpoint of a training (.pth), what "
-        "main.py --jit wrote (jit_ARCH.pt, ARCH.onnx, ARCH.pt2), or a model folder. The most "
+        "main.py --jit wrote (jit_ARCH.pt, ARCH.onnx), or a model folder. The most "
         "probable classes are printed, and drawn when --output or --show is given.",
     )
-    add_model_options(parser, runtimes=("checkpoint", "torchscript", "torch-export"))
+    add_model_options(parser, runtimes=("checkpoint", "torchscript"))
     add_predict_options(
         parser,
         aliases={"top": ("--topk",), "camera": ("--webcam",), "show-dir": ("--output",)},

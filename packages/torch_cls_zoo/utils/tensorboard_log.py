@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from shared_core.datasets import ImageSet
-from torch_cls_zoo.dataloader.preprocess import preprocess
+from shared_core.datasets.views.evaluation import LetterboxView
 from torch_cls_zoo.utils.pictures import BAD, GOOD, captioned_sheet, confusion_picture
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ def prediction_sheet(
 ) -> np.ndarray:
     """Images of these rows with their true and predicted classes; green is right, red is wrong."""
     images: ImageSet = outputs.part.images
-    guesses = outputs.logits.argmax(axis=1)
+    guesses, view = outputs.logits.argmax(axis=1), LetterboxView(size)
     pictures, captions, colors = [], [], []
     for row in rows:
-        pictures.append(preprocess(images.image(int(outputs.rows[row])), size))
+        pictures.append(view(images.image(int(outputs.rows[row]))))
         true, guess = int(outputs.labels[row]), int(guesses[row])
         captions.append([f"is {classes[true]}", f"said {classes[guess]}"])
         colors.append(GOOD if true == guess else BAD)

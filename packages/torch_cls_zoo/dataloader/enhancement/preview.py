@@ -57,23 +57,23 @@ def contact_sheet(
     import numpy as np
 
     from shared_core.datasets import decode, view_rng
+    from shared_core.datasets.views.evaluation import LetterboxView
     from torch_cls_zoo.dataloader.enhancement.policies import make_augment
-    from torch_cls_zoo.dataloader.preprocess import preprocess
 
     def framed(cell: np.ndarray) -> np.ndarray:
         white = (255, 255, 255)
         return cv2.copyMakeBorder(cell, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=white)
 
-    augment = make_augment(policy)
+    augment, view = make_augment(policy), LetterboxView(size)
     if augment is None:
         raise ValueError("no augmentation to show")
     rows = []
     for path in paths:
         image = decode(path)
-        cells = [preprocess(image, size)]
+        cells = [view(image)]
         for number in range(views):
             drawn = augment(image, view_rng(seed, path.name, number))
-            cells.append(preprocess(drawn, size))
+            cells.append(view(drawn))
         rows.append(np.concatenate([framed(cell) for cell in cells], axis=1))
     sheet = np.concatenate([np.full((HEAD, rows[0].shape[1], 3), 255, np.uint8), *rows])
     step = size[1] + GAP
