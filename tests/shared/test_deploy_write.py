@@ -437,6 +437,8 @@ def test_a_chain_decides_and_answers_as_the_network(tmp_path, int8_is_fast):
     rounded = open_model(written.folder, runtime="onnx-int8").outputs(TEST)
     share = (rounded.exits == truth.exits).mean()
     assert rows["onnx-int8"]["agreement"]["same_exit"] == pytest.approx(share)
+    cost = np.array([1.0, 4.0])[truth.exits].mean()
+    assert rows["onnx"]["agreement"]["mean_macs"] == pytest.approx(cost)
     assert set(written.facts.sha256) == set(names[2:])
     assert "Early exits cost 25%, 100%" in (written.folder / "README.md").read_text()
 
@@ -450,8 +452,8 @@ def test_every_head_and_decision_of_a_chain_is_checked(tmp_path):
             write_chain(tmp_path / "chain", facts=never, network=exit_network(heads, never))
     lower = ExitPolicy("max_prob", 0.6, (1.0, 2.0)).state_dict()
     other = nets.facts(exits=replace(CHAIN.exits, policy=lower))
-    with pytest.raises(ExportError):  # the network under another threshold
-        write_chain(tmp_path / "chain", network=exit_network(facts=other), max_distance=2.0)
+    with pytest.raises(ExportError, match="of 90 images leave at another exit"):
+        write_chain(tmp_path / "chain", network=exit_network(facts=other), min_same=0.85)
     assert not (tmp_path / "chain").exists()
 
 

@@ -18,7 +18,7 @@ from shared_core.deploy.facts import INT8, ONNX, ModelFacts
 from shared_core.deploy.graph import set_facts, wrap_chain, wrap_network
 from shared_core.deploy.latency import measure_latency
 from shared_core.deploy.options import ExitOptions
-from shared_core.deploy.predictor import NetworkPredictor, Predictor, predictor_of
+from shared_core.deploy.predictor import NetworkPredictor, Outputs, Predictor, predictor_of
 from shared_core.deploy.session import open_session, this_cpu
 from shared_core.metrics.intervals import wilson_interval
 from shared_core.runs.environment import environment
@@ -93,6 +93,7 @@ class _Tally:
     correct: int = 0
     labelled: int = 0
     exits_differ: int = 0
+    cost: float = 0.0  # multiply-accumulates of all images together, of a network with exits
 
     def share(self) -> dict[str, Any] | None:
         """Accuracy with its interval, or None where there were no labels."""
@@ -181,12 +182,13 @@ class Making:
             self._count(self.own, truth.values, labels)
             for runtime, predictor in self.open.items():
                 tally, got = self.tallies[runtime], predictor.outputs(images)
-                tally.agreement += self._compare(runtime, truth.values, got.values)
                 self._count(tally, got.values, labels)
-                if truth.exits is not None and got.exits is not None:
-                    tally.exits_differ += int((truth.exits != got.exits).sum())
-                    if runtime in self.exact:
-                        self._compare_heads(runtime, predictor, images)
+                if truth.exits is None or got.exits is None:
+                    tally.agreement += self._compare(runtime, truth.values, got.values)
+                    continue
+                self._count_exits(runtime, truth, got)
+                if runtime in self.exact:
+                    self._compare_heads(runtime, predictor, images)
         if sample is None:
             raise ExportError(
                 "no image to check the files with, expected a split that is not empty"
@@ -278,6 +280,7 @@ class Making:
             row["same_class"] = None
         if self.facts.exits is not None:
             row["same_exit"] = 1 - tally.exits_differ / tally.agreement.images
+            row["mean_macs"] = tally.cost / tally.agreement.images
         return row
 
     def _inside(self, runtime: str, names: tuple[str, ...]) -> ModelFacts:
@@ -301,6 +304,18 @@ class Making:
     def _compare(self, runtime: str, truth: npt.NDArray[Any], got: npt.NDArray[Any]) -> Agreement:
         name = ", ".join(self.files[runtime])
         return compare_answers(truth, got, task=self.facts.task, name=name)
+
+    def _count_exits(self, runtime: str, truth: Outputs, got: Outputs) -> None:
+        """Decisions, and the answers: another exit gives another answer, which is no fault."""
+        assert self.facts.exits is not None and truth.exits is not None and got.exits is not None
+        tally, same = self.tallies[runtime], truth.exits == got.exits
+        for chosen in (same, ~same):
+            if chosen.any():
+                found = self._compare(runtime, truth.values[chosen], got.values[chosen])
+                distance = found.max_distance if chosen is same else 0.0
+                tally.agreement += replace(found, max_distance=distance)
+        tally.exits_differ += int((~same).sum())
+        tally.cost += float(np.asarray(self.facts.exits.costs)[got.exits].sum())
 
     def _compare_heads(self, runtime: str, predictor: Predictor, images: Images) -> None:
         """Every head of a chain, each made to answer for all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from shared_core.deploy.making import Answers, Calibration, Form, Images, Int8Wi
 from shared_core.deploy.model_card import model_card
 from shared_core.deploy.predictor import NetworkPredictor, Predictor
 from shared_core.deploy.staging import CARD_FILE, staged
+from shared_core.runs.progress import progress
 
 __all__ = ["Calibration", "Form", "Int8Wish", "Written", "generated_images", "write_model_folder"]
 
@@ -100,7 +101,10 @@ def write_model_folder(
         result = None
         if wish.mode != "no" and calibration is not None:
             result = made.write_int8(calibration, wish, batches)
-        sample = made.judge(test if test is not None else _generated(facts.input_size))
+        asked = _generated(facts.input_size) if test is None else test
+        if isinstance(asked, Sized):  # a loader or a list says how long it will take
+            asked = progress(asked, total=len(asked), label="export: asking the files")
+        sample = made.judge(asked)
         made.check(min_same, max_distance)
         if result is not None and result.kept:
             result = made.judged_int8(result, wish)
