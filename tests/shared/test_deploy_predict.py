@@ -310,7 +310,7 @@ def test_a_program_that_waits_for_each_answer_gets_it(model, folder):
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         env={**os.environ, "PYTHONPATH": str(Path(smallvision.__file__).parents[1])},
     )  # fmt: skip
-    guard = threading.Timer(60, process.kill)
+    guard = threading.Timer(20, process.kill)
     guard.start()
     try:
         for name in NAMES[:3]:
