@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared_core.runs.numbers import COUNT, number
-from shared_core.runs.options import HelpFormatter
+from shared_core.runs.options import CommandParser
 
 SPEC = (
     "The name of a known data set, such as AID, whose facts the folder is compared with. An "
@@ -45,12 +45,6 @@ class PrepareOptions:
     seed: int
 
 
-def _parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=HelpFormatter
-    )
-
-
 def _add_checks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", metavar="NAME", help=SPEC)
     parser.add_argument("--workers", type=COUNT, metavar="N", help=WORKERS)
@@ -59,11 +53,11 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
 
 def verify_options(argv: Sequence[str] | None, *, prog: str) -> VerifyOptions:
     """Parse the words of ``verify``; a mistake ends the program with exit code 2."""
-    p = _parser(
-        prog,
-        "Decode every image of a folder of class folders and say what is wrong with the set.",
-        "Exit code: 0 when the set can be used as it is, 1 when not, 2 for options that do not "
-        "fit.",
+    p = CommandParser(
+        prog=prog,
+        description="Decode every image of a folder of class folders and say what is wrong.",
+        epilog="Exit code: 0 when the set can be used as it is, 1 when not, 2 for options that do "
+        "not fit.",
     )
     p.add_argument(
         "root", type=Path, metavar="FOLDER",
@@ -85,11 +79,11 @@ def verify_options(argv: Sequence[str] | None, *, prog: str) -> VerifyOptions:
 
 def prepare_options(argv: Sequence[str] | None, *, prog: str) -> PrepareOptions:
     """Parse the words of ``prepare``; a mistake ends the program with exit code 2."""
-    p = _parser(
-        prog,
-        "Unpack an archive or copy a folder of images, check every file, and split the set.",
-        "Writes the images, verify.json, verify.md, quarantine.txt and split.json. Stopped, the "
-        "same command goes on.",
+    p = CommandParser(
+        prog=prog,
+        description="Unpack an archive or copy a folder of images, check every file, and split.",
+        epilog="Writes the images, verify.json, verify.md, quarantine.txt and split.json. Stopped, "
+        "the same command goes on.",
     )
     p.add_argument(
         "source", type=Path, metavar="SOURCE", help="A .zip, a .tar (.gz, .bz2, .xz), or a folder."

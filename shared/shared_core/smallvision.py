@@ -25,18 +25,13 @@ from shared_core.deploy.options import (
     serve_options,
 )
 from shared_core.runs.command import run_command
-from shared_core.runs.options import HelpFormatter
+from shared_core.runs.options import CommandParser
 
 Parse = Callable[[Sequence[str]], int]
 
 
-def _parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"smallvision {name}",
-        description=description,
-        epilog=epilog,
-        formatter_class=HelpFormatter,
-    )
+def _parser(name: str, description: str, epilog: str | None = None) -> CommandParser:
+    return CommandParser(prog=f"smallvision {name}", description=description, epilog=epilog)
 
 
 def predict_command(argv: Sequence[str]) -> int:
@@ -142,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Hand the words to a command. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="smallvision",
         description="What needs no project: any model folder, any folder of images.",
         epilog=f"commands:\n{listed}\n\nEach command has a --help of its own.",

@@ -234,6 +234,7 @@ def test_a_damaged_or_swapped_file_is_noticed(plain, tmp_path):
     data[data.find(tiny.WEIGHTS.tobytes()) + 3] ^= 1  # one bit of one weight
     (folder / "model.onnx").write_bytes(bytes(data))
     assert "is damaged or another file" in refused(folder)
+    assert "is damaged or another file" in refused(folder / "model.onnx")
     (folder / "model.onnx").unlink()
     assert "model.onnx is missing" in refused(folder)
 

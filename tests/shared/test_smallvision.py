@@ -15,6 +15,7 @@ import tiny_models as tiny
 from shared_core import smallvision
 from shared_core.deploy import options
 from shared_core.runs import UsageError, run_command
+from shared_core.runs.options import CommandParser
 
 ROOT = Path(smallvision.__file__).parents[1]
 HEAVY = ("numpy", "cv2", "onnxruntime", "onnx", "scipy", "torch", "paddle", "fastapi")
@@ -40,7 +41,7 @@ def test_help_is_whole_and_loads_nothing_heavy(command):
 def test_every_option_is_a_sentence_with_its_default():
     for build in (options.add_predict_options, options.add_evaluate_options,
                   options.add_serve_options, options.add_exit_options):  # fmt: skip
-        parser = argparse.ArgumentParser(formatter_class=smallvision.HelpFormatter)
+        parser = CommandParser()
         build(parser)
         text = " ".join(parser.format_help().split())
         for action in parser._actions:

@@ -305,14 +305,7 @@ def _open_folder(folder: Path, runtime: str, threads: int, device: str) -> Predi
     if runtime == "auto":  # the default, unless only the project's own commands open it
         usable = [one for one in (facts.default, *RUNTIMES) if one in RUNTIMES]
         chosen = next((one for one in usable if one in facts.files), facts.default)
-    files = [folder / name for name in facts.files.get(chosen, ())]
-    if not files:
-        known = ", ".join(facts.files) or "none"
-        raise FileNotFoundError(f"{folder} holds no file for {chosen}, expected one of: {known}")
-    if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]} is missing, expected the network of {folder}")
-    for file in files:
-        _check_hash(file, facts)
+    files = whole_files(folder, facts, chosen)
     if chosen == OPENVINO:
         return _open_openvino(files[0], facts, chosen, threads, device)
     if chosen not in (ONNX, INT8):
@@ -321,9 +314,26 @@ def _open_folder(folder: Path, runtime: str, threads: int, device: str) -> Predi
     return predictor_of(facts, sessions, chosen, str(folder))
 
 
+def whole_files(folder: Path, facts: ModelFacts, runtime: str) -> list[Path]:
+    """The files of a folder for one runtime, each there and with the recorded content.
+
+    Raises:
+        FileNotFoundError: the model has none for this runtime, or one is missing.
+        ModelError: one is damaged, or another file.
+    """
+    files = [folder / name for name in facts.files.get(runtime, ())]
+    if not files:
+        known = ", ".join(facts.files) or "none"
+        raise FileNotFoundError(f"{folder} holds no file for {runtime}, expected one of: {known}")
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} is missing, expected the network of {folder}")
+    for file in files:
+        _check_hash(file, facts)
+    return files
+
+
 def _check_hash(file: Path, facts: ModelFacts) -> None:
-    wanted = facts.sha256.get(file.name)
-    if wanted is None:
+    if (wanted := facts.sha256.get(file.name)) is None:
         return
     total = hashlib.sha256()
     with file.open("rb") as content:
@@ -339,10 +349,11 @@ def _check_hash(file: Path, facts: ModelFacts) -> None:
 def _open_onnx(path: Path, runtime: str, threads: int, device: str) -> Predictor:
     if runtime not in ("auto", ONNX, INT8):
         raise UsageError(f"--runtime {runtime}: {path} is a file for ONNX Runtime")
+    beside = read_facts(path.parent) if (path.parent / FACTS_FILE).is_file() else None
+    if beside is not None:
+        _check_hash(path, beside)
     session = open_session(path, threads=threads, device=device)
-    facts = facts_in(session, where=path)
-    if facts is None and (path.parent / FACTS_FILE).is_file():
-        facts = read_facts(path.parent)
+    facts = facts_in(session, where=path) or beside
     if facts is None:
         raise ModelError(f"{path} does not say its classes: expected a file that an export wrote")
     if facts.exits is not None:
