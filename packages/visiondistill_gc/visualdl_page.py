@@ -16,12 +16,12 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
 
 import argparse
 import logging
-import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
-from shared_core.runs import UsageError, run_command
+from shared_core.runs import run_command
+from shared_core.runs.numbers import number
+from shared_core.runs.options import CommandParser
 
 LANGUAGES = ("en", "zh")
 LOG = "*vdlrecords*.log"
@@ -32,29 +32,37 @@ TABS = ("scalar", "image", "text", "histogram", "hyper_parameters", "pr_curve", 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="visualdl_page.py",
         description="Serve the VisualDL page of one run or of many, without telemetry, in English "
         "or Chinese. Stop it with Ctrl-C.",
     )
-    p.add_argument(
+    add = p.add_argument
+    add(
         "--logdir",
         type=Path,
         nargs="+",
-        metavar="FOLDER",
-        help="folders with logs in and below them (default: logs/ of the newest run in --runs)",
+        metavar="DIR",
+        help="The folders with logs in and below them (default: logs/ of the newest run in "
+        "--runs).",
     )
-    p.add_argument(
+    add(
         "--runs",
         type=Path,
         default=Path("runs/visiondistill_gc"),
-        metavar="FOLDER",
-        help="where runs lie (default runs/visiondistill_gc)",
+        metavar="DIR",
+        help="Where runs lie.",
     )
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    p.add_argument("--port", type=int, default=8040, help="default 8040")
-    p.add_argument("--language", choices=LANGUAGES, default="en", help="of the page (default en)")
-    p.add_argument("--open_browser", action="store_true", help="open the page in a browser")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="The address to listen on.")
+    add(
+        "--port",
+        type=number(int, 1, 65535),
+        default=8040,
+        metavar="N",
+        help="The port to listen on.",
+    )
+    add("--language", choices=LANGUAGES, default="en", help="The language of the page.")
+    add("--open_browser", action="store_true", help="Open the page in a browser.")  # fmt: skip
     return p
 
 
@@ -86,7 +94,6 @@ def settings(
 
     Raises:
         FileNotFoundError: a folder that is missing, or without a log in or below it.
-        UsageError: no such port.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -95,8 +102,6 @@ def settings(
             raise FileNotFoundError(
                 f"--logdir {folder} holds no VisualDL log ({LOG}), expected one in or below it"
             )
-    if not 1 <= port <= 65535:
-        raise UsageError(f"--port {port}: expected 1 to 65535")
     return {
         "logdir": [str(folder) for folder in folders],
         "host": host,
@@ -119,14 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         language=args.language,
         open_browser=args.open_browser,
     )
-    try:
-        # Flask says that a port is taken, and exits; said here it is one line like all the others.
-        socket.create_server((args.host, args.port)).close()
-    except OSError as error:
-        if error.errno is None or error.errno < 0:  # the name has no address
-            raise UsageError(f"--host {args.host}: expected an address of this machine") from None
-        reason = os.strerror(error.errno)
-        raise OSError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
+    from shared_core.deploy.service.command import listen
+
+    # Flask says that a port is taken, and exits; said here it is one line like all the others.
+    listen(args.host, args.port).close()
     from visualdl.server import app
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request else, hundreds a page

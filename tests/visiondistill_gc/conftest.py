@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from command_tools import Done, Server, run_main
+
+# What the tests of the deploy half share is imported by name: there is no package here.
+_spec = importlib.util.spec_from_file_location(
+    "vgc_tools", Path(__file__).with_name("vgc_tools.py")
+)
+sys.modules["vgc_tools"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["vgc_tools"])
 
 # Two classes, 32 pixels, the narrowest nets: every stage in a few seconds. The learning rate of the
 # teacher is not what makes these runs pass: nobody asks here how good it is.

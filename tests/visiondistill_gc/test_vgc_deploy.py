@@ -5,17 +5,16 @@ How a network is wrapped, quantized and measured is the core's, and is tested th
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
+import vgc_tools as tools
 
 from shared_core import smallvision
 from shared_core.deploy import contract, write
@@ -28,13 +27,6 @@ from visiondistill_gc.deploy.openers import OPENERS, open_paddle
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.utils import paddle_inference
 from visiondistill_gc.utils.model_files import load_model
-
-_spec = importlib.util.spec_from_file_location(
-    "vgc_tools", Path(__file__).with_name("vgc_tools.py")
-)
-tools = importlib.util.module_from_spec(_spec)
-sys.modules["vgc_tools"] = tools  # its dataclasses look themselves up
-_spec.loader.exec_module(tools)
 
 CLASSES = tools.CLASSES
 for name in ("paddle2onnx", "onnx", "onnxruntime"):

@@ -6,7 +6,6 @@ How files are found, shown and written down is the core's, and is tested there.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+import vgc_tools as tools
 
 from shared_core import datasets
 from shared_core.datasets.finding.scan import list_images
@@ -30,13 +30,6 @@ from visiondistill_gc import inference
 from visiondistill_gc.deploy.openers import OPENERS, facts_of
 from visiondistill_gc.utils.model_files import load_model
 from visiondistill_gc.utils.transforms import eval_view
-
-_spec = importlib.util.spec_from_file_location(
-    "vgc_tools", Path(__file__).with_name("vgc_tools.py")
-)
-tools = importlib.util.module_from_spec(_spec)
-sys.modules["vgc_tools"] = tools  # its dataclasses look themselves up
-_spec.loader.exec_module(tools)
 
 CLASSES = tools.CLASSES
 

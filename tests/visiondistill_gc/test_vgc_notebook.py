@@ -28,7 +28,6 @@ def test_it_is_stored_without_outputs(notebook):
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
 
-@pytest.mark.slow
 def test_it_runs_and_draws(notebook, tmp_path, monkeypatch):
     for name in ("nbclient", "ipykernel", "matplotlib_inline"):
         pytest.importorskip(name)

@@ -209,7 +209,6 @@ def test_students_files_know_their_classes(finished):
         load_model(path, categories=["a", "b", "c"])
 
 
-@pytest.mark.slow
 def test_two_runs_are_equal_bit_for_bit(tmp_path, tiny, command, digests):
     folders = [tmp_path / name for name in ("a", "b")]
     for folder, workers in zip(folders, ("0", "2"), strict=True):
@@ -224,7 +223,6 @@ def test_two_runs_are_equal_bit_for_bit(tmp_path, tiny, command, digests):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.slow
 def test_answers_from_a_store(tmp_path, tiny, command):
     """The way of a teacher of any framework: one answer an image, found by content."""
     first = tmp_path / "first"
@@ -249,7 +247,6 @@ def test_answers_from_a_store(tmp_path, tiny, command):
     assert read_result(second / "result.json")["measured"]["out_of_fold"]["folds"] == [0]
 
 
-@pytest.mark.slow
 def test_written_answers_are_the_live_teachers(tmp_path, finished, tiny, command, capsys):
     """A replayed training view: the store's answers are those of the teacher for its pixels."""
     from shared_core.datasets import view_rng

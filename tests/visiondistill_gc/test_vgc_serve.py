@@ -5,26 +5,18 @@ What a request may bring, how images become batches, and the page are the core's
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
+import vgc_tools as tools
 
 import serve_load
 from visiondistill_gc import serve
 
-_spec = importlib.util.spec_from_file_location(
-    "vgc_tools", Path(__file__).with_name("vgc_tools.py")
-)
-tools = importlib.util.module_from_spec(_spec)
-sys.modules["vgc_tools"] = tools  # its dataclasses look themselves up
-_spec.loader.exec_module(tools)
 for name in ("fastapi", "uvicorn", "python_multipart"):
     pytest.importorskip(name)
 
