@@ -535,8 +535,8 @@ def test_the_page_is_packed_and_asks_for_nothing_else(service):
         assert "://" not in path.read_text(encoding="utf-8"), path
         assert "innerHTML" not in path.read_text(encoding="utf-8")  # names are no HTML
     packed = (ROOT / "pyproject.toml").read_text()
-    assert "shared_core/deploy/service/static/*" in packed
     for path, kind in app_module.PAGE.items():
+        assert f'"shared_core/deploy/service/static/{path}"' in packed
         status, headers, _ = request(service, f"/static/{path}")
         assert status == 200 and headers["content-type"] == kind
 
