@@ -16,9 +16,9 @@ from scipy.stats import binom
 from gfnet_dynn import analyse
 from gfnet_dynn.decide import findings as analysis
 from gfnet_dynn.decide.exit_outputs import ExitLogits
+from gfnet_dynn.decide.placement import exit_overheads, pruned_costs
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
-from gfnet_dynn.decide.placement import exit_overheads, pruned_costs
 from shared_core import checkpoints
 from shared_core.for_torch.checkpoints import save_checkpoint
 from shared_core.runs import run_command

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.report.claims_page import summarise_claims
 from gfnet_dynn.judge.claims import settings_of
 from gfnet_dynn.model_files import load_model
+from gfnet_dynn.report.claims_page import summarise_claims
 from shared_core.runs import UsageError, read_result, run_command
 
 
@@ -133,9 +133,7 @@ def test_distilled_against_scratch_and_own_students(finished, capture, tmp_path)
     gaps = [a["accuracy"] - b["accuracy"] for a, b in zip(*rows, strict=True)]
     assert claim["distilled_minus_scratch"]["mean"] == pytest.approx(np.mean(gaps))
     files = {
-        (s, name): (
-            place / f"{name}-s{s}/run/checkpoint/student_built-in-scenes.pth"
-        ).read_bytes()
+        (s, name): (place / f"{name}-s{s}/run/checkpoint/student_built-in-scenes.pth").read_bytes()
         for s in (3, 4)
         for name in ("student-distilled", "student-from-scratch", "exits-0.1.2-lambda-0.75")
     }

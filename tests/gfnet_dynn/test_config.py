@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 import gfnet_dynn
-from gfnet_dynn.config import parse
 from gfnet_dynn.choices import ALL, ISOTROPIC_ARCHS, PYRAMID_ARCHS
+from gfnet_dynn.config import parse
 from gfnet_dynn.models.gfnet import ISOTROPIC
 from gfnet_dynn.models.gfnet_pyramid import PYRAMIDS
 from gfnet_dynn.options import LEARNING, NETWORK, REFUSED, build_parser

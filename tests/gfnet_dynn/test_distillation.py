@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.settings import Distillation
 from gfnet_dynn.train.distillation import (
     ClassCentres,
@@ -20,7 +21,6 @@ from gfnet_dynn.train.distillation import (
     nd_loss,
     spectrum_loss,
 )
-from gfnet_dynn.models.gfnet import GFNet
 
 GRIDS = [(4, 4), (5, 5), (3, 8), (8, 3), (1, 1), (2, 1)]
 

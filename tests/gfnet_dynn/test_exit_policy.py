@@ -140,8 +140,6 @@ def test_everybody_leaves_at_one_exit():
             assert (policy.kind, policy.temperatures) == (kind, (1.5,))
 
 
-
-
 @pytest.mark.parametrize("kind", RULES)
 def test_zero_sends_all_out_and_above_one_none(kind):
     logits, gate_logits = random_case(1, scale=40.0)
@@ -226,16 +224,12 @@ def test_head_temperatures_leave_gates_alone():
         assert np.array_equal(ExitPolicy(kind, 0.6, 3.0).select(logits, gate_logits), plain)
 
 
-
-
 @pytest.mark.parametrize("kind", RULES)
 def test_json_round_trip(kind):
     policy = ExitPolicy(kind, [0.1, 0.5, 0.75, 2], (1.0, 2.0, 0.5, 1.5, 1.25))
     text = json.dumps(policy.state_dict(), allow_nan=False)
     assert ExitPolicy.from_state(json.loads(text)) == policy
     assert ExitPolicy(kind, 0.3).with_thresholds([0.1, 0.2]).thresholds == (0.1, 0.2)
-
-
 
 
 def test_what_does_not_fit_is_refused():

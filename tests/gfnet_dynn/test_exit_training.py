@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from gfnet_dynn.decide.exit_outputs import collect
-from gfnet_dynn.train.phases import Alternation, Phase, named_parts, phases_of
 from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
@@ -19,6 +18,7 @@ from gfnet_dynn.train.exit_training import (
     train_single_epoch,
     warm_up_epoch,
 )
+from gfnet_dynn.train.phases import Alternation, Phase, named_parts, phases_of
 from gfnet_dynn.train.warmup import WarmUp
 from shared_core.for_torch.precision import Precision
 
@@ -177,8 +177,7 @@ def test_training_lowers_the_loss(phase2):
 def test_the_alternation_runs_over_epochs():
     training, alternation = make_training(), Alternation(3)
     seen = [
-        list(train_single_epoch(training, batches(n=32), alternation=alternation))
-        for _ in range(4)
+        list(train_single_epoch(training, batches(n=32), alternation=alternation)) for _ in range(4)
     ]
     gate, heads = Phase.GATE, Phase.CLASSIFIER
     assert seen == [[gate], [gate, heads], [heads], [gate]] and alternation.step == 8
@@ -361,8 +360,6 @@ def test_bf16_trains_by_the_same_path():
     losses = [training.step(Phase.WARMUP, images, labels)["loss"].item() for _ in range(15)]
     assert losses[-1] < losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
 
 
 def test_refusals():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gfnet_dynn.models.build import build_gfnet
 from gfnet_dynn.train.finetune import (
     PlainTask,
     Schedule,
@@ -17,7 +18,6 @@ from gfnet_dynn.train.finetune import (
     draw_mix,
     parameter_groups,
 )
-from gfnet_dynn.models.build import build_gfnet
 from shared_core.datasets.views.mixing import Mix
 
 

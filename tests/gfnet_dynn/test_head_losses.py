@@ -14,8 +14,6 @@ from gfnet_dynn.train.exit_losses import (
 )
 
 
-
-
 def random_gates(n=500, g=4, seed=0):
     return torch.tensor(np.random.default_rng(seed).uniform(size=(n, g)))
 
@@ -34,8 +32,6 @@ def test_no_nan_for_gates_of_zero_and_one():
     assert mass.sum(dim=1).tolist() == [1.0] * 16
     first_open = [(*row, 1.0).index(1.0) for row in gates.tolist()]
     assert mass.argmax(dim=1).tolist() == first_open
-
-
 
 
 def make(seed=0, n=24, k=5, exits=4):

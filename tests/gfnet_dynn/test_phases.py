@@ -41,8 +41,6 @@ def test_both_phases_take_turns_for_any_loader(length):
     assert gates == 600
 
 
-
-
 def test_it_goes_on_where_it_was_saved():
     whole, first = Alternation(7), Alternation(7)
     for _ in range(17):
@@ -69,8 +67,6 @@ def test_a_state_of_another_schedule_is_refused():
 def test_bad_schedules_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         Alternation(**{"bilevel_batch_count": 3, **options})
-
-
 
 
 def test_phases_of_phase2():

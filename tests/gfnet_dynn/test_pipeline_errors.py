@@ -61,7 +61,10 @@ def only_line(done, code: int = 1) -> str:
         (("--fresh", "--continue"), "--continue and --fresh: expected one of them"),
         (("--gate", "identity", "--policy", "jei"), "--gate identity has none"),
         (("--backbone-arch", "gfnet-h-ti", "--no-distil"), "exits cannot sit on gfnet-h-ti"),
-        (("--backbone-arch", "gfnet-h-ti", "--spectrum-weight", "1"), "compares tokens of one grid"),
+        (
+            ("--backbone-arch", "gfnet-h-ti", "--spectrum-weight", "1"),
+            "compares tokens of one grid",
+        ),
         (("--backbone-arch", "gfnet-h-ti"), "expected 32 or more"),
         (("--phase2", "backbone", "--max_warmup_epoch", "0"), "expected --max_warmup_epoch of 1"),
         (("--input-size", "3"), "is less than the networks can cut into patches"),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gfnet_dynn.decide.exit_outputs import ExitLogits
+from gfnet_dynn.decide.placement import exit_overheads, pruned_costs, search
 from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
-from gfnet_dynn.decide.placement import exit_overheads, pruned_costs, search
 
 OVERHEADS = np.array([10.0, 10.0, 10.0, 10.0])
 COSTS = np.array([60.0, 120.0, 180.0, 240.0, 300.0])
@@ -117,8 +117,6 @@ def test_costs_are_those_of_a_network_with_these_exits_alone(gate):
     for exits in ([], [2], [0, 3], [0, 1, 2, 3]):
         costs = pruned_costs(model.exit_costs(), exit_overheads(model), exits)
         np.testing.assert_allclose(GFNetDynn(backbone, exits, gate=gate).exit_costs(), costs)
-
-
 
 
 def test_refusals():

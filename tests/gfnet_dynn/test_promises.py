@@ -29,10 +29,6 @@ def test_binomial_p_value_by_summing(count, n, level):
     assert binomial_p_value(count, n, level) == pytest.approx(want, rel=1e-9)
 
 
-
-
-
-
 def test_regret_by_a_loop():
     rng = np.random.default_rng(0)
     predictions, labels = rng.integers(0, 3, (4, 60)), rng.integers(0, 3, 60)
@@ -247,8 +243,6 @@ def test_coverage_when_easy_samples_leave_early(family):
         assert (per_exit >= 1 - ALPHA - 0.015).all()
 
 
-
-
 def test_each_family_pools_what_it_says():
     rng = np.random.default_rng(3)
     p, labels, _ = draw(rng, 100, by_confidence=False)
@@ -288,12 +282,6 @@ def test_an_empty_exit_gives_every_class():
     assert fitted.sets(p, np.ones(100, int)).all()
     p, labels, _ = draw(rng, 30, by_confidence=False)
     assert fitted.evaluate(p, labels, np.zeros(30, int))["coverage_per_exit"][1:] == [None, None]
-
-
-
-
-
-
 
 
 def test_unknown_family():

@@ -8,7 +8,6 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from gfnet_dynn.decide.exit_outputs import ExitLogits
-from gfnet_dynn.models.exit_policy import NEVER, ExitPolicy
 from gfnet_dynn.decide.thresholds import (
     SWEEP,
     between,
@@ -23,6 +22,7 @@ from gfnet_dynn.decide.thresholds import (
     sweep,
     sweep_policy,
 )
+from gfnet_dynn.models.exit_policy import NEVER, ExitPolicy
 
 COSTS = np.array([100.0, 180.0, 250.0, 400.0])
 
@@ -260,10 +260,6 @@ def test_temperatures_are_the_best_of_each_exit():
         assert temperature > 1
     policy = calibrated_policy(ExitPolicy("entropy", [0.1, 0.2, 0.3]), calibration)
     assert policy.temperatures == got and policy.thresholds == (0.1, 0.2, 0.3)
-
-
-
-
 
 
 def test_sweep_checks_shapes():

@@ -152,8 +152,6 @@ def test_new_head_and_official_form():
     assert grid_of(small((32, 56)).state_dict()) == (4, 7)
 
 
-
-
 def test_what_does_not_fit_is_an_error_and_nothing_changes():
     model = small()
     before = {n: v.clone() for n, v in model.state_dict().items()}
