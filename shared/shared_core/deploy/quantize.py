@@ -349,12 +349,14 @@ def _ranges(model: Any, parts: Sequence[Array], folder: Path, method: str, symme
         "entropy": CalibrationMethod.Entropy,
         "percentile": CalibrationMethod.Percentile,
     }
+    # With as many bins as levels, its default, entropy has nothing to choose among.
+    bins = {"num_bins": 512, "num_quantized_bins": 128} if method == "entropy" else {}
     calibrator = create_calibrator(
         folder / "known.onnx",
         list(KINDS),
         augmented_model_path=str(folder / "augmented.onnx"),
         calibrate_method=methods[method],
-        extra_options={"symmetric": symmetric},
+        extra_options={"symmetric": symmetric, **bins},
     )
     for part in parts:
         calibrator.collect_data(_Once({name: np.ascontiguousarray(part)}))
