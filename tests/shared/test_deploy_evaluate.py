@@ -210,7 +210,8 @@ def test_against_disagreement_is_counted(run, plain, data, images, labels, tmp_p
 
 
 def test_time_is_measured_for_the_batches_asked(run, plain, data):
-    _, found, out, _ = run(plain, data, "--latency-batches", "1", "8")
+    _, found, out, _ = run(plain, data, "--latency-batches", "1", "8", "--threads", "2")
+    assert found["threads"] == 2
     assert list(found["latency"]["model"]) == ["1", "8"] and "at batch 8" in out
     assert all(one["cpu_ms"] > 0 for one in found["latency"]["model"].values())
     _, found, _, _ = run(plain, data, "--latency-batches")

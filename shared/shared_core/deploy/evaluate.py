@@ -169,6 +169,7 @@ def evaluate(
     found: dict[str, Any] = {
         "model": predictor.name,
         "runtime": predictor.runtime,
+        "threads": predictor.threads,
         "project": facts.project,
         "architecture": facts.architecture,
         "task": facts.task,

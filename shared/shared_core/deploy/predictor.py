@@ -49,7 +49,10 @@ class Predictor:
         view: what evaluation takes of an image.
         runtime: what computes, for people.
         name: what to call the model in messages, usually its path.
+        threads: of the CPU that :func:`open_model` gave it; None if nobody said.
     """
+
+    threads: int | None = None
 
     def __init__(self, facts: ModelFacts, *, runtime: str, name: str) -> None:
         self.facts, self.view = facts, facts.make_view()
@@ -163,10 +166,12 @@ class ExitPredictor(Predictor):
 
     def with_exits(self, options: ExitOptions) -> ExitPredictor:
         """See :meth:`Predictor.with_exits`."""
-        return ExitPredictor(
+        found = ExitPredictor(
             self.facts, self._classify, runtime=self.runtime, name=self.name,
             has_gates=self._has_gates, policy=self._choose(options),
         )  # fmt: skip
+        found.threads = self.threads
+        return found
 
     def _choose(self, options: ExitOptions) -> ExitPolicy:
         temperatures = self._own().temperatures
@@ -275,7 +280,14 @@ def open_model(
     for opener in openers:
         found = opener(path, runtime=runtime, threads=threads, device=device)
         if found is not None:
-            return found
+            break
+    else:
+        found = _open_core(path, runtime, threads, device)
+    found.threads = threads
+    return found
+
+
+def _open_core(path: Path, runtime: str, threads: int, device: str) -> Predictor:
     if path.is_dir():
         return _open_folder(path, runtime, threads, device)
     if path.suffix == ".onnx":
