@@ -197,7 +197,13 @@ class TestFailing:
         assert tree(tmp_path) == {"notes.txt": b"mine"}
 
     @pytest.mark.parametrize(
-        ("leave", "stages"), [(("state/a.pth",), ()), (("best.pdparams",), ()), ((), ("teach",))]
+        ("leave", "stages"),
+        [
+            (("state/a.pth",), ()),
+            (("best.pdparams",), ()),
+            ((), ("teach",)),
+            (("checkpoint.pth.tar",), ()),
+        ],
     )
     def test_what_took_long_stays_and_is_resumed(self, tmp_path, leave, stages):
         self.fail(tmp_path, leave=leave, stages=stages)

@@ -22,7 +22,7 @@ CONFIG_FILE = "config.json"
 Start = Literal["new", "resume", "continue", "fresh"]
 # Files that took long to make: where a failed first run left one, the run stays to be resumed.
 DURABLE = (
-    "*.pth", "*.pt", "*.pdparams", "*.pdopt", "*.safetensors", "*.onnx", "*.npy", "*.npz",
+    "*.pth", "*.pth.tar", "*.pt", "*.pdparams", "*.pdopt", "*.safetensors", "*.onnx", "*.npy", "*.npz",
     "values.bin", "cell.json",
 )  # fmt: skip
 QUICK_STAGES = ("prepare",)  # finished in a moment: alone they are no reason to keep a run

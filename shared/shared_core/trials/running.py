@@ -68,7 +68,7 @@ def run_trials(
         if any(_result(home, need) is None for need in needs):
             say(f"{cell.label}: waits for a cell that another process is at")
             continue
-        done = run_cell(cell, measure, folder=home, wait=0.0)
+        done = _try_cell(cell, measure, home=home, wait=0.0)
         if done is None:
             say(f"{cell.label}: another process is at it")
             continue
@@ -82,25 +82,26 @@ def run_trials(
     return Trials(tuple(cells), results, sum(done["seconds"] for _, done in found if done))
 
 
-def run_cell(
-    cell: Cell, measure: Measure, *, folder: str | Path, wait: float = math.inf
-) -> dict[str, Any] | None:
+def run_cell(cell: Cell, measure: Measure, *, folder: str | Path) -> dict[str, Any]:
     """One cell: from its file when it is done, else measured.
 
     What all cells share (a teacher, say) is a cell, too: the first process makes it, and the
     others wait for it here.
 
-    Args:
-        wait: seconds to wait for another process that is at it.
-
     Returns:
-        ``result``, ``seconds`` (wall time, killed tries included) and what the cell is; None when
-        another process is still at it.
+        ``result``, ``seconds`` (wall time, killed tries included) and what the cell is.
 
     Raises:
         ValueError: it was begun or made with other settings.
     """
-    home = Path(folder)
+    done = None
+    while done is None:
+        done = _try_cell(cell, measure, home=Path(folder), wait=math.inf)
+    return done
+
+
+def _try_cell(cell: Cell, measure: Measure, *, home: Path, wait: float) -> dict[str, Any] | None:
+    """See :func:`run_cell`; None when another process is still at it after ``wait`` seconds."""
     place = home / CELLS / cell.folder_name
     with ExitStack() as stack:
         try:
