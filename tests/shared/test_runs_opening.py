@@ -365,8 +365,10 @@ class TestSharing:
     def test_commands_may_share_a_folder_and_nobody_removes_it(self, tmp_path):
         folder = tmp_path / "sweep"
         with Held(folder, shared=True) as pid:
+            began = json.loads((folder / ".clock.json").read_text())
             with opened(folder, "continue", shared=True) as run:
                 assert run.resumed and run.config["threads"] == 2
+                assert run.started.isoformat() == began["started"] and began["seconds"] == 0
                 with pytest.raises(TypeError, match="a shared run has cells"):
                     run.stage("teach", dict)
             with pytest.raises(ValueError, match="started with lr=0.1"):

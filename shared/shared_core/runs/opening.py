@@ -158,7 +158,7 @@ def open_run(
         main_writes: the framework's ``main_writes``; needed with several processes.
         make_log: called with the folder and ``silent=``; makes the log of each process.
         shared: several commands may work in the folder at once, each on cells of its own (see
-            :mod:`shared_core.trials`). Such a run has no stages and no clock.
+            :mod:`shared_core.trials`). Such a run has no stages, and its cells have the clocks.
 
     Raises:
         ValueError: another process works in the folder; a resumed run says something else; the
@@ -182,10 +182,12 @@ def open_run(
         )
         log = make_log(place.folder, silent=not is_main)
         log.stages = stages
-        clock = RunClock(place.folder, writes=is_main and not shared)
-        log.tick = clock.mark
+        clock = RunClock(place.folder, writes=is_main and not (shared and found[2]))
+        if not shared:
+            log.tick = clock.mark
         yield OpenRun(place.folder, *found, log, is_main, shared, clock, from_main)
-        clock.mark(every=0.0)
+        if not shared:
+            clock.mark(every=0.0)
     except Exception:
         place.undo()
         raise

@@ -22,8 +22,8 @@ CONFIG_FILE = "config.json"
 Start = Literal["new", "resume", "continue", "fresh"]
 # Files that took long to make: where a failed first run left one, the run stays to be resumed.
 DURABLE = (
-    "*.pth", "*.pth.tar", "*.pt", "*.pdparams", "*.pdopt", "*.safetensors", "*.onnx", "*.npy", "*.npz",
-    "values.bin", "cell.json",
+    "*.pth", "*.pth.tar", "*.pt", "*.pdparams", "*.pdopt", "*.safetensors", "*.onnx", "*.npy",
+    "*.npz", "values.bin", "cell.json",
 )  # fmt: skip
 QUICK_STAGES = ("prepare",)  # finished in a moment: alone they are no reason to keep a run
 SHARED_WAIT_S = 10.0  # what another process may take to write the configuration
