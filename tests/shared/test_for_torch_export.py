@@ -93,15 +93,18 @@ def test_above_the_tolerance_the_old_file_stays(model, tmp_path):
 @pytest.mark.parametrize("opset", [13, 17, None, 20])
 def test_what_torch_writes_can_be_wrapped(tmp_path, opset):
     weights = nets.layers(5, 3)
-    linear = [nn.Linear(*w.shape, bias=False) for w in weights]
+    linear = [nn.Linear(*w.shape) for w in weights]
     for layer, weight in zip(linear, weights, strict=True):
         layer.weight.data = torch.from_numpy(weight.T.copy())
+        layer.bias.data.zero_()
     model = nn.Sequential(nn.Flatten(), linear[0], nn.ReLU(), linear[1])
     path = tmp_path / "m.onnx"
     export_onnx(model, path, input_size=(3, *nets.SIZE), input_name="images", opset=opset)
     written = next(o.version for o in onnx.load(path).opset_import if o.domain == "")
     assert opset in (None, written)
-    content = wrap_network(path, nets.facts()).SerializeToString()
+    model = wrap_network(path, nets.facts())
+    content = model.SerializeToString()
+    assert [n.name for n in model.graph.node if n.op_type == "Gemm"] == ["1", "3"]  # as in torch
     # Neither the code's places nor the exporter's notes on them.
     assert b"site-packages" not in content and b"pkg.torch" not in content
     session = open_session(content)

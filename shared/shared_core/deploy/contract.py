@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared_core.checkpoints.errors import first_few
 from shared_core.deploy.latency import measure_latency
 from shared_core.deploy.quantize import BATCH, Quantizer
 from shared_core.deploy.segments import answers_of, full_pass, inputs_of
@@ -59,8 +60,8 @@ class Int8Result:
         return {**asdict(self), "kept_float": list(self.kept_float)}
 
     def line(self) -> str:
-        """For people."""
-        names = ", ".join(self.kept_float)
+        """For people, on one line."""
+        names = first_few(list(self.kept_float))
         text = (
             f"{self.layers} layers"
             + (f", {len(self.kept_float)} stay float ({names})" if names else "")

@@ -18,6 +18,7 @@ LOGITS = "logits"  # of a segment's head
 PROBABILITIES, FEATURES = "probabilities", "features"  # float32 (N, K), (N, D)
 LEAST_OPSET = 13  # of softmax over one axis, and of a scale for each channel in int8
 OWN = "smallvision/"  # begins the names of what is added
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # what has a weight
 _TINY = 1e-12  # the least length that features are divided by
 
 
@@ -116,11 +117,23 @@ def _load(source: str | Path | Any) -> Any:
         part.doc_string = ""
         if part is not model and hasattr(part, "metadata_props"):
             del part.metadata_props[:]
+    _name_layers(graph)
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     if taken & {INPUT, PROBABILITIES, FEATURES} or any(n.startswith(OWN) for n in taken):
         # Values alone: layers that stay float are known by the names of their nodes.
         model = onnx.compose.add_prefix(model, "network/", rename_nodes=False)
     return model
+
+
+def _name_layers(graph: Any) -> None:
+    """Call a layer as its network calls it, where its weight ``blocks.0.conv.weight`` says so."""
+    weights = {one.name for one in graph.initializer if one.name.endswith(".weight")}
+    used = {node.name for node in graph.node}
+    for node in graph.node:
+        name = node.input[1].removesuffix(".weight") if len(node.input) > 1 else ""
+        if name and node.op_type in LAYERS and node.input[1] in weights and name not in used:
+            node.name = name
+            used.add(name)
 
 
 def _take_images(model: Any, facts: ModelFacts) -> None:

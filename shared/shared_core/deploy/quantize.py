@@ -24,18 +24,17 @@ import numpy as np
 import numpy.typing as npt
 
 from shared_core.checkpoints.atomic import atomic_write
-from shared_core.deploy.graph import OWN, input_of
+from shared_core.deploy.graph import LAYERS, OWN, input_of
 
 Array = npt.NDArray[Any]
 METHODS = ("minmax", "entropy", "percentile")
 SCHEMES = ("u8s8", "s8s8")
-HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 CLAMPS = ("Clip", "Relu")  # become part of the layer before them
 GLUE = (
     "Add", "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "MaxPool", "Reshape",
     "Squeeze", "Transpose", "Unsqueeze",
 )  # fmt: skip
-KINDS = (*HEAVY, *CLAMPS, *GLUE)
+KINDS = (*LAYERS, *CLAMPS, *GLUE)
 _NORMS = {
     "LayerNormalization",
     "Softmax",
@@ -117,7 +116,7 @@ class Quantizer:
             weights = {one.name for one in self._model.graph.initializer}
             self.layers = tuple(
                 n.name for n in nodes
-                if n.op_type in HEAVY and len(n.input) > 1 and n.input[1] in weights
+                if n.op_type in LAYERS and len(n.input) > 1 and n.input[1] in weights
             )  # fmt: skip
             if not self.layers:
                 raise ValueError("int8: no convolution or linear layer in the network")
@@ -269,7 +268,7 @@ def qdq_facts(path: str | Path) -> QdqFacts:
     def from_integers(name: str) -> bool:
         return name in made and made[name].op_type == "DequantizeLinear"
 
-    heavy = [n for n in graph.node if n.op_type in HEAVY and len(n.input) > 1]
+    heavy = [n for n in graph.node if n.op_type in LAYERS and len(n.input) > 1]
     heavy = [n for n in heavy if n.input[1] in constants or from_integers(n.input[1])]
     dynamic = [n for n in graph.node if n.op_type in ("MatMulInteger", "ConvInteger")]
     return QdqFacts(
