@@ -82,7 +82,10 @@ def rebuild_view(settings: Mapping[str, Any]) -> EvalView | LetterboxView:
         ValueError: not the settings of an evaluation view: an unknown name, a missing or unknown
             entry, or a value that makes no sense.
     """
-    views = {"eval": EvalView, "letterbox": LetterboxView}
+    views: dict[str, type[EvalView] | type[LetterboxView]] = {
+        "eval": EvalView,
+        "letterbox": LetterboxView,
+    }
     values = dict(settings)
     name, size = values.pop("view", None), values.pop("size", None)
     if name not in views:
