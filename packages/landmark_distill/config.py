@@ -1,207 +1,273 @@
-"""From a command line to the options of a run: recipe first, then flags, then what must agree."""
+"""What a run is told: frozen dataclasses, one a concern, and the words that each may hold.
+
+Nothing here loads more than the standard library, because ``--help`` lists these words.
+``options.py`` fills the dataclasses from a command line; everything else takes the one it needs.
+"""
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from landmark_distill.options import DISTILLING, build_parser
-from landmark_distill.recipes import LANDMARK_CLASSES, RECIPES
-from landmark_distill.schedules import Schedule, parse_milestones
-from shared_core.runs import UsageError
+from landmark_distill.schedules import Schedule
 
-LISTS = ("train_root", "remap", "val_list", "val_root", "test_root")
-FOLDERS = (
-    *("data_path", "layout", "calibration_share", "test_share", "validation_share"),
-    *("test_groups", "validation_groups", "test_part", "split_file"),
-)
-BUILTIN = ("builtin_classes", "builtin_images")
-VIEWS = ("crop_scale", "hflip", "lighting", "lighting_order")
+BACKBONES = ("Swin_base", "Swin_tiny", "Resnet20", "Resnet12", "Resnet50")
+KD_LOSSES = ("KD", "global_KD", "cosine")
+KD_VARIANTS = ("canonical", "original")
+KNOWLEDGE = ("features", "soft", "topk")
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
+DECAY = ("all", "matrices")
+LAYOUTS = ("auto", "class", "two-level")
+LIGHTING_ORDERS = ("right", "original")
+HEAD_DTYPES = ("fp32", "bf16")
+RESIZES = ("linear", "area", "cubic", "reduced")
+FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # of the open-set test
+VARIANTS = ("exact", "original")  # of its thresholds
+INDEXES = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
 
 
-def parse(argv: Sequence[str] | None, *, prog: str) -> argparse.Namespace:
-    """Parse, apply ``--recipe``, and refuse what contradicts itself or would be ignored.
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A network and the settings of the head on it; a model file holds it under ``network``.
 
-    Raises:
-        UsageError: flags that contradict each other.
-        FileNotFoundError: a file or folder that is named and not there.
+    Attributes:
+        name: one of ``BACKBONES``.
+        image_size: side of the images, pixels.
+        feature_dim: numbers of a feature.
+        scale, margin: of the cosine head.
+        options: of this backbone alone, such as ``window`` or ``drop_rate``.
     """
-    parser = build_parser(prog)
-    first = parser.parse_args(argv)
-    if first.recipe:
-        parser.set_defaults(**RECIPES[first.recipe])
-    args = parser.parse_args(argv)
-    unset = object()  # argparse leaves alone what the namespace holds already
-    marks = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    given = {name for name, value in vars(marks).items() if value is not unset}
-    if args.test_only:  # nothing is taught, so a recipe's distillation falls away
-        args.is_distill = "is_distill" in given
-    if args.view_seed is None:
-        args.view_seed = args.seed
-    if args.recipe and args.train_list and args.num_classes is None:
-        args.num_classes = LANDMARK_CLASSES
-    args.data_kind = "list" if args.train_list or args.test_list else "folder"
-    if args.data_kind == "folder" and args.data_path is None:
-        args.data_kind = "builtin"
-    _check_files(args)
-    _check_data(args, given)
-    _check_training(args, given)
-    return args
+
+    name: str = "Resnet12"
+    image_size: int = 384
+    feature_dim: int = 1024
+    scale: float = 32.0
+    margin: float = 0.1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of_file(cls, network: Mapping[str, Any]) -> NetworkConfig:
+        """From :meth:`as_dict`, which JSON gives back with lists instead of tuples."""
+        options = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in network["options"].items()
+        }
+        return cls(**{**network, "options": options})
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    for flag in (
-        *("init_weights", "teacher_init_weights", "remap", "val_list", "test_list"),
-        *("coarse_mask", "fine_mask", "split_file"),
-    ):
-        path = getattr(args, flag)
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"--{flag} {path}: there is no such file")
-    for flag in ("data_path", "val_root", "test_root"):
-        path = getattr(args, flag)
-        if path is not None and not path.is_dir():
-            raise FileNotFoundError(f"--{flag} {path}: there is no such folder")
-    for path in args.train_root:
-        if not path.is_dir():
-            raise FileNotFoundError(f"--train_root {path}: there is no such folder")
+@dataclass(frozen=True)
+class ViewConfig:
+    """What a network sees of an image.
+
+    Attributes:
+        size: side of the network's input, pixels.
+        augment: random resized crops, flips and lighting noise in training.
+        crop_scale: smallest and largest share of the image in a crop.
+        hflip: share of the views that are mirrored.
+        lighting: deviation of the lighting noise; 0 for none.
+        lighting_order: one of ``LIGHTING_ORDERS``.
+        bgr: blue first.
+        resize: one of ``RESIZES``.
+        views: how many views an image has; 0 is a new one each epoch.
+        seed: decides the views, with the image's content and the epoch.
+    """
+
+    size: int
+    augment: bool = False
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    hflip: float = 0.5
+    lighting: float = 0.1
+    lighting_order: str = "right"
+    bgr: bool = False
+    resize: str = "linear"
+    views: int = 0
+    seed: int = 0
 
 
-def _refuse(given: set[str], names: Sequence[str], reason: str) -> None:
-    for name in names:
-        if name in given:
-            raise UsageError(f"--{name} would have no effect: {reason}")
+@dataclass(frozen=True)
+class HoldOut:
+    """How classes and images are set apart.
+
+    Attributes:
+        test: share of the classes, in whole groups, for the test.
+        validation: likewise, for tuning; may be 0.
+        calibration: share of each training class's images that choose the best epoch.
+        test_groups, validation_groups: names of groups, instead of a share.
+        seed: of the hashes that decide.
+    """
+
+    test: float = 0.25
+    validation: float = 0.0
+    calibration: float = 0.1
+    test_groups: tuple[str, ...] = ()
+    validation_groups: tuple[str, ...] = ()
+    seed: int = 0
 
 
-def _check_data(args: argparse.Namespace, given: set[str]) -> None:
-    if not args.dataset.strip(" .") or any(c in args.dataset + args.suffix for c in "/\\\0"):
-        raise UsageError(
-            f"--dataset {args.dataset!r} --suffix {args.suffix!r}: expected names that a folder "
-            "may bear"
-        )
-    if args.data_kind == "list":
-        _refuse(given, (*FOLDERS, *BUILTIN), "the images come from lists")
-        if len(args.train_root) != len(args.train_list):
-            raise UsageError(
-                f"{len(args.train_list)} --train_list with {len(args.train_root)} --train_root: "
-                "expected a folder for each list"
-            )
-        for kind in ("val", "test"):
-            if (getattr(args, f"{kind}_list") is None) != (getattr(args, f"{kind}_root") is None):
-                raise UsageError(f"--{kind}_list and --{kind}_root: expected both or none")
-        if not args.test_only and not (args.train_list and args.val_list):
-            raise UsageError("training on lists needs --train_list and --val_list")
-        if args.test_list is None:
-            raise UsageError("--test_list is missing: expected the list of the open-set test")
-    else:
-        where = "the images come from a folder" if args.data_path else "the images are drawn"
-        _refuse(given, (*LISTS, "coarse_mask", "fine_mask"), where)
-        if args.data_kind == "folder":
-            _refuse(given, BUILTIN, where)
-        else:
-            _refuse(given, ("layout",), where)
-        if args.split_file is not None:
-            decided = [name for name in FOLDERS[1:] if name not in ("test_part", "split_file")]
-            _refuse(given, [*decided, "split_seed"], "--split_file decides")
-        _refuse(
-            given,
-            [f"{kind}_share" for kind in ("test", "validation") if f"{kind}_groups" in given],
-            "the groups are named",
-        )
-    low, high = args.crop_scale
-    if not 0 < low <= high:
-        raise UsageError(f"--crop_scale {low:g} {high:g}: expected 0 < low <= high <= 1")
-    if not args.augment:
-        _refuse(given, VIEWS, "--augment is not given, so every view is the whole image")
-    if args.lighting_order == "original" and not args.bgr:
-        raise UsageError("--lighting_order original differs for --bgr only: expected both")
+@dataclass(frozen=True)
+class ListFiles:
+    """Image lists, each with the folder that its paths start from.
+
+    Attributes:
+        train: lists that are joined; empty for a test alone.
+        val: chooses the best epoch.
+        test: of the open-set test.
+        remap: file that maps labels to final labels.
+        coarse, fine: truths of the test's pairs; None for the labels of the list.
+    """
+
+    train: tuple[tuple[Path, Path], ...]
+    val: tuple[Path, Path] | None
+    test: tuple[Path, Path]
+    remap: Path | None = None
+    coarse: Path | None = None
+    fine: Path | None = None
 
 
-def _check_training(args: argparse.Namespace, given: set[str]) -> None:
-    if args.fresh and args.resume != "never":
-        raise UsageError("--fresh starts anew, --resume goes on: expected one of them")
-    if args.test_only:
-        if args.init_weights is None:
-            raise UsageError("--test_only needs --init_weights: the file to test")
-        if args.resume == "always" or args.is_distill:
-            raise UsageError("--test_only neither resumes nor distils: expected it without")
-        return
-    if not args.is_distill:
-        _refuse(given, DISTILLING, "--is_distill is not given")
-        if args.ce_weight == 0:
-            raise UsageError("--ce_weight 0 without --is_distill leaves nothing to learn from")
-    else:
-        if not args.teacher_backbone_class:
-            raise UsageError("--is_distill needs --teacher_backbone_class")
-        if args.teacher_init_weights is None:
-            raise UsageError("--is_distill needs --teacher_init_weights: the teacher's file")
-        if args.ce_weight == 0 and args.kd_weight == 0:
-            raise UsageError("--ce_weight 0 and --kd_weight 0 leave nothing to learn from")
-        if args.kd_loss != "KD":
-            _refuse(given, ("kd_temperature",), f"--kd_loss {args.kd_loss} has none")
-        if args.kd_loss == "cosine":
-            _refuse(given, ("kd_variant",), "--kd_loss cosine has one form")
-        if args.knowledge is None:
-            _refuse(given, ("knowledge_kind", "knowledge_top_k"), "--knowledge is not given")
-        if args.knowledge_kind != "topk":
-            _refuse(given, ("knowledge_top_k",), "--knowledge_kind is not topk")
-        if args.knowledge is None and args.fill_knowledge:
-            raise UsageError("--fill_knowledge needs --knowledge: the folder to fill")
-        _check_knowledge(args)
-        if not args.head_fixed:
-            _refuse(given, ("mapped_head", "head_dtype"), "--head_fixed is not given")
-    try:
-        schedule_of(args)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if args.lr_scheduler == "cosine":
-        _refuse(given, ("step_size", "gamma"), "--lr_scheduler is cosine")
-    else:
-        _refuse(given, ("min_lr",), f"--lr_scheduler is {args.lr_scheduler}")
-    if args.optim != "SGD":
-        _refuse(given, ("momentum",), f"--optim is {args.optim}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch_size % world:
-        raise UsageError(
-            f"--batch_size {args.batch_size} for {world} processes: expected a multiple of them"
-        )
+@dataclass(frozen=True)
+class DrawnScenes:
+    """Scenes that the program draws for a rehearsal: classes, images of each, pixels, seed."""
+
+    num_classes: int
+    images_per_class: int
+    image_size: int
+    seed: int
 
 
-def _check_knowledge(args: argparse.Namespace) -> None:
-    if args.knowledge is None:
-        return
-    if args.knowledge_kind == "soft" and not (args.head_fixed and args.kd_loss == "KD"):
-        raise UsageError(
-            "--knowledge_kind soft holds what the shared head makes of the teacher: expected "
-            "--head_fixed and --kd_loss KD, or another kind"
-        )
-    if args.knowledge_kind == "topk" and args.kd_loss != "KD":
-        raise UsageError(
-            f"--knowledge_kind topk holds logits, --kd_loss {args.kd_loss} compares features"
-        )
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and which of them are learned.
+
+    Exactly one of ``lists``, ``path`` and ``drawn`` is set.
+
+    Attributes:
+        name: that folders and records bear.
+        learns: whether training images are wanted; False for a test alone.
+        path: folder of class folders.
+        layout: one of ``LAYOUTS``.
+        hold_out: how classes are set apart.
+        split_file: a split that another run made, instead of ``hold_out``.
+        test_part: ``test`` or ``validation``: which of the unseen classes are tested.
+        num_classes: rows of a new head; None for as many as there are classes.
+        threads: that read files.
+    """
+
+    name: str = "TLD"
+    learns: bool = True
+    lists: ListFiles | None = None
+    path: Path | None = None
+    drawn: DrawnScenes | None = None
+    layout: str = "auto"
+    hold_out: HoldOut = field(default_factory=HoldOut)
+    split_file: Path | None = None
+    test_part: str = "test"
+    num_classes: int | None = None
+    threads: int = 4
 
 
-def schedule_of(args: argparse.Namespace) -> Schedule:
-    """The learning rate's schedule; ``ValueError`` when its numbers do not go together."""
-    return Schedule(
-        args.lr_scheduler,
-        lr=args.lr,
-        min_lr=args.min_lr,
-        max_epoch=args.max_epoch,
-        warmup=args.warmup_epoch,
-        steps=parse_milestones(args.step_size),
-        gamma=args.gamma,
-        cosine=args.cosine,
-    )
+@dataclass(frozen=True)
+class DistillConfig:
+    """Which teacher is asked, and how the student learns from it.
+
+    Attributes:
+        backbone: the teacher's, one of ``BACKBONES``.
+        weights: its file.
+        loss, weight: one of ``KD_LOSSES``, and its share of the loss.
+        variant, temperature: of ``KD``; one of ``KD_VARIANTS``.
+        head_fixed: the student takes the teacher's head, frozen.
+        mapped_head: the head stays in its file.
+        head_dtype: one of ``HEAD_DTYPES``.
+        store: folder of stored answers; None asks the teacher each time.
+        store_kind: one of ``KNOWLEDGE``.
+        top_k: logits kept by ``topk``.
+        by_number: row i of the teacher's head is class i, whatever the names say.
+        may_know_test: a teacher that has learned classes of the test is accepted.
+    """
+
+    backbone: str
+    weights: Path
+    loss: str = "KD"
+    weight: float = 1.0
+    variant: str = "canonical"
+    temperature: float = 4.0
+    head_fixed: bool = False
+    mapped_head: bool = False
+    head_dtype: str = "fp32"
+    store: Path | None = None
+    store_kind: str = "features"
+    top_k: int = 16
+    by_number: bool = False
+    may_know_test: bool = False
 
 
-def plain(args: argparse.Namespace) -> dict[str, object]:
-    """The options as JSON holds them."""
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the weights learn.
 
-    def one(value: object) -> object:
-        if isinstance(value, Path):
-            return str(value)
-        return [one(item) for item in value] if isinstance(value, list | tuple) else value
+    Attributes:
+        schedule: the learning rate of each step, and how many epochs there are.
+        batch_size: images of a step, those of all processes together.
+        optimizer, momentum, weight_decay, decay_on: see :mod:`landmark_distill.optimizers`.
+        ce_weight: share of the labels' loss.
+        clip: largest norm of the gradient; 0 for any.
+        amp: ``fp32``, ``bf16`` or ``fp16``.
+        seed: decides first weights, order and dropout.
+        init: file to start from.
+        checkpointing, channels_last: ways to compute.
+        log_interval: steps between lines of progress.
+        eval_interval: epochs between validations.
+        save_every: steps between saved states; 0 saves after each epoch.
+        save_all: model files hold head and teacher, too.
+    """
 
-    return {name: one(value) for name, value in vars(args).items()}
+    schedule: Schedule
+    batch_size: int = 4
+    optimizer: str = "SGD"
+    momentum: float = 0.0
+    weight_decay: float = 5e-4
+    decay_on: str = "all"
+    ce_weight: float = 1.0
+    clip: float = 0.0
+    amp: str = "fp32"
+    seed: int = 0
+    init: Path | None = None
+    checkpointing: bool = False
+    channels_last: bool = False
+    log_interval: int = 50
+    eval_interval: int = 1
+    save_every: int = 0
+    save_all: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of ``main.py``.
+
+    Attributes:
+        folder: the run's.
+        start: how the folder is opened, see :func:`shared_core.runs.open_run`.
+        test_only: no training; ``train.init`` is tested.
+        fill_knowledge: store the teacher's answers, and do nothing else.
+        device: as the option says it.
+        multi_gpu: start a process for each GPU.
+        stored: all options as ``config.json`` holds them; ``threads`` is None where not given.
+    """
+
+    folder: Path
+    start: Literal["new", "resume", "continue", "fresh"]
+    network: NetworkConfig
+    views: ViewConfig
+    data: DataConfig
+    train: TrainConfig
+    distill: DistillConfig | None = None
+    test_only: bool = False
+    fill_knowledge: bool = False
+    device: str = "auto"
+    multi_gpu: bool = False
+    stored: Mapping[str, Any] = field(default_factory=dict)

@@ -1,167 +1,238 @@
-"""What a run is made of: loaders, student, teacher, optimizer, each from the options."""
+"""What a run is made of: loaders, student, teacher, optimizer, each from its configuration."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
-from landmark_distill.data_loader import ViewLoader, eval_loader, train_loader, view_settings
-from landmark_distill.head_file import head_from_file
-from landmark_distill.landmark_data import LandmarkData
+from landmark_distill.config import DistillConfig, NetworkConfig, RunConfig, TrainConfig, ViewConfig
+from landmark_distill.head.distillation import KDSettings
+from landmark_distill.images.landmark_data import LandmarkData
+from landmark_distill.images.views import ViewLoader, eval_loader, train_loader, view_settings
 from landmark_distill.model import EmbeddingModel, load_weights, share_head
-from landmark_distill.model_files import (
-    build,
-    check_channels,
-    load_start,
-    network_of,
-    read_model,
-)
+from landmark_distill.model_files import build, check_channels, load_start, read_head, read_model
 from landmark_distill.optimizers import build_optimizer
-from landmark_distill.teacher import Teacher
+from landmark_distill.teacher import Live, Stored, Teacher
 from shared_core.datasets import EpochOrder, EvalView, ImageSet, TrainView
-from shared_core.for_torch.distributed import World
+from shared_core.for_torch.distributed import World, main_writes
 from shared_core.for_torch.precision import Precision
 from shared_core.runs import UsageError, derive_seed
 
-HEAD_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+PATIENCE = timedelta(days=7)  # how long work of the main process may take
+T = TypeVar("T")
 
 
-def training_view(args: argparse.Namespace) -> TrainView | EvalView:
+def main_works(work: Callable[[], T], world: World) -> T:
+    """``main_writes`` for what may take hours: the others wait longer than a collective may.
+
+    Looking at every byte of every image is such work. The others wait in a group of processes of
+    their own, whose patience is :data:`PATIENCE`.
+    """
+    if world.world_size == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    result: Any = None
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            result = work()
+        except Exception as error:  # told below, by the main process to all
+            failure = error
+    dist.monitored_barrier(group, timeout=PATIENCE)
+    dist.destroy_process_group(group)
+
+    def tell() -> T:
+        if failure is not None:
+            raise failure
+        return result
+
+    return main_writes(tell, world)
+
+
+# -- images ---------------------------------------------------------------------------------------
+
+
+def training_view(views: ViewConfig) -> TrainView | EvalView:
     """What training sees of an image."""
     return view_settings(
-        args.image_size,
-        augment=args.augment,
-        crop_scale=tuple(args.crop_scale),
-        hflip=args.hflip,
-        seed=derive_seed(args.view_seed, "views") % 2**31,
-        method=args.resize,
+        views.size,
+        augment=views.augment,
+        crop_scale=views.crop_scale,
+        hflip=views.hflip,
+        seed=derive_seed(views.seed, "views") % 2**31,
+        method=views.resize,
     )
 
 
-def view_identity(args: argparse.Namespace) -> dict[str, object]:
+def view_identity(views: ViewConfig) -> dict[str, object]:
     """What decides a training view's pixels and channels: part of a store's name."""
     return {
-        **training_view(args).settings(),
-        "lighting": args.lighting if args.augment else 0.0,
-        "lighting_order": args.lighting_order,
-        "bgr": args.bgr,
+        **training_view(views).settings(),
+        "lighting": views.lighting if views.augment else 0.0,
+        "lighting_order": views.lighting_order,
+        "bgr": views.bgr,
     }
 
 
-def make_train_loader(args: argparse.Namespace, images: ImageSet, world: World) -> ViewLoader:
-    """Shuffled batches of this process; those of all processes together are ``--batch_size``."""
+def make_train_loader(config: RunConfig, images: ImageSet, world: World) -> ViewLoader:
+    """Shuffled batches of this process; those of all processes together are ``batch_size``."""
+    views = config.views
     return train_loader(
         images,
-        view=training_view(args),
-        batch_size=args.batch_size // world.world_size,
-        seed=derive_seed(args.seed, "order") % 2**31,
+        view=training_view(views),
+        batch_size=config.train.batch_size // world.world_size,
+        seed=derive_seed(config.train.seed, "order") % 2**31,
         device=world.device,
-        threads=args.num_workers,
-        views=args.views or (0 if args.augment else 1),
+        threads=config.data.threads,
+        views=views.views or (0 if views.augment else 1),
         rank=world.rank,
         world_size=world.world_size,
-        lighting=args.lighting,
-        lighting_order=args.lighting_order,
-        bgr=args.bgr,
+        lighting=views.lighting,
+        lighting_order=views.lighting_order,
+        bgr=views.bgr,
     )
 
 
-def make_eval_loader(args: argparse.Namespace, images: ImageSet, world: World) -> ViewLoader:
+def make_eval_loader(config: RunConfig, images: ImageSet, world: World) -> ViewLoader:
     """Every image once, in order; several processes share them out."""
     order = EpochOrder(len(images), shuffle=False, rank=world.rank, world_size=world.world_size)
     return eval_loader(
         images,
-        image_size=args.image_size,
-        batch_size=max(1, args.batch_size // world.world_size),
+        image_size=config.views.size,
+        batch_size=max(1, config.train.batch_size // world.world_size),
         device=world.device,
-        threads=args.num_workers,
-        bgr=args.bgr,
-        method=args.resize,
+        threads=config.data.threads,
+        bgr=config.views.bgr,
+        method=config.views.resize,
         order=order,
     )
 
 
-def prepare_teacher(args: argparse.Namespace, world: World) -> Teacher:
-    """The teacher of ``--teacher_init_weights`` with its head.
+# -- networks -------------------------------------------------------------------------------------
+
+
+def prepare_teacher(config: RunConfig, world: World) -> Teacher:
+    """The teacher of a distilled run, with its head.
 
     A file of this project says how its network is built; another one is built with the run's
     image size and feature length. Every weight must fit.
 
     Raises:
-        UsageError: another network than ``--teacher_backbone_class``, or other features.
+        UsageError: another network than the options say, or other features.
         ValueError: weights that do not fit, or a file without a head.
     """
-    path = args.teacher_init_weights
-    weights, facts = read_model(path)
-    network = facts["network"] if facts else network_of(args, name=args.teacher_backbone_class)
-    if network["name"] != args.teacher_backbone_class:
-        raise UsageError(
-            f"--teacher_backbone_class {args.teacher_backbone_class}, {path} holds a "
-            f"{network['name']}: expected that"
-        )
-    if network["feature_dim"] != args.feature_dim:
-        raise UsageError(
-            f"--feature_dim {args.feature_dim}, the teacher of {path} makes "
-            f"{network['feature_dim']} features: expected as many"
-        )
-    if not args.fill_knowledge and facts is not None:
-        check_channels(path, facts, bgr=args.bgr)
+    asked = config.distill
+    if asked is None:
+        raise ValueError("the run has no teacher, expected a distilled run")
+    weights, facts = read_model(asked.weights)
+    network = teacher_network(config.network, asked, facts)
+    if facts is not None and not config.fill_knowledge:
+        check_channels(asked.weights, facts, bgr=config.views.bgr)
     model = build(network, num_classes=None)
-    load_weights(model.encoder, weights, source=str(path))
-    head = head_from_file(
-        path,
-        mmap=args.mapped_head,
-        dtype=None if args.mapped_head else HEAD_DTYPES[args.head_dtype],
-        scale=network["scale"],
-        margin=network["margin"],
+    load_weights(model.encoder, weights, source=str(asked.weights))
+    head = read_head(
+        asked.weights,
+        mapped=asked.mapped_head,
+        dtype=None if asked.mapped_head else DTYPES[asked.head_dtype],
+        scale=network.scale,
+        margin=network.margin,
     )
     share_head(model, head)
-    if not args.mapped_head:
-        model.to(world.device)
+    model.encoder.to(world.device)
+    if not asked.mapped_head and model.head is not None:
+        model.head.to(world.device)
+    names = tuple(facts["class_names"]) if facts else ()
+    return Teacher(model, Precision(world.device, config.train.amp), class_names=names)
+
+
+def teacher_network(
+    student: NetworkConfig, asked: DistillConfig, facts: dict[str, Any] | None
+) -> NetworkConfig:
+    """How the teacher is built: as its file says, or with the student's sizes.
+
+    Raises:
+        UsageError: the file holds another network than the options say, or other features.
+    """
+    if facts is not None:
+        network = NetworkConfig.of_file(facts["network"])
     else:
-        model.encoder.to(world.device)
-    return Teacher(model, Precision(world.device, args.amp))
+        same = asked.backbone == student.name
+        options = student.options if same else {}
+        network = replace(student, name=asked.backbone, options=options)
+    if network.name != asked.backbone:
+        raise UsageError(
+            f"--teacher_backbone_class {asked.backbone}, {asked.weights} holds a {network.name}: "
+            "expected that"
+        )
+    if network.feature_dim != student.feature_dim:
+        raise UsageError(
+            f"--feature_dim {student.feature_dim}, the teacher of {asked.weights} makes "
+            f"{network.feature_dim} features: expected as many"
+        )
+    return network
 
 
 def prepare_student(
-    args: argparse.Namespace, data: LandmarkData, world: World, teacher: Teacher | None
+    config: RunConfig, data: LandmarkData, world: World, teacher: Teacher | None
 ) -> EmbeddingModel:
     """The network that learns, on its device, with its own head or the teacher's.
 
     Raises:
-        ValueError: ``--init_weights`` that do not fit; more classes than the teacher's head knows.
+        ValueError: weights to start from that do not fit.
     """
-    shared = teacher is not None and args.head_fixed
-    rows = data.num_classes
-    if teacher is not None and args.kd_loss == "KD" and teacher.head.num_classes != rows:
-        if not shared and args.num_classes is None:
-            rows = teacher.head.num_classes
-    if teacher is not None and teacher.head.num_classes < data.num_classes:
-        raise ValueError(
-            f"the teacher's head knows {teacher.head.num_classes} classes, the data have "
-            f"{data.num_classes}: expected at least as many"
-        )
-    model = build(network_of(args), num_classes=None if shared else rows)
+    shared = config.distill is not None and config.distill.head_fixed
+    model = build(config.network, num_classes=None if shared else data.num_classes)
     if shared and teacher is not None:
         share_head(model, teacher.model)
-    if args.init_weights is not None:
-        load_start(model, args.init_weights, bgr=args.bgr)
-    model.set_checkpointing(args.grad_checkpointing)
-    memory = torch.channels_last if args.channels_last else torch.preserve_format
+    if config.train.init is not None:
+        load_start(model, config.train.init, bgr=config.views.bgr)
+    model.set_checkpointing(config.train.checkpointing)
+    memory = torch.channels_last if config.train.channels_last else torch.preserve_format
     model.encoder.to(world.device, memory_format=memory)
     if model.head is not None and not shared:
         model.head.to(world.device)
     return model
 
 
-def prepare_optimizer(args: argparse.Namespace, model: EmbeddingModel) -> torch.optim.Optimizer:
+def prepare_optimizer(train: TrainConfig, model: EmbeddingModel) -> torch.optim.Optimizer:
     """Over what learns: never a fixed head, never the teacher."""
     return build_optimizer(
-        args.optim,
+        train.optimizer,
         model.named_parameters(),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum if args.optim == "SGD" else 0.0,
-        decay_on=args.weight_decay_on,
+        lr=train.schedule.lr,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        decay_on=train.decay_on,
+    )
+
+
+# -- the teacher's answers ------------------------------------------------------------------------
+
+
+def make_source(
+    config: RunConfig, teacher: Teacher | None, data: LandmarkData, world: World
+) -> Live | Stored | None:
+    """Where the teacher's outputs come from: None without one; asked live; or from a store."""
+    asked = config.distill
+    if teacher is None or asked is None:
+        return None
+    if asked.store is None:
+        return Live(teacher)
+    if data.train is None:
+        raise ValueError("no training images whose teacher outputs could be stored")
+    return Stored(
+        asked.store,
+        teacher,
+        kind=asked.store_kind,
+        keys=[str(key) for key in data.train.keys],
+        view=view_identity(config.views),
+        kd=KDSettings(asked.variant, asked.temperature),
+        top_k=asked.top_k,
+        writable=world.world_size == 1,
     )

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landmark_distill.cosine_head import MARGIN, SCALE, CosineMarginHead
-from landmark_distill.head_file import head_from_file, save_head
+from landmark_distill.head.cosine_head import MARGIN, SCALE, CosineMarginHead
 from landmark_distill.resnet12 import ResNet12
 from landmark_distill.resnets import resnet20, resnet50
 from landmark_distill.swin_transformer import SwinTransformer
-
-__all__ = ["MODELS", "EmbeddingModel", "build_model", "head_from_file", "save_head", "share_head"]
 
 IMAGE_SIZE = 384  # pixels, of the published recipe
 FEATURE_DIM = 1024
@@ -145,7 +142,7 @@ def share_head(student: EmbeddingModel, teacher: EmbeddingModel | CosineMarginHe
 
     Args:
         student: its own head, if it has one, is dropped.
-        teacher: a model with a head, or a head, for example of :func:`head_from_file`.
+        teacher: a model with a head, or a head.
 
     Raises:
         ValueError: the teacher has no head, or its features have another length.

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from landmark_distill.config import NetworkConfig
+from landmark_distill.head.cosine_head import CosineMarginHead
 from landmark_distill.model import EmbeddingModel, build_model, load_weights
-from landmark_distill.options import NETWORK
 from shared_core.checkpoints import CheckpointError, make_facts
 from shared_core.for_torch.checkpoints import load_checkpoint, load_foreign_weights, save_checkpoint
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 PROJECT = "landmark_distill"
 TEACHER = "teacher."
+WRAPPERS = ("model_state", "state_dict", "params", "model")  # what weights may lie under
 
 
-def network_of(args: argparse.Namespace, *, name: str | None = None) -> dict[str, Any]:
-    """What :func:`build` needs to know of the options' network.
+def build(network: NetworkConfig | Mapping[str, Any], *, num_classes: int | None) -> EmbeddingModel:
+    """A network as configured, or as a file's facts say, with a new head of ``num_classes`` rows.
 
     Args:
-        name: another backbone than the options'; it then has its own defaults.
+        num_classes: None for no head.
     """
-    other = name is not None and name != args.backbone_class
-    options = {key: None if other else getattr(args, key) for key in NETWORK}
-    return {
-        "name": name or args.backbone_class,
-        "image_size": args.image_size,
-        "feature_dim": args.feature_dim,
-        "scale": args.cos_scale,
-        "margin": args.cos_margin,
-        "options": {key: value for key, value in options.items() if value is not None},
-    }
-
-
-def build(network: Mapping[str, Any], *, num_classes: int | None) -> EmbeddingModel:
-    """The network of :func:`network_of`, with a new head of ``num_classes`` rows or none."""
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in network["options"].items()
-    }
+    if not isinstance(network, NetworkConfig):
+        network = NetworkConfig.of_file(network)
     return build_model(
-        network["name"],
+        network.name,
         num_classes=num_classes,
-        image_size=network["image_size"],
-        feature_dim=network["feature_dim"],
-        scale=network["scale"],
-        margin=network["margin"],
-        **options,
+        image_size=network.image_size,
+        feature_dim=network.feature_dim,
+        scale=network.scale,
+        margin=network.margin,
+        **network.options,
     )
 
 
@@ -73,7 +60,7 @@ def save_model(
     path: Path,
     weights: Mapping[str, Tensor],
     *,
-    network: Mapping[str, Any],
+    network: NetworkConfig,
     class_names: list[str],
     epoch: int,
     metrics: Mapping[str, float],
@@ -83,10 +70,10 @@ def save_model(
     resize: str,
 ) -> dict[str, Any]:
     """Write weights (``encoder.*``, maybe ``head.weight`` and ``teacher.*``) with their facts."""
-    size = int(network["image_size"])
+    size = network.image_size
     facts = make_facts(
         project=PROJECT,
-        architecture=network["name"],
+        architecture=network.name,
         class_names=class_names,
         framework="torch",
         input_size=(3, size, size),
@@ -96,7 +83,7 @@ def save_model(
         metrics=metrics,
         split_hash=split_hash,
         config=config,
-        network=dict(network),
+        network=network.as_dict(),
         bgr=bgr,
         resize=resize,
     )
@@ -135,19 +122,19 @@ def _foreign(path: Path) -> dict[str, Tensor]:
 
 
 def load_model(
-    path: str | Path, *, network: Mapping[str, Any] | None = None
+    path: str | Path, *, network: NetworkConfig | None = None
 ) -> tuple[EmbeddingModel, dict[str, Any] | None]:
     """The network of a file with its weights, and the head when the file holds one.
 
     Args:
-        network: how to build it (see :func:`network_of`) when the file does not say.
+        network: how to build it when the file does not say.
 
     Raises:
         ValueError: weights that do not fit, or a foreign file and no ``network``.
     """
     weights, facts = read_model(path)
     if facts is not None:
-        network = facts["network"]
+        network = NetworkConfig.of_file(facts["network"])
     elif network is None:
         raise ValueError(f"{path} does not say what network it is of: expected a file of this one")
     heads = [value for name, value in weights.items() if name.endswith("head.weight")]
@@ -186,3 +173,50 @@ def check_channels(path: str | Path, facts: Mapping[str, Any] | None, *, bgr: bo
             f"{path} learned from images with {saw}: expected "
             + ("--bgr" if facts["bgr"] else "no --bgr")
         )
+
+
+def read_head(
+    path: str | Path, *, mapped: bool, dtype: torch.dtype | None, scale: float, margin: float
+) -> CosineMarginHead:
+    """The head of a model file, frozen: the tensor whose name ends in ``head.weight``.
+
+    Args:
+        path: of this project or a foreign one, torch's format or safetensors; in torch's the
+            weights may lie under ``model``, ``model_state``, ``state_dict`` or ``params``.
+        mapped: read on demand, shared between processes, never written back. Not with ``dtype``.
+        dtype: convert, which reads it all; None for the file's own.
+        scale, margin: of the head.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no head in it, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a head")
+    try:
+        weight = _head_weight(path)
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+        line = str(error).split("\n")[0]
+        raise ValueError(f"{path}: cannot be read as weights: {line}") from error
+    if weight is None:
+        raise ValueError(f"{path}: holds no head, expected a tensor named ...head.weight")
+    if dtype is not None:
+        weight = weight.to(dtype)
+    elif not mapped:
+        weight = weight.clone()
+    return CosineMarginHead.around(weight, scale=scale, margin=margin)
+
+
+def _head_weight(path: Path) -> Tensor | None:
+    """Mapped by the libraries, and nothing in the file is executed."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith("head.weight")]  # noqa: SIM118
+            return file.get_tensor(names[0]) if names else None
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    names = [n for n in state if n.endswith("head.weight")] if isinstance(state, dict) else []
+    return state[names[0]] if names else None

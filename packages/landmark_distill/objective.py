@@ -5,25 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from landmark_distill.cosine_head import CosineMarginHead
-from landmark_distill.head_kd import (
+from landmark_distill.head.cosine_head import CosineMarginHead
+from landmark_distill.head.distillation import (
     HeadLosses,
     KDSettings,
     feature_cosine,
     full_losses,
     global_kd,
-    kd_from_logits,
 )
+from landmark_distill.head.streamed_loss import soft_labels, streamed_losses
 from landmark_distill.model import EmbeddingModel
-from landmark_distill.streamed_head import soft_labels, streamed_losses
 from landmark_distill.teacher import TeacherOutputs
 
 
 class Objective(nn.Module):
     """Student and loss as one module, so that a data-parallel wrapper sees every gradient.
 
-    Through a frozen head the losses are streamed (:mod:`landmark_distill.streamed_head`), through
-    one that learns they come from whole logits. The numbers are the same.
+    Through a frozen head the losses are streamed, piece by piece of the head; through one that
+    learns they come from whole logits. The numbers are the same.
 
     Args:
         student: learns; its head is its own, or the teacher's, frozen.
@@ -80,9 +79,8 @@ class Objective(nn.Module):
     def _at_head(self, features: Tensor, labels: Tensor, outputs: TeacherOutputs) -> HeadLosses:
         head = self.student.head
         by_logits = self.kd_loss == "KD"
-        if by_logits and outputs.logits is not None:  # the largest ones of a store
-            return self._from_stored_logits(features, labels, outputs.logits)
-        if head.frozen:
+        stored = outputs.logits if by_logits else None  # the largest ones of a store
+        if head.frozen and stored is None:
             soft = outputs.soft if by_logits else None
             if by_logits and soft is None:
                 soft = soft_labels(outputs.features, head, labels=labels, kd=self.kd)
@@ -92,21 +90,7 @@ class Objective(nn.Module):
             head,
             labels=labels,
             teacher_features=outputs.features if by_logits else None,
+            teacher_logits=stored,
             teacher_head=self._teacher_head[0],
             kd=self.kd,
         )
-
-    def _from_stored_logits(self, features: Tensor, labels: Tensor, teacher: Tensor) -> HeadLosses:
-        head = self.student.head
-        found = full_losses(features, head, labels=labels)
-        with_margin = head(features, labels)
-        if self.kd.variant == "canonical":
-            head.eval()
-            student = head(features)
-            head.train(self.training)
-        else:
-            student = with_margin
-            rows = torch.arange(len(labels), device=labels.device)
-            teacher = teacher.clone()
-            teacher[rows, labels] -= head.scale * head.margin
-        return HeadLosses(found.ce, kd_from_logits(student, teacher, self.kd), found.correct)

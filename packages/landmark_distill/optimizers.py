@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
-DECAY = ("all", "matrices")
+from landmark_distill.config import DECAY, OPTIMIZERS
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -59,7 +58,6 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     momentum: float = 0.0,
-    nesterov: bool = False,
     decay_on: str = "all",
 ) -> torch.optim.Optimizer:
     """``SGD``, ``Adam`` (decay added to the gradient) or ``AdamW`` (decay apart from it).
@@ -72,7 +70,7 @@ def build_optimizer(
     """
     groups = parameter_groups(named, weight_decay=weight_decay, decay_on=decay_on)
     if kind == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer {kind!r}, expected one of {', '.join(OPTIMIZERS)}")
     if momentum:

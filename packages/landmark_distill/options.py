@@ -1,33 +1,27 @@
-"""The options of landmark_distill: the original's flags, and what took an edit of its code."""
+"""The options of ``main.py``: the original's, those that all projects share, and our own."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from landmark_distill.data_loader import LIGHTING_ORDERS
-from landmark_distill.optimizers import DECAY, OPTIMIZERS
+from landmark_distill import config
 from landmark_distill.recipes import RECIPES
 from landmark_distill.schedules import COSINES, SCHEDULERS
-from landmark_distill.two_level import LAYOUTS
 from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
+from shared_core.runs.options import CommandParser, add_common
 
-BACKBONES = ("Swin_base", "Swin_tiny", "Resnet20", "Resnet12", "Resnet50")
-KD_LOSSES = ("KD", "global_KD", "cosine")
-KD_VARIANTS = ("canonical", "original")
-KNOWLEDGE = ("features", "soft", "topk")
-NETWORK = (
-    *("window", "depths", "heads", "drop_path"),  # of a Swin
-    *("drop_rate", "drop_block", "drop_block_steps"),  # of a Resnet12
-    "width",  # of a Resnet20
-)
-
-# Flags that have no effect without --is_distill.
-DISTILLING = (
-    *("teacher_backbone_class", "teacher_init_weights", "kd_loss", "kd_weight", "kd_variant"),
-    *("kd_temperature", "head_fixed", "knowledge", "knowledge_kind", "knowledge_top_k"),
-    *("mapped_head", "head_dtype", "fill_knowledge"),
-)
+SHARE = number(float, 0, 0.99)
+ALIASES = {  # the spellings of the first README, and those that this package had before
+    "data-path": ("--data_path",),
+    "split": ("--split_file",),
+    "input-size": ("--image_size",),
+    "epochs": ("--max_epoch",),
+    "batch-size": ("--batch_size",),
+    "workers": ("--num_workers",),
+    "init": ("--init_weights",),
+}
 
 
 def _resume(text: str) -> str:
@@ -50,139 +44,235 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 2,2,6,2") from None
 
 
+def _file_or_none(text: str) -> Path | None:
+    return None if text == "none" else Path(text)
+
+
+# Group: the common options in it, and rows of our own: name, what its value is (bool: none, a
+# tuple: one of these), default, sentence, further arguments of argparse.
+Row = tuple[Any, ...]
+RUN: tuple[Row, ...] = (
+    ("recipe", tuple(RECIPES), None, "A published recipe. Options on the command line win over "
+     "it."),
+    ("test_only", bool, False, "Do not train: test the file of --init. It says what network it is "
+     "of and what it sees."),
+    ("save_dir", Path, Path("runs/landmark_distill"), "The folder below which runs get folders "
+     "named by task and settings.", {"metavar": "DIR"}),
+    ("suffix", str, "", "Text behind the name of the settings' folder."),
+    ("multi_gpu", bool, False, "Use all GPUs of this machine, with a process for each; torchrun "
+     "starts processes on several machines."),
+)  # fmt: skip
+NETWORK: tuple[Row, ...] = (
+    ("backbone_class", config.BACKBONES, "Resnet12", "The network that learns."),
+    ("feature_dim", SIZE, 1024, "The numbers in a feature, of student and teacher."),
+    ("num_classes", SIZE, None, "The rows of a new head. Without it there is one for each class "
+     "of the data."),
+    ("cos_scale", POSITIVE, 32.0, "What the head multiplies cosines by."),
+    ("cos_margin", SHARE, 0.1, "What the label's cosine loses in training."),
+    ("window", SIZE, None, "The side of a Swin's windows in tokens. Without it 1/32 of the "
+     "image's side in pixels."),
+    ("depths", _numbers, None, "The blocks in the stages of a Swin, such as 2,2,6,2."),
+    ("heads", _numbers, None, "The attention heads in the stages of a Swin, such as 2,4,8,16."),
+    ("drop_path", SHARE, None, "The share of a Swin's branches that is left out in training. "
+     "Without it 0.1."),
+    ("drop_rate", SHARE, None, "The share of a Resnet12's maps that is dropped in training. "
+     "Without it 0.1."),
+    ("drop_block", COUNT, None, "The side in pixels of the squares that a Resnet12 drops. Without "
+     "it 5."),
+    ("drop_block_steps", SIZE, None, "The steps until a Resnet12 drops its whole share. Without "
+     "it 40000."),
+    ("width", SIZE, None, "The channels of a Resnet20's first stage. Without it 16."),
+)  # fmt: skip
+DISTILLATION: tuple[Row, ...] = (
+    ("is_distill", bool, False, "Learn from a teacher."),
+    ("teacher_backbone_class", ("", *config.BACKBONES), "", "The teacher's network."),
+    ("teacher_init_weights", Path, None, "The teacher's file."),
+    ("teacher_classes", ("by-name", "by-number"), "by-name", "How a class of the data finds its "
+     "row in the teacher's head. by-number takes row i for class i, for a teacher whose file "
+     "names no classes."),
+    ("teacher_may_know_test", bool, False, "Accept a teacher that has learned classes of the "
+     "test. They are not unseen then, and the record says so."),
+    ("kd_loss", config.KD_LOSSES, "KD", "What is compared: KD predictions through the head, "
+     "global_KD features by their distance, cosine features by their direction."),
+    ("kd_weight", WEIGHT, 1.0, "The weight of the teacher's loss."),
+    ("ce_weight", WEIGHT, 1.0, "The weight of the labels' loss."),
+    ("kd_variant", config.KD_VARIANTS, "canonical", "canonical is T^2 KL at one temperature, "
+     "averaged over the batch; in original the temperature divides the student's logits only, "
+     "and the batch is summed."),
+    ("kd_temperature", POSITIVE, 4.0, "The temperature T of KD."),
+    ("head_fixed", bool, False, "Take the teacher's head over, frozen."),
+    ("mapped_head", bool, False, "Map the fixed head from its file instead of reading it."),
+    ("head_dtype", config.HEAD_DTYPES, "fp32", "The precision that a fixed head is kept in."),
+    ("knowledge", Path, None, "The folder of stored teacher outputs; it is made where it is "
+     "missing.", {"metavar": "DIR"}),
+    ("knowledge_kind", config.KNOWLEDGE, "features", "What is stored of each view: the teacher's "
+     "features; the soft label that a fixed head makes of them; or its largest logits, which are "
+     "exact at --kd_temperature 1."),
+    ("knowledge_top_k", SIZE, 16, "How many logits topk stores."),
+    ("fill_knowledge", bool, False, "Store the teacher's outputs for all views, and do not "
+     "train."),
+)  # fmt: skip
+TRAINING: tuple[Row, ...] = (
+    ("warmup_epoch", COUNT, 0, "The epochs in which the rate rises."),
+    ("min_lr", WEIGHT, 1e-6, "The rate that the cosine falls to."),
+    ("optim", config.OPTIMIZERS, "SGD", "The optimizer."),
+    ("momentum", number(float, 0, 0.9999), 0.0, "The momentum of SGD."),
+    ("weight_decay", WEIGHT, 5e-4, "The weight decay."),
+    ("weight_decay_on", config.DECAY, "all", "Which weights decay: all, or matrices and kernels."),
+    ("lr_scheduler", SCHEDULERS, "cosine", "How the rate falls."),
+    ("cosine", COSINES, "original", "The original's warm-up and cosine, or those that begin and "
+     "end where they should."),
+    ("step_size", str, "20", "The epochs between two steps, or 10,20,30 for multistep."),
+    ("gamma", number(float, 0, 1, open_low=True), 0.5, "What a step multiplies the rate by."),
+    ("clip_grad", WEIGHT, 0.0, "The largest norm of a gradient. 0 leaves all as they are."),
+    ("grad_checkpointing", bool, False, "Compute blocks twice: less memory, more time."),
+    ("channels_last", bool, False, "Keep the channels of a pixel together in memory."),
+    ("log_interval", SIZE, 50, "The steps between lines of progress."),
+    ("eval_interval", SIZE, 1, "The epochs between validations."),
+    ("save_every", COUNT, 0, "Save the run's state every N steps, too. 0 saves it after each "
+     "epoch."),
+    ("save_all", bool, False, "Let max_acc.pth hold head and teacher, too."),
+)  # fmt: skip
+DATA: tuple[Row, ...] = (
+    ("dataset", str, "TLD", "The name that folders and records bear."),
+    ("layout", config.LAYOUTS, "auto", "How deep the classes lie in --data-path."),
+    ("calibration_share", number(float, 0.01, 0.5), 0.1, "The share of each learned class that "
+     "chooses the best epoch."),
+    ("test_share", FRACTION, 0.25, "The share of the classes that is kept for the test, in whole "
+     "groups."),
+    ("validation_share", FRACTION, 0.0, "The share of the classes that is kept for tuning, "
+     "likewise."),
+    ("test_groups", _names, (), "The groups of the test, a,b, instead of a share."),
+    ("validation_groups", _names, (), "The groups for tuning, a,b, instead of a share."),
+    ("split_seed", COUNT, 0, "The number that decides which classes and images are kept."),
+    ("test_part", ("test", "validation"), "test", "Which unseen classes of a folder are tested."),
+    ("builtin_classes", number(int, 4, 45), 12, "The classes of the drawn scenes."),
+    ("builtin_images", SIZE, 40, "The drawn scenes of a class."),
+)  # fmt: skip
+SEVERAL = {"nargs": "+"}
+LISTS: tuple[Row, ...] = (
+    ("train_list", Path, [], "Lists to learn from: path, remark, label, tabs between.", SEVERAL),
+    ("train_root", Path, [], "The folder of each list's paths.", {**SEVERAL, "metavar": "DIR"}),
+    ("remap", Path, None, "A map of labels to final labels, .json or a torch file."),
+    ("val_list", Path, None, "The list that chooses the best epoch."),
+    ("val_root", Path, None, "The folder of its paths.", {"metavar": "DIR"}),
+    ("test_list", Path, None, "The list of the open-set test."),
+    ("test_root", Path, None, "The folder of its paths.", {"metavar": "DIR"}),
+    ("coarse_mask", Path, None, "The coarse truth of --test_list: pairs or labels, .npy. Without "
+     "it the list's labels."),
+    ("fine_mask", Path, None, "The fine truth, likewise."),
+)  # fmt: skip
+VIEWS: tuple[Row, ...] = (
+    ("augment", bool, False, "Random crops, flips and lighting noise in training."),
+    ("crop_scale", FRACTION, (0.08, 1.0), "The share of the image in a crop.",
+     {"nargs": 2, "metavar": ("LOW", "HIGH")}),
+    ("hflip", FRACTION, 0.5, "The share of the views that are mirrored."),
+    ("lighting", WEIGHT, 0.1, "The deviation of the lighting noise. 0 is none."),
+    ("lighting_order", config.LIGHTING_ORDERS, "right", "Whose noise a channel gets; original "
+     "adds red's to blue."),
+    ("bgr", bool, False, "Put blue first, as the original's networks want it."),
+    ("views", COUNT, 0, "The views that an image has. 0 is a new one each epoch."),
+    ("view_seed", COUNT, None, "The number that decides the views. Without it that of --seed."),
+    ("resize", config.RESIZES, "linear", "How images are made smaller."),
+)  # fmt: skip
+
+
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser; defaults are the original's wherever it had one that could run."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog=prog,
         description="Teach a small network through the frozen classifier of a large one, and test "
         "it by verification among classes that it has not seen.",
-        epilog="Results go to --save_dir/<task>/<settings>: record.txt, metrics.jsonl, "
-        "max_acc.pth, checkpoint.pth.tar, opensetFeat.npy.",
+        epilog="Results go to --output, or to --save_dir/<task>/<settings>: record.txt, "
+        "metrics.jsonl, max_acc.pth, checkpoint.pth.tar, opensetFeat.npy, result.json.",
     )
-    g = p.add_argument_group("what to run")
-    g.add_argument("--recipe", choices=tuple(RECIPES), help="a published recipe; flags win over it")
-    g.add_argument("--test_only", action="store_true", help="no training: test --init_weights")
-    g.add_argument(
-        "--resume",
-        nargs="?",
-        const="always",
-        default="never",
-        type=_resume,
-        metavar="True|False|auto",
-        help="go on with the run in the task's folder; auto: if there is one",
-    )
-    g.add_argument("--fresh", action="store_true", help="start anew, delete the run in the folder")
-    g.add_argument("--save_dir", type=Path, default=Path("runs/landmark_distill"))
-    g.add_argument("--suffix", default="", help="appended to the settings' folder name")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    g.add_argument(
-        "--multi_gpu",
-        action="store_true",
-        help="all GPUs of this machine, one process each; torchrun starts more machines",
-    )
-    g.add_argument("--threads", type=COUNT, default=0, help="of the CPU; 0 = torch's choice")
-
-    g = p.add_argument_group("model")
-    g.add_argument("--backbone_class", default="Resnet12", choices=BACKBONES)
-    g.add_argument("--image_size", type=number(int, 8, 4096), default=384, help="pixels")
-    g.add_argument("--feature_dim", type=SIZE, default=1024, help="of all networks")
-    g.add_argument("--num_classes", type=SIZE, help="rows of the head (default: the data's)")
-    g.add_argument("--cos_scale", type=POSITIVE, default=32.0, help="of the cosine head")
-    g.add_argument("--cos_margin", type=number(float, 0, 0.99), default=0.1, help="in training")
-    g.add_argument("--init_weights", type=Path, help="start from this file; every weight must fit")
-    g.add_argument("--window", type=SIZE, help="of a Swin, tokens (default: 1/32 of the image)")
-    g.add_argument("--depths", type=_numbers, help="of a Swin's stages, 2,2,6,2")
-    g.add_argument("--heads", type=_numbers, help="of a Swin's stages, 2,4,8,16")
-    g.add_argument("--drop_path", type=number(float, 0, 0.99), help="of a Swin (default: 0.1)")
-    g.add_argument("--drop_rate", type=number(float, 0, 0.99), help="of a Resnet12 (default: 0.1)")
-    g.add_argument("--drop_block", type=COUNT, help="of a Resnet12, pixels (default: 5)")
-    g.add_argument("--drop_block_steps", type=SIZE, help="until all of it drops (default: 40000)")
-    g.add_argument("--width", type=SIZE, help="of a Resnet20 (default: 16)")
-
-    g = p.add_argument_group("distillation")
-    g.add_argument("--is_distill", action="store_true", help="learn from a teacher")
-    g.add_argument("--teacher_backbone_class", default="", choices=("", *BACKBONES))
-    g.add_argument("--teacher_init_weights", type=Path, help="the teacher's file")
-    g.add_argument("--kd_loss", default="KD", choices=KD_LOSSES)
-    g.add_argument("--kd_weight", type=WEIGHT, default=1.0)
-    g.add_argument("--ce_weight", type=WEIGHT, default=1.0, help="of the labels' loss")
-    g.add_argument(
-        "--kd_variant",
-        default="canonical",
-        choices=KD_VARIANTS,
-        help="canonical: T^2 KL at one temperature, batch mean; original: the temperature divides "
-        "the student's logits only, summed over the batch",
-    )
-    g.add_argument("--kd_temperature", type=POSITIVE, default=4.0)
-    g.add_argument("--head_fixed", action="store_true", help="the teacher's head, frozen")
-    g.add_argument("--mapped_head", action="store_true", help="map the head instead of reading it")
-    g.add_argument("--head_dtype", default="fp32", choices=("fp32", "bf16"), help="of a fixed head")
-    g.add_argument(
-        "--knowledge", type=Path, help="folder of stored teacher outputs; made when it is missing"
-    )
-    g.add_argument("--knowledge_kind", default="features", choices=KNOWLEDGE)
-    g.add_argument(
-        "--fill_knowledge", action="store_true", help="store the outputs for all views, no training"
-    )
-    g.add_argument("--knowledge_top_k", type=SIZE, default=16, help="logits kept, for topk")
-
-    g = p.add_argument_group("training")
-    g.add_argument("--max_epoch", type=SIZE, default=100)
-    g.add_argument("--warmup_epoch", type=COUNT, default=0)
-    g.add_argument("--batch_size", type=SIZE, default=4, help="of all processes together")
-    g.add_argument("--lr", type=POSITIVE, default=1e-4)
-    g.add_argument("--min_lr", type=WEIGHT, default=1e-6, help="of the cosine")
-    g.add_argument("--optim", default="SGD", choices=OPTIMIZERS)
-    g.add_argument("--momentum", type=number(float, 0, 0.9999), default=0.0, help="of SGD")
-    g.add_argument("--weight_decay", type=WEIGHT, default=5e-4)
-    g.add_argument("--weight_decay_on", default="all", choices=DECAY)
-    g.add_argument("--lr_scheduler", default="cosine", choices=SCHEDULERS)
-    g.add_argument("--cosine", default="original", choices=COSINES, help="also of the warm-up")
-    g.add_argument("--step_size", default="20", help="epochs; 10,20,30 for multistep")
-    g.add_argument("--gamma", type=number(float, 0, 1, open_low=True), default=0.5)
-    g.add_argument("--clip_grad", type=WEIGHT, default=0.0, help="0 = off")
-    g.add_argument("--amp", default="fp32", choices=("fp32", "bf16", "fp16"))
-    g.add_argument("--grad_checkpointing", action="store_true", help="less memory, more time")
-    g.add_argument("--channels_last", action="store_true")
-    g.add_argument("--log_interval", type=SIZE, default=50, help="steps between lines of progress")
-    g.add_argument("--eval_interval", type=SIZE, default=1, help="epochs between validations")
-    g.add_argument("--save_every", type=COUNT, default=0, help="steps between saved states too")
-    g.add_argument("--save_all", action="store_true", help="max_acc.pth holds head and teacher too")
-
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", default="TLD", help="the name that folders and records bear")
-    g.add_argument("--data_path", type=Path, help="folder: class/image or coarse/fine/image")
-    g.add_argument("--layout", default="auto", choices=LAYOUTS)
-    g.add_argument("--calibration_share", type=number(float, 0.01, 0.5), default=0.1)
-    g.add_argument("--test_share", type=FRACTION, default=0.25, help="of classes, in whole groups")
-    g.add_argument("--validation_share", type=FRACTION, default=0.0, help="likewise, for tuning")
-    g.add_argument("--test_groups", type=_names, default=(), help="a,b: instead of a share")
-    g.add_argument("--validation_groups", type=_names, default=())
-    g.add_argument("--split_file", type=Path, help="a split.json that another run made")
-    g.add_argument("--split_seed", type=COUNT, default=0)
-    g.add_argument("--train_list", type=Path, nargs="+", default=[], help="path, remark, label")
-    g.add_argument("--train_root", type=Path, nargs="+", default=[], help="a folder for each list")
-    g.add_argument("--remap", type=Path, help="label -> final label, .json or a torch file")
-    g.add_argument("--val_list", type=Path)
-    g.add_argument("--val_root", type=Path)
-    g.add_argument("--test_list", type=Path)
-    g.add_argument("--test_root", type=Path)
-    g.add_argument("--coarse_mask", type=Path, help="truth of --test_list: pairs or labels, .npy")
-    g.add_argument("--fine_mask", type=Path, help="likewise (default: the list's labels)")
-    g.add_argument(
-        "--test_part", default="test", choices=("test", "validation"), help="of a folder's classes"
-    )
-    g.add_argument("--builtin_classes", type=number(int, 4, 45), default=12)
-    g.add_argument("--builtin_images", type=SIZE, default=40, help="a class")
-    g.add_argument("--augment", action="store_true", help="random crops, flips, lighting noise")
-    g.add_argument("--crop_scale", type=FRACTION, nargs=2, default=(0.08, 1.0))
-    g.add_argument("--hflip", type=FRACTION, default=0.5)
-    g.add_argument("--lighting", type=WEIGHT, default=0.1, help="deviation, 0 = off")
-    g.add_argument("--lighting_order", default="right", choices=LIGHTING_ORDERS)
-    g.add_argument("--bgr", action="store_true", help="blue first, as the original's networks")
-    g.add_argument("--views", type=COUNT, default=0, help="views an image has; 0 = one an epoch")
-    g.add_argument("--view_seed", type=COUNT, help="of the augmentation (default: --seed)")
-    g.add_argument("--num_workers", type=COUNT, default=4, help="decoding threads")
-    g.add_argument("--resize", default="linear", choices=("linear", "area", "cubic", "reduced"))
+    run = p.add_argument_group("what to run")
+    _common_run(run)
+    _rows(run, RUN)
+    network = p.add_argument_group("network")
+    _common_network(network)
+    _rows(network, NETWORK)
+    _rows(p.add_argument_group("distillation"), DISTILLATION)
+    training = p.add_argument_group("training")
+    _common_training(training)
+    _rows(training, TRAINING)
+    data = p.add_argument_group("data")
+    _common_data(data)
+    _rows(data, DATA)
+    _rows(p.add_argument_group("image lists"), LISTS)
+    _rows(p.add_argument_group("views"), VIEWS)
     return p
+
+
+def _common_run(group: argparse._ArgumentGroup) -> None:
+    add_common(
+        group,
+        ("output", "resume", "continue", "fresh", "seed", "device", "threads"),
+        help={
+            "output": "The folder of the run. Without it --save_dir and the settings name one.",
+            "resume": "Go on with the run in the folder, exactly where it stopped. auto goes on "
+            "if there is one, or else starts it.",
+        },
+        more={
+            "resume": {
+                "action": "store", "nargs": "?", "const": "always", "default": "never",
+                "type": _resume, "metavar": "True|False|auto",
+            },
+            "threads": {"type": COUNT},
+        },
+    )  # fmt: skip
+
+
+def _common_network(group: argparse._ArgumentGroup) -> None:
+    add_common(
+        group,
+        ("input-size", "init"),
+        defaults={"input-size": 384},
+        aliases={name: ALIASES[name] for name in ("input-size", "init")},
+        help={
+            "init": "The file of the weights to start from, or with --test_only to test. Every "
+            "weight must fit. none starts from nothing."
+        },
+        more={
+            "input-size": {"type": number(int, 8, 4096)},
+            "init": {"type": _file_or_none, "metavar": "FILE"},
+        },
+    )
+
+
+def _common_training(group: argparse._ArgumentGroup) -> None:
+    add_common(
+        group,
+        ("epochs", "batch-size", "lr", "amp"),
+        defaults={"epochs": 100, "batch-size": 4, "lr": 1e-4},
+        aliases={name: ALIASES[name] for name in ("epochs", "batch-size")},
+        help={"batch-size": "How many images a step learns from, in all processes together."},
+    )
+
+
+def _common_data(group: argparse._ArgumentGroup) -> None:
+    names = ("data-path", "split", "workers")
+    add_common(
+        group,
+        names,
+        defaults={"workers": 4},
+        aliases={name: ALIASES[name] for name in names},
+        help={
+            "data-path": "The folder with the images: class/image or coarse/fine/image. Without "
+            "it and without lists, scenes are drawn.",
+            "split": "A split.json that another run made. Without it the shares below decide.",
+        },
+    )
+
+
+def _rows(group: argparse._ArgumentGroup, rows: tuple[Row, ...]) -> None:
+    """Add options of our own."""
+    for name, kind, default, sentence, *more in rows:
+        words: dict[str, Any] = {"default": default, "help": sentence}
+        if kind is bool:
+            words["action"] = "store_true"
+        elif isinstance(kind, tuple):
+            words["choices"] = kind
+        else:
+            words |= {"type": kind, "metavar": "FILE" if kind is Path else "X"}
+        group.add_argument(f"--{name}", **(words | (more[0] if more else {})))

@@ -1,112 +1,126 @@
 """The two recipes on data that anybody can have: teacher, students of three kinds, comparison."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script: use this checkout, whatever is installed
-    repo = Path(__file__).resolve().parents[2]
-    sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
+if not __package__:  # run as a script
+    import checkout  # noqa: F401
 
-import argparse
-
-from shared_core.runs import UsageError, run_command
-
-SCALES = ("auto", "full", "short", "rehearsal")
+from landmark_distill.recipes import RECIPES
+from landmark_distill.reproducing.settings import STAND_IN
+from shared_core.runs.command import UsageError, run_command
+from shared_core.runs.numbers import COUNT
+from shared_core.runs.options import CommandParser, add_common, words_of
+from shared_core.trials.trial_options import add_trial_options, check_trial_options
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    from landmark_distill.recipes import RECIPES
-
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="reproduce.py",
         description="Teach students through the teacher's frozen head, through heads of their own, "
         "and without a teacher, and compare them among classes that none has seen.",
         epilog="The published images, masks and teacher are not public: short runs on "
         "omniglot_small or a folder of yours, rehearsal on drawn scenes.",
     )
-    p.add_argument("--recipe", choices=tuple(RECIPES), required=True)
-    p.add_argument("--data-root", type=Path, default=Path("data"), help="holds omniglot_small/")
-    p.add_argument("--data-path", type=Path, help="a folder of yours: coarse/fine/image or class")
-    p.add_argument(
-        "--scale",
-        choices=SCALES,
-        default="auto",
-        help="full: published sizes, for --data-path; short: minutes on a CPU; rehearsal: drawn "
-        "scenes; auto: short when there are images, else rehearsal",
+    p.add_argument("--recipe", choices=tuple(RECIPES), required=True, help="Which student.")
+    p.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR",
+                   help="The folder that holds omniglot_small/.")  # fmt: skip
+    add_common(
+        p,
+        ("data-path", "scale", "output", "resume", "continue", "fresh", "threads", "device"),
+        aliases={"data-path": ("--data_path",)},
+        help={
+            "data-path": "A folder of your own: coarse/fine/image or class/image.",
+            "scale": "The size of the recipe. full is the published one, for --data-path; short "
+            "takes minutes on a CPU; rehearsal takes drawn scenes; auto is short where there are "
+            "images and else a rehearsal.",
+            "output": "The folder of the sweep. Without it runs/landmark_distill/<recipe>-<scale>.",
+            "threads": "How many CPU threads compute. Without it the scale decides.",
+        },
+        more={"threads": {"type": COUNT}},
     )
-    p.add_argument("--output", type=Path, help="default: runs/landmark_distill/<recipe>-<scale>")
-    p.add_argument("--teacher", type=Path, help="weights of a teacher, instead of training one")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--split-seed", type=int, default=0)
+    p.add_argument("--teacher", type=Path, metavar="FILE",
+                   help="The weights of a teacher, instead of training one.")  # fmt: skip
+    add_trial_options(p)
+    p.add_argument("--split-seed", type=COUNT, default=0, metavar="N",
+                   help="The number that decides which classes are kept.")  # fmt: skip
     p.add_argument(
         "--test-part",
         choices=("test", "validation"),
         default="test",
-        help="validation: the unseen classes that settings are tuned on",
+        help="Which unseen classes judge. Settings are tuned on validation.",
     )
-    p.add_argument("--threads", type=int, help="of the CPU (default: the scale's)")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--continue", dest="go_on", action="store_true", help="go on, or start")
-    p.add_argument("--fresh", action="store_true", help="delete what --output holds")
     return p
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and decide the scale and the data.
+def images_of(args: argparse.Namespace) -> tuple[str, Path | None]:
+    """The scale, ``auto`` decided, and the folder of images; None for drawn scenes.
 
     Raises:
         UsageError: options that do not go together.
         FileNotFoundError: data that are named and not there.
     """
-    from landmark_distill.repro_settings import STAND_IN
-
-    args = build_parser().parse_args(argv)
-    if args.fresh and args.go_on:
-        raise UsageError("--fresh starts anew, --continue goes on: expected one of them")
-    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0 or len(args.seeds) < 2:
-        raise UsageError(f"--seeds {args.seeds}: expected two or more different ones, from 0")
-    if args.teacher is not None and not args.teacher.is_file():
-        raise FileNotFoundError(f"--teacher {args.teacher}: there is no such file")
     if args.data_path is not None and not args.data_path.is_dir():
         raise FileNotFoundError(f"--data-path {args.data_path}: there is no such folder")
     found = args.data_path or args.data_root / STAND_IN
-    if args.scale == "auto":
-        args.scale = "short" if found.is_dir() else "rehearsal"
-    if args.scale == "rehearsal":
-        args.data = None
+    scale = args.scale
+    if scale == "auto":
+        scale = "short" if found.is_dir() else "rehearsal"
+    if scale == "rehearsal":
         if args.data_path is not None:
             raise UsageError("--scale rehearsal draws its scenes: expected no --data-path")
-    else:
-        args.data = found
-        if args.scale == "full" and args.data_path is None:
-            raise UsageError(
-                f"--scale full has the published sizes, {STAND_IN} is too small for them: "
-                "expected --data-path, or --scale short"
-            )
-        if not found.is_dir():
-            raise FileNotFoundError(
-                f"{found} is not there: expected {STAND_IN}/<alphabet>/<character>/*.png under "
-                "--data-root (from github.com/brendenlake/omniglot), or --data-path"
-            )
-    if args.output is None:
-        args.output = Path("runs") / "landmark_distill" / f"{args.recipe}-{args.scale}"
-    return args
+        return scale, None
+    if scale == "full" and args.data_path is None:
+        raise UsageError(
+            f"--scale full has the published sizes, {STAND_IN} is too small for them: "
+            "expected --data-path, or --scale short"
+        )
+    if not found.is_dir():
+        raise FileNotFoundError(
+            f"{found} is not there: expected {STAND_IN}/<alphabet>/<character>/*.png under "
+            "--data-root (from github.com/brendenlake/omniglot), or --data-path"
+        )
+    return scale, found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe at a scale. Returns the exit code."""
+    args = build_parser().parse_args(argv)
+    start = check_trial_options(args)
+    if args.teacher is not None and not args.teacher.is_file():
+        raise FileNotFoundError(f"--teacher {args.teacher}: there is no such file")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("reproduce.py runs in one process: expected --shard to share a sweep")
+    scale, images = images_of(args)
+    output = args.output or Path("runs") / "landmark_distill" / f"{args.recipe}-{scale}"
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    args = parse(argv)
-    from landmark_distill.reproduction import reproduce
+    from landmark_distill.reproducing.comparison import Asked, reproduce
 
-    reproduce(args, words=sys.argv[1:] if argv is None else list(argv))
+    asked = Asked(
+        recipe=args.recipe,
+        scale=scale,
+        images=images,
+        output=output,
+        teacher=args.teacher,
+        seeds=tuple(args.seeds),
+        split_seed=args.split_seed,
+        test_part=args.test_part,
+        threads=args.threads,
+        device=args.device,
+        start=start,
+        shard=args.shard,
+        merge=tuple(args.merge),
+        command=shlex.join(["packages/landmark_distill/reproduce.py", *words_of(argv)]),
+    )
+    reproduce(asked)
     return 0
 
 

@@ -1,92 +1,74 @@
 """Find the nearest images of a gallery for query images: table, JSON, CSV and a picture."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
-if not __package__:  # run as a script: use this checkout, whatever is installed
-    repo = Path(__file__).resolve().parents[2]
-    sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
-if __name__ == "__main__":  # before torch: threads that hardly spin while they wait
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import argparse
-import csv
 import json
 import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if not __package__:  # run as a script
+    import checkout  # noqa: F401
 
-from landmark_distill.contact_sheet import Tile, write_sheet
+from landmark_distill.config import INDEXES
 from landmark_distill.embed import add_model_options
-from landmark_distill.embedder import Embedder, choose_device, list_images, load_embedder
-from landmark_distill.feature_store import FeatureStore, open_store
-from landmark_distill.search_exact import ENGINES, ExactIndex
-from landmark_distill.search_faiss import KINDS, FaissIndex
-from shared_core.checkpoints import atomic_write
-from shared_core.datasets import ImageSet
-from shared_core.runs import UsageError, run_command
+from shared_core.runs.command import UsageError, run_command
 from shared_core.runs.numbers import SIZE
+from shared_core.runs.options import CommandParser
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from landmark_distill.gallery.features import FeatureStore
+    from landmark_distill.gallery.nearest import ExactIndex, FaissIndex
 
 SHEET_QUERIES, SHEET_NEIGHBOURS = 24, 8
 
 
+class Queries(NamedTuple):
+    """What is asked: features ``(Q, D)``, names, image files, and what could not be read."""
+
+    features: NDArray[Any]
+    names: Sequence[str]
+    pictures: Sequence[Path | None]
+    bad: list[tuple[Path, str]]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="search.py",
         description="The nearest images of a gallery, which embed.py made, for each query.",
         epilog="Exit code: 0, or 1 when a query could not be read (the others are answered).",
     )
-    p.add_argument("gallery", type=Path, metavar="GALLERY", help="features of embed.py, .npy")
-    p.add_argument(
-        "query", type=Path, metavar="QUERY", help="an image, a folder, or features (.npy)"
-    )
-    p.add_argument("--model", type=Path, help="the network that made the gallery; for images")
-    p.add_argument("--k", type=SIZE, default=10, help="neighbours (default 10)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the answers there as JSON")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="write a row a neighbour there")
-    p.add_argument("--sheet", type=Path, metavar="FILE", help="draw queries and neighbours, .png")
-    p.add_argument(
-        "--index",
-        choices=("exact", *KINDS),
-        default="exact",
-        help="exact (default), or FAISS; ivf and hnsw are for large galleries and may miss some",
-    )
-    p.add_argument("--engine", choices=ENGINES, help="how the exact search scans (default: auto)")
-    p.add_argument("--probes", type=SIZE, help="of ivf and hnsw: more finds more (16)")
+    one = p.add_argument
+    one("gallery", type=Path, metavar="GALLERY", help="Features of embed.py, .npy.")
+    one("query", type=Path, metavar="QUERY", help="An image, a folder, or features (.npy).")
+    one("--model", type=Path, metavar="FILE",
+        help="The network that made the gallery; for images.")  # fmt: skip
+    one("--k", type=SIZE, default=10, metavar="N", help="The neighbours of a query.")
+    one("--json", type=Path, metavar="FILE", help="Write the answers there as JSON.")
+    one("--csv", type=Path, metavar="FILE", help="Write a row for each neighbour there.")
+    one("--sheet", type=Path, metavar="FILE", help="Draw queries and neighbours there, .png.")
+    one("--index", choices=INDEXES, default="exact",
+        help="How to search. Those of FAISS are for large galleries; ivf and hnsw may miss "
+        "some.")  # fmt: skip
+    one("--probes", type=SIZE, metavar="N",
+        help="What ivf and hnsw look into: more finds more. Without it 16.")  # fmt: skip
     add_model_options(p)
     return p
 
 
-def embed_queries(
-    embedder: Embedder, files: Sequence[Path], *, batch: int, threads: int
-) -> tuple[NDArray[np.float32], list[Path], list[tuple[Path, str]]]:
-    """Features ``(Q, D)`` of the readable files, these files, and the others with the reason."""
-    images = ImageSet(list(files), [0] * len(files))
-    loader = embedder.sight.loader(
-        images, batch_size=batch, threads=threads, device=embedder.device, on_error="skip"
-    )
-    parts, kept = [], []
-    for one in loader:
-        parts.append(embedder(one.images))
-        kept += [files[index] for index in one.indices.tolist()]
-    bad = [(Path(skipped.name), skipped.reason) for skipped in loader.loader.skipped]
-    if not parts:
-        return np.zeros((0, embedder.width), np.float32), [], bad
-    return np.concatenate(parts), kept, bad
-
-
 def answers(
-    gallery: FeatureStore, index: ExactIndex | FaissIndex, queries: NDArray[Any],
-    names: Sequence[str], k: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    gallery: FeatureStore,
+    index: ExactIndex | FaissIndex,
+    queries: NDArray[Any],
+    names: Sequence[str],
+    k: int,
+) -> list[dict[str, Any]]:
     """For each query its name and neighbours: rank from 1, row, path, score."""
     found = index.search(queries, k)
     return [
@@ -104,29 +86,31 @@ def answers(
     ]
 
 
-def _queries(
-    args: argparse.Namespace, gallery: FeatureStore
-) -> tuple[NDArray[Any], list[str], list[Path | None], list[tuple[Path, str]]]:
+def _queries(args: argparse.Namespace, gallery: FeatureStore) -> Queries:
+    from landmark_distill.gallery.embedder import load_embedder
+    from landmark_distill.gallery.features import embed_files, open_store, weights_of
+    from shared_core.datasets.finding.scan import list_images
+
     if args.query.suffix == ".npy":
         if args.model is not None:
             raise UsageError("--model is for images, the query is a file of features")
         store = open_store(args.query)
         _same_network(gallery, store.facts.get("weights"), args.query)
         pictures = [store.image(row) for row in range(len(store.features))]
-        return store.features, list(store.paths), pictures, []
+        return Queries(store.features, list(store.paths), pictures, [])
     if args.model is None:
-        raise UsageError(f"{args.query} is no .npy file: expected --model MODEL to embed images")
-    files, bad = list_images([args.query])
-    if not files:
-        raise FileNotFoundError(f"{bad[0][0]}: {bad[0][1]}")
-    embedder = load_embedder(args.model, device=choose_device(args.device), bf16=args.bf16)
-    _same_network(gallery, embedder.weights, args.model)
-    features, files, unread = embed_queries(
-        embedder, files, batch=args.batch, threads=args.num_workers
+        raise UsageError(f"{args.query} is no .npy file: expected --model FILE to embed images")
+    found = list_images(args.query)
+    if not found.files:
+        raise FileNotFoundError(f"{found.bad[0][0]}: {found.bad[0][1]}")
+    embedder = load_embedder(args.model, device=args.device, bf16=args.bf16)
+    _same_network(gallery, weights_of(embedder), args.model)
+    features, files, unread = embed_files(
+        embedder, found.files, batch=args.batch_size, threads=args.workers
     )
     if not files:
         raise ValueError(f"no query can be read: {unread[0][0]}: {unread[0][1]}")
-    return features, [str(path) for path in files], list(files), bad + unread
+    return Queries(features, [str(path) for path in files], list(files), found.bad + unread)
 
 
 def _same_network(gallery: FeatureStore, weights: str | None, other: Path) -> None:
@@ -144,48 +128,66 @@ def _same_network(gallery: FeatureStore, weights: str | None, other: Path) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Search. Returns the exit code."""
     args = build_parser().parse_args(argv)
-    if args.index != "exact" and args.engine is not None:
-        raise UsageError(f"--engine is of the exact index, not of {args.index}")
     if args.index not in ("faiss-ivf", "faiss-hnsw") and args.probes is not None:
         raise UsageError(f"--probes is of faiss-ivf and faiss-hnsw, not of {args.index}")
+    from landmark_distill.gallery.features import open_store
+    from landmark_distill.gallery.nearest import ExactIndex, FaissIndex
+
     gallery = open_store(args.gallery)
-    queries, names, pictures, bad = _queries(args, gallery)
+    asked = _queries(args, gallery)
     index: ExactIndex | FaissIndex
     if args.index == "exact":
-        index = ExactIndex(gallery.features, engine=args.engine or "auto")
+        index = ExactIndex(gallery.features)
     else:
         index = FaissIndex(gallery.features, kind=args.index, probes=args.probes or 16)
-    found = answers(gallery, index, queries, names, args.k)
+    found = answers(gallery, index, asked.features, asked.names, args.k)
     if args.json:
-        content = {"gallery": str(args.gallery), "index": index.engine, "answers": found}
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        atomic_write(args.json, lambda s: s.write_text(text, "utf-8", "surrogateescape"))
+        _write_json(args.json, {"gallery": str(args.gallery), "index": index.kind}, found)
     if args.csv:
-        atomic_write(args.csv, lambda scratch: _write_csv(scratch, found))
+        _write_csv(args.csv, found)
     if args.sheet:
-        _draw(args.sheet, gallery, found, pictures)
+        _draw(args.sheet, gallery, found, asked.pictures)
     if not (args.json or args.csv or args.sheet):
         _print(found)
     else:
-        print(f"{len(found)} queries among {len(index)} images ({index.engine})")
-    for path, reason in bad:
+        print(f"{len(found)} queries among {len(index)} images ({index.kind})")
+    for path, reason in asked.bad:
         print(f"left out {path}: {reason}", file=sys.stderr)
-    return 1 if bad else 0
+    return 1 if asked.bad else 0
+
+
+def _write_json(path: Path, about: dict[str, Any], found: Sequence[dict[str, Any]]) -> None:
+    from shared_core.checkpoints import atomic_write
+
+    text = json.dumps({**about, "answers": found}, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(path, lambda scratch: scratch.write_text(text, "utf-8", "surrogateescape"))
 
 
 def _write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["query", "rank", "path", "score"])
-        for one in found:
-            for near in one["neighbours"]:
-                writer.writerow([one["query"], near["rank"], near["path"], repr(near["score"])])
+    import csv
+
+    from shared_core.checkpoints import atomic_write
+
+    def write(scratch: Path) -> None:
+        with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["query", "rank", "path", "score"])
+            for one in found:
+                for near in one["neighbours"]:
+                    row = [one["query"], near["rank"], near["path"], repr(near["score"])]
+                    writer.writerow(row)
+
+    atomic_write(path, write)
 
 
 def _draw(
-    path: Path, gallery: FeatureStore, found: Sequence[dict[str, Any]],
+    path: Path,
+    gallery: FeatureStore,
+    found: Sequence[dict[str, Any]],
     pictures: Sequence[Path | None],
-) -> None:  # fmt: skip
+) -> None:
+    from landmark_distill.judging.pictures import Tile, write_sheet
+
     rows = []
     for one, picture in list(zip(found, pictures, strict=True))[:SHEET_QUERIES]:
         near = one["neighbours"][:SHEET_NEIGHBOURS]

@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-import sys
-import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from landmark_distill.config import parse, plain
-from landmark_distill.helpers import make_train_loader
-from landmark_distill.knowledge_source import fill_store
-from landmark_distill.landmark_data import LandmarkData, prepare_landmarks
+from landmark_distill.config import RunConfig
+from landmark_distill.gallery.embedder import asked_facts, embedder_of, file_facts
+from landmark_distill.gallery.features import FEATURE_FILE, extract_features, load_features
+from landmark_distill.helpers import main_works, make_train_loader
+from landmark_distill.images.landmark_data import LandmarkData, prepare_landmarks
+from landmark_distill.judging.judge import OpenSetResult, openset_test, write_results
 from landmark_distill.model import load_weights
-from landmark_distill.model_files import build, check_channels, network_of, read_model
-from landmark_distill.openset_run import test_network
+from landmark_distill.model_files import build, check_channels, read_model
+from landmark_distill.teacher import fill_store
 from landmark_distill.trainer import Trainer
-from landmark_distill.utils import BEST, Record, run_folder
+from landmark_distill.utils import BEST, Record
 from shared_core.for_torch.checkpoints import weights_sha256
 from shared_core.for_torch.distributed import World, barrier, main_writes, start, stop
-from shared_core.runs import RunFolder, UsageError, write_result
-from shared_core.runs.folder import CONFIG_FILE, remove_run
+from shared_core.for_torch.precision import Precision
+from shared_core.runs import OpenRun, RunLock, UsageError, open_run, read_result, write_result
 
 # What does not change a run's result, so that a resumed run may say something else.
 MAY_DIFFER = (
-    *("resume", "fresh", "num_workers", "save_every", "log_interval", "save_dir", "device"),
-    *("multi_gpu", "save_all", "knowledge", "mapped_head"),
+    *("resume", "go_on", "fresh", "workers", "save_every", "log_interval", "save_dir", "output"),
+    *("device", "multi_gpu", "save_all", "knowledge", "mapped_head"),
 )
 OWN_KEYS = ("backbone_class", "kd_variant", "cos_margin")  # by which a run of ours is known
 RESULT = "result.json"
 
 
-def run_main(argv: Sequence[str] | None, *, prog: str) -> int:
-    """Parse the command line and run what it asks for. Returns the exit code."""
-    args = parse(argv, prog=prog)
-    words = sys.argv[1:] if argv is None else list(argv)
-    if args.multi_gpu and "WORLD_SIZE" not in os.environ:
+def run_main(config: RunConfig, words: Sequence[str]) -> int:
+    """Run what the command line asks for. Returns the exit code."""
+    if config.multi_gpu and "WORLD_SIZE" not in os.environ:
         return _on_all_gpus(words)
-    world = start(device=args.device)
+    world = start(device=config.device)
     try:
-        run(args, world, command=shlex.join([f"packages/landmark_distill/{prog}", *words]))
+        run(config, world, command=shlex.join(["packages/landmark_distill/main.py", *words]))
     finally:
         stop()
     return 0
@@ -63,119 +59,117 @@ def _on_all_gpus(words: Sequence[str]) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, world: World, *, command: str = "") -> dict[str, Any]:
-    """A whole run: train (or not), test, write the record. Returns the record's ``measured``."""
-    started, clock = datetime.now(timezone.utc), time.monotonic()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    path = run_folder(args)
-    folder = main_writes(lambda: _open_folder(args, path), world)
-    if not args.resume == "never" and not args.test_only and (folder / RESULT).exists():
-        if world.is_main:
-            print(f"{folder}: finished before")
-        return _finished(folder)
-    data = main_writes(lambda: prepare_landmarks(args, folder), world)
-    if world.is_main and data.rehearsal:
-        print(_rehearsal(args))
+def run(config: RunConfig, world: World, *, command: str = "") -> dict[str, Any]:
+    """A whole run: train (or not), test, write the record. Returns the record's ``measured``.
+
+    Several processes part after the training: the main one tests alone, and nobody waits for it.
+    """
+    if config.fill_knowledge:
+        return _fill(config, world)
+    alone = config.test_only  # nothing of a run that is there is compared or changed
+    with open_run(
+        config.folder,
+        config.stored,
+        keys=OWN_KEYS,
+        start="continue" if alone and config.start == "new" else config.start,
+        may_differ=tuple(config.stored) if alone else MAY_DIFFER,
+        usual={"threads": torch.get_num_threads()},
+        world=world,
+        main_writes=main_writes,
+    ) as opened:
+        torch.set_num_threads(opened.config["threads"])
+        if opened.resumed and not alone:
+            done = main_writes(lambda: _finished(opened.folder), world)
+            if done is not None:
+                opened.log.say(f"{opened.folder}: finished before")
+                return done
+        return _run(config, opened, world, command)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    path = folder / RESULT
+    return dict(read_result(path)["measured"]) if path.exists() else None
+
+
+def _run(config: RunConfig, opened: OpenRun, world: World, command: str) -> dict[str, Any]:
+    folder = opened.folder
+    data = main_works(lambda: prepare_landmarks(config.data, folder), world)
+    if data.rehearsal:
+        opened.log.say(_rehearsal(config))
     measured: dict[str, Any] = {}
-    if args.test_only:
-        best = args.init_weights
-    else:
-        trainer = Trainer(args, folder, data, world)
-        if args.fill_knowledge:
-            return _fill(args, trainer, data, world)
+    best = config.train.init
+    if not config.test_only:
+        trainer = Trainer(config, folder, data, world)
         measured["training"] = trainer.train()
-        best = folder / BEST
         measured["parameters"] = sum(p.numel() for p in trainer.model.encoder.parameters())
-    if world.is_main:
-        measured |= _test(args, folder, data, best, world)
-        write_result(
-            folder / RESULT,
-            task=f"landmark_distill/{args.dataset.lower()}",
-            command=command,
-            scale="rehearsal" if data.rehearsal else "full",
-            data=data.facts(args.image_size),
-            seeds=[args.seed],
-            measured=measured,
-            started=started,
-            wall_seconds=time.monotonic() - clock,
-        )
-        if data.rehearsal:
-            print(_rehearsal(args))
-    barrier(world)
+        measured |= trainer.notes
+        best = folder / BEST
+        barrier(world)  # the last one that all take part in
+    if not world.is_main:
+        return measured
+    measured |= _test(config, folder, data, best, world)
+    write_result(
+        folder / RESULT,
+        task=f"landmark_distill/{config.data.name.lower()}",
+        command=command,
+        scale="rehearsal" if data.rehearsal else "full",
+        data=data.facts(config.network.image_size),
+        seeds=[config.train.seed],
+        measured=measured,
+        started=opened.started,
+        wall_seconds=opened.seconds,
+    )
+    if data.rehearsal:
+        opened.log.say(_rehearsal(config))
     return measured
 
 
-def _rehearsal(args: argparse.Namespace) -> str:
+def _rehearsal(config: RunConfig) -> str:
     return (
-        f"REHEARSAL - built-in scenes, {args.image_size} px; {args.dataset} was not used. This is "
-        "not a reproduction of any published number."
+        f"REHEARSAL - built-in scenes, {config.network.image_size} px; {config.data.name} was not "
+        "used. This is not a reproduction of any published number."
     )
 
 
-def _finished(folder: Path) -> dict[str, Any]:
-    from shared_core.runs import read_result
-
-    return dict(read_result(folder / RESULT)["measured"])
-
-
-def _open_folder(args: argparse.Namespace, path: Path) -> Path:
-    """Make the run's folder, or go on in it, as ``--resume`` and ``--fresh`` say.
-
-    Raises:
-        FileNotFoundError: ``--resume True`` and no run.
-        FileExistsError: a run is there, and neither option was given.
-        ValueError: the run there has other options.
-    """
-    if args.fresh:
-        remove_run(path, keys=OWN_KEYS)
-    exists = (path / CONFIG_FILE).exists()
-    if args.resume == "always" and not exists:
-        raise FileNotFoundError(f"nothing to resume: {path} holds no run")
-    config = plain(args)
-    if args.fill_knowledge or (args.test_only and exists):  # nothing of a run is changed
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    folder = RunFolder.create(
-        path, config, resume=exists and args.resume != "never", may_differ=MAY_DIFFER
-    )
-    return folder.path
-
-
-def _fill(
-    args: argparse.Namespace, trainer: Trainer, data: LandmarkData, world: World
-) -> dict[str, Any]:
+def _fill(config: RunConfig, world: World) -> dict[str, Any]:
     """``--fill_knowledge``: every view's teacher outputs, and no training."""
     if world.world_size > 1:
         raise UsageError("--fill_knowledge writes one store: expected one process")
-    views = args.views or (args.max_epoch if args.augment else 1)
-    asked = fill_store(trainer.source, make_train_loader(args, data.train, world), views=views)
-    print(f"stored {asked} views in {args.knowledge}, {views} an image")
+    with RunLock(config.folder):
+        data = prepare_landmarks(config.data, config.folder)
+        trainer = Trainer(config, config.folder, data, world)
+        seen = config.views
+        views = seen.views or (config.train.schedule.max_epoch if seen.augment else 1)
+        loader = make_train_loader(config, data.train, world)
+        asked = fill_store(trainer.source, loader, views=views)
+    print(f"stored {asked} views in {config.distill.store}, {views} an image")
     return {"stored_views": asked, "views": views}
 
 
 def _test(
-    args: argparse.Namespace, folder: Path, data: LandmarkData, best: Path, world: World
+    config: RunConfig, folder: Path, data: LandmarkData, best: Path, world: World
 ) -> dict[str, Any]:
-    """The open-set test of a model file; its line goes to ``record.txt``."""
-    weights, facts = read_model(best)
-    check_channels(best, facts, bgr=args.bgr)
-    network = network_of(args) if args.test_only or facts is None else facts["network"]
-    if facts is not None and facts["network"]["name"] != network["name"]:
-        raise UsageError(
-            f"--backbone_class {network['name']}, {best} holds a {facts['network']['name']}: "
-            "expected that"
-        )
+    """The open-set test of a model file; its line goes to ``record.txt``.
+
+    Embeds the test images in their order, as the file says that its network sees them, and
+    verifies all pairs. Writes ``opensetFeat.npy`` and ``openset.json``.
+    """
+    weights, stored = read_model(best)
+    check_channels(best, stored, bgr=config.views.bgr)
+    network = config.network if stored is None else stored["network"]
     model = build(network, num_classes=None)
     load_weights(model.encoder, weights, source=str(best))
-    model.to(world.device).eval()
-    result = test_network(
-        model,
-        data,
-        folder,
-        args=args,
-        device=world.device,
-        weights=weights_sha256(model.encoder.state_dict()),
+    facts = asked_facts(config.network, config.views) if stored is None else file_facts(stored)
+    sum_ = {"checkpoint_sha256": weights_sha256(model.encoder.state_dict())}
+    precision = Precision(world.device, config.train.amp)
+    found = extract_features(
+        embedder_of(model.encoder, facts.replaced(provenance=sum_), precision, name=str(best)),
+        data.test,
+        folder / FEATURE_FILE,
+        batch_size=max(config.train.batch_size, 16),
+        threads=config.data.threads,
     )
+    result: OpenSetResult = openset_test(load_features(found.path), data.truths)
+    write_results(folder, result, more={"features": FEATURE_FILE, "images": len(data.test)})
     Record(folder).write(result.line())
     return {"open_set": result.as_dict()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
-from landmark_distill.checkpointing import run_block
+from landmark_distill.recompute import run_block
 
 PATCH = 4  # pixels
 MASKED = -100.0  # added to a score that must not count: exp(-100) is nothing

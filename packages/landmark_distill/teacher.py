@@ -1,21 +1,25 @@
-"""The frozen teacher: asked live, or once, its answers kept in a knowledge store."""
+"""The frozen teacher: its rows found by name, asked live, or once with answers in a store."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from landmark_distill.head_kd import KDSettings
+from landmark_distill.config import DistillConfig
+from landmark_distill.head.distillation import KDSettings
+from landmark_distill.head.streamed_loss import EXTRA, SoftLabels, soft_labels
+from landmark_distill.images.landmark_data import LandmarkData
+from landmark_distill.images.views import ViewLoader
 from landmark_distill.model import EmbeddingModel
-from landmark_distill.streamed_head import EXTRA, SoftLabels, soft_labels
 from shared_core.for_torch.checkpoints import weights_sha256
 from shared_core.for_torch.data import TorchBatch
 from shared_core.for_torch.precision import Precision
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
+from shared_core.runs import progress
 
 
 class TeacherOutputs(NamedTuple):
@@ -32,12 +36,16 @@ class Teacher:
     Args:
         model: with its head.
         precision: of its forward passes.
+        class_names: of the head's rows; empty where its file names none.
     """
 
-    def __init__(self, model: EmbeddingModel, precision: Precision) -> None:
+    def __init__(
+        self, model: EmbeddingModel, precision: Precision, *, class_names: Sequence[str] = ()
+    ) -> None:
         if model.head is None:
             raise ValueError("the teacher has no head, expected one to teach with")
         self.model, self.precision = model.eval().requires_grad_(False), precision
+        self.class_names = tuple(class_names)
 
     @property
     def head(self) -> Any:
@@ -53,6 +61,61 @@ class Teacher:
         """sha256 of the weights, of the encoder alone or with the head."""
         weights = self.model.state_dict()
         return weights_sha256({k: v for k, v in weights.items() if head or k[:5] != "head."})
+
+
+def in_the_teachers_rows(
+    data: LandmarkData, teacher: Teacher, asked: DistillConfig
+) -> tuple[LandmarkData, dict[str, Any]]:
+    """The data with the teacher's class numbers, and what the record must say of the teacher.
+
+    A student that is compared through the teacher's head, or takes it over, must mean the same
+    class by the same row. Rows are found by the classes' names.
+
+    Raises:
+        ValueError: a class that the teacher's head does not know, no names to find rows by, a
+            head with too few rows or another number of them than was asked for, or a teacher that
+            has learned classes of the test.
+    """
+    notes: dict[str, Any] = {}
+    known = sorted(set(data.unseen) & set(teacher.class_names))
+    if known and not asked.may_know_test:
+        raise ValueError(
+            f"{asked.weights} has learned {len(known)} classes of the test ({known[0]!r}), which "
+            "nobody may have seen: expected a teacher of this split, or --teacher_may_know_test"
+        )
+    if known:
+        notes["teacher_knows_test_classes"] = len(known)
+    if not asked.head_fixed and asked.loss != "KD":
+        return data, notes  # only features are compared
+    count = teacher.head.num_classes
+    if data.asked_classes not in (None, count) and not asked.head_fixed:
+        raise ValueError(
+            f"--num_classes {data.asked_classes}: {asked.weights} has a head of {count} rows, "
+            "expected as many to compare predictions"
+        )
+    names = () if asked.by_number else (data.class_names, teacher.class_names)
+    if not any(names):
+        if count < data.num_classes:
+            raise ValueError(
+                f"the teacher's head knows {count} classes, the data have {data.num_classes}: "
+                "expected at least as many"
+            )
+        return data.with_rows(None, count), notes
+    if not all(names):
+        who = "the data have" if data.class_names else f"{asked.weights} has"
+        raise ValueError(
+            f"of data and teacher only {who} names of classes, so rows cannot be found by name: "
+            "expected both, or --teacher_classes by-number, which takes row i for class i"
+        )
+    place = {name: row for row, name in enumerate(teacher.class_names)}
+    unknown = [name for name in data.class_names if name not in place]
+    if unknown:
+        raise ValueError(
+            f"the teacher's head does not know {len(unknown)} classes of the data "
+            f"({unknown[0]!r}): expected a teacher that has learned them"
+        )
+    rows = [place[name] for name in data.class_names]
+    return data.with_rows(rows, count, class_names=teacher.class_names), notes
 
 
 class Live:
@@ -79,8 +142,8 @@ class Stored:
         folder: of the store; each kind has a folder of its own in it.
         teacher: whose answers they are.
         kind: ``features``: the teacher's features; ``soft``: what a shared head makes of them
-            (:class:`landmark_distill.streamed_head.SoftLabels`); ``topk``: the largest logits and
-            the weight of the rest, which is exact at temperature 1 only.
+            (:class:`SoftLabels`); ``topk``: the largest logits and the weight of the rest, which
+            is exact at temperature 1 only.
         keys: content keys of the training images, by index.
         view: what the images' views are decided by.
         kd: of ``soft``, which depends on it.
@@ -179,3 +242,19 @@ class Stored:
             else:
                 values = features.cpu().numpy()
         self.store.put([keys[i] for i in rows], batch.view_id, values)
+
+
+def fill_store(source: Stored, loader: ViewLoader, *, views: int) -> int:
+    """Store the teacher's outputs for every image in views ``0`` to ``views - 1``.
+
+    Returns:
+        How many the teacher had to look at; the others were stored before.
+    """
+    for view in range(views):
+        loader.loader.order.set_epoch(view)
+        label = f"teacher outputs, view {view + 1}/{views}"
+        for batch in progress(loader, total=len(loader), label=label):
+            source.fill(batch)
+    loader.loader.order.set_epoch(0)
+    source.close()
+    return source.asked

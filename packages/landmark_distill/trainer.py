@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from landmark_distill.config import plain, schedule_of
-from landmark_distill.data_loader import ViewLoader
-from landmark_distill.head_kd import KDSettings
+from landmark_distill.config import RunConfig
+from landmark_distill.head.distillation import KDSettings
+from landmark_distill.head.streamed_loss import label_rows
 from landmark_distill.helpers import (
     make_eval_loader,
+    make_source,
     make_train_loader,
     prepare_optimizer,
     prepare_student,
     prepare_teacher,
 )
-from landmark_distill.knowledge_source import make_source
-from landmark_distill.landmark_data import LandmarkData
-from landmark_distill.model import EmbeddingModel, load_weights, parameter_counts
-from landmark_distill.model_files import (
-    TEACHER,
-    network_of,
-    read_model,
-    save_model,
-    student_weights,
-)
+from landmark_distill.images.landmark_data import LandmarkData
+from landmark_distill.images.views import ViewLoader
+from landmark_distill.model import EmbeddingModel, parameter_counts
+from landmark_distill.model_files import TEACHER, save_model, student_weights
 from landmark_distill.objective import Objective
 from landmark_distill.optimizers import set_lr
-from landmark_distill.teacher import TeacherOutputs
+from landmark_distill.teacher import TeacherOutputs, in_the_teachers_rows
 from landmark_distill.utils import BEST, STATE, Record, epoch_line, parameters_line
 from shared_core.for_torch.checkpoints import load_run_state, save_run_state
 from shared_core.for_torch.data import TorchBatch
@@ -42,9 +36,9 @@ from shared_core.for_torch.distributed import (
     gather_objects,
     gather_samples,
     main_writes,
+    share_buffers,
     wrap,
 )
-from shared_core.for_torch.losses import cross_entropy
 from shared_core.for_torch.precision import Precision
 from shared_core.for_torch.seeds import capture_rng, seed_all
 from shared_core.runs import MetricLog, derive_seed, progress
@@ -73,43 +67,50 @@ class StudentState:
 
 
 class Trainer:
-    """One run: makes everything it needs from the options, trains, and says what came of it.
+    """One run: makes everything it needs from its configuration, trains, says what came of it.
 
     Args:
-        args: of :func:`landmark_distill.config.parse`.
+        config: of the run.
         folder: the run's.
         data: of the run.
         world: this process among how many.
+
+    Attributes:
+        notes: what the record must say of the teacher.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, folder: Path, data: LandmarkData, world: World
-    ) -> None:
-        self.args, self.folder, self.data, self.world = args, folder, data, world
+    def __init__(self, config: RunConfig, folder: Path, data: LandmarkData, world: World) -> None:
+        self.config, self.folder, self.world = config, folder, world
+        self.train_config, self.rate = config.train, config.train.schedule
         self.record = Record(folder, quiet=not world.is_main)
         self.log = MetricLog(folder / "metrics.jsonl")
         if data.train is None or data.calibration is None:
             raise ValueError("no training images: expected a run that trains")
-        seed_all(derive_seed(args.seed, "student") % 2**32)
-        self.teacher = prepare_teacher(args, world) if args.is_distill else None
-        self.model = prepare_student(args, data, world, self.teacher)
-        self.optimizer = prepare_optimizer(args, self.model)
-        self.precision = Precision(world.device, args.amp)
-        self.loader = make_train_loader(args, data.train, world)
-        self.validation = make_eval_loader(args, data.calibration, world)
-        self.source = make_source(args, self.teacher, data, world)
-        self.schedule = schedule_of(args)
+        asked = config.distill
+        seed_all(derive_seed(config.train.seed, "student") % 2**32)
+        self.teacher = prepare_teacher(config, world) if asked else None
+        self.notes: dict[str, Any] = {}
+        if self.teacher is not None and asked is not None:
+            data, self.notes = in_the_teachers_rows(data, self.teacher, asked)
+        self.data = data
+        self.model = prepare_student(config, data, world, self.teacher)
+        self.optimizer = prepare_optimizer(config.train, self.model)
+        self.precision = Precision(world.device, config.train.amp)
+        self.loader = make_train_loader(config, data.train, world)
+        self.validation = make_eval_loader(config, data.calibration, world)
+        self.source = make_source(config, self.teacher, data, world)
         objective = Objective(
             self.model,
-            kd_loss=args.kd_loss if args.is_distill else None,
+            kd_loss=asked.loss if asked else None,
             teacher_head=self.teacher.head if self.teacher else None,
-            kd_weight=args.kd_weight,
-            ce_weight=args.ce_weight,
-            kd=KDSettings(args.kd_variant, args.kd_temperature),
+            kd_weight=asked.weight if asked else 0.0,
+            ce_weight=config.train.ce_weight,
+            kd=KDSettings(asked.variant, asked.temperature) if asked else None,
             processes=world.world_size,
         )
         self.objective = wrap(objective, world)
         self.epoch, self.max_acc, self.best_epoch = 0, -1.0, -1
+        self.lr = self.rate.lr
         self.sums = _zeros()
         self._seconds, self._since = 0.0, time.monotonic()
 
@@ -123,13 +124,13 @@ class Trainer:
     def train_step(self, batch: TorchBatch) -> dict[str, Tensor]:
         """One update of the student. Returns its losses."""
         images = batch.images
-        if self.args.channels_last:
+        if self.train_config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = self.source.outputs(batch) if self.source else TeacherOutputs()
         with self.precision.autocast():
             losses = self.objective(images, batch.labels, outputs)
         self.precision.backward_step(
-            losses["loss"], self.optimizer, clip=self.args.clip_grad or None
+            losses["loss"], self.optimizer, clip=self.train_config.clip or None
         )
         return {name: value.detach() for name, value in losses.items()}
 
@@ -156,10 +157,10 @@ class Trainer:
 
     def _run_epochs(self) -> None:
         self._start()
-        while self.epoch < self.args.max_epoch:
+        while self.epoch < self.rate.max_epoch:
             self._train_epoch()
-            last = self.epoch == self.args.max_epoch
-            if last or self.epoch % self.args.eval_interval == 0:
+            last = self.epoch == self.rate.max_epoch
+            if last or self.epoch % self.train_config.eval_interval == 0:
                 self._close_epoch(*self.evaluate())
             else:
                 self._close_epoch(None, None)
@@ -170,35 +171,43 @@ class Trainer:
         order = self.loader.loader.order
         step = -(-order.position // self.loader.loader.batch_size)
         self.objective.train()
-        label = f"epoch {self.epoch + 1}/{self.args.max_epoch}"
+        label = f"epoch {self.epoch + 1}/{self.rate.max_epoch}"
         batches = progress(self.loader, total=steps, label=label, done=step)
+        save_every = self.train_config.save_every
         for batch in batches if self.world.is_main else self.loader:
-            self.lr = self.schedule.at(self.epoch, step, steps)
+            self.lr = self.rate.at(self.epoch, step, steps)
             set_lr(self.optimizer, self.lr)
             losses = self.train_step(batch)
             step += 1
-            count = len(batch.labels)
-            self.sums["seen"] += count
-            self.sums["correct"] += int(losses["correct"])
-            for name in ("ce", "kd", "loss"):
-                value = float(losses[name])
-                if value != value:
-                    raise ValueError(
-                        f"the loss is not a number in epoch {self.epoch + 1}, step {step}: "
-                        f"expected a smaller --lr than {self.args.lr:g}, or another --amp"
-                    )
-                self.sums[name] += value * count
-            if step % self.args.log_interval == 0 and self.world.is_main:
-                values = {name: float(losses[name]) for name in ("loss", "ce", "kd")}
-                number = self.epoch * steps + step
-                self.log.write({"split": "step", "step": number, "lr": self.lr, **values})
-            if self.args.save_every and step < steps and step % self.args.save_every == 0:
+            self._count(losses, len(batch.labels), step, steps)
+            if save_every and step < steps and step % save_every == 0:
                 self.save()
         self.epoch += 1
 
+    def _count(self, losses: dict[str, Tensor], count: int, step: int, steps: int) -> None:
+        """Add a step to the sums of the epoch, and log it now and then.
+
+        Raises:
+            ValueError: a loss that is not a number.
+        """
+        self.sums["seen"] += count
+        self.sums["correct"] += int(losses["correct"])
+        for name in ("ce", "kd", "loss"):
+            value = float(losses[name])
+            if value != value:
+                raise ValueError(
+                    f"the loss is not a number in epoch {self.epoch + 1}, step {step}: "
+                    f"expected a smaller --lr than {self.rate.lr:g}, or another --amp"
+                )
+            self.sums[name] += value * count
+        if step % self.train_config.log_interval == 0 and self.world.is_main:
+            values = {name: float(losses[name]) for name in ("loss", "ce", "kd")}
+            number = self.epoch * steps + step
+            self.log.write({"split": "step", "step": number, "lr": self.lr, **values})
+
     def _close_epoch(self, eval_loss: float | None, eval_acc: float | None) -> None:
         """Say and log what the epoch brought, and keep the student if it is the best so far."""
-        sums = [gathered for gathered in gather_objects(self.sums, self.world)]
+        sums = gather_objects(self.sums, self.world)
         total = {name: sum(one[name] for one in sums) for name in self.sums}
         seen = max(total["seen"], 1)
         means = {name: total[name] / seen for name in ("loss", "ce", "kd")}
@@ -229,6 +238,7 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss (nats) and accuracy (fraction) on the calibration images, without margin."""
         total = len(self.validation.loader.image_set)
+        share_buffers(self.model, self.world)
         rows = evaluate_rows(self.model, self.validation, self.precision)
         values = gather_samples(rows[0], rows[1], self.world, total=total).double()
         return float(values[:, 0].mean()), float(values[:, 1].mean())
@@ -270,7 +280,6 @@ class Trainer:
             self.best_epoch, self.sums = counters["best_epoch"], counters["sums"][self.world.rank]
             self._seconds, self._since = counters["seconds"], time.monotonic()
         barrier(self.world)
-        self.lr = self.args.lr
         if not self.world.is_main:
             return
         self.log.cut(counters["log_position"] if found else 0)
@@ -283,13 +292,13 @@ class Trainer:
             )
 
     def _opening(self, found: bool) -> list[str]:
-        args, test = self.args, -(-len(self.data.test) // self.args.batch_size)
+        test = -(-len(self.data.test) // self.train_config.batch_size)
         student = parameter_counts(self.model)
         teacher = parameter_counts(self.teacher.model) if self.teacher else None
         return [
             "path exist!" if found else "path not exist!",
             f"num_device: {self.world.world_size}",
-            f"num_workers: {args.num_workers}",
+            f"num_workers: {self.config.data.threads}",
             f"len(train_loader): {len(self.loader)}",
             f"len(val_loader): {len(self.validation)}",
             f"len(test_loader): {test}",
@@ -305,28 +314,22 @@ class Trainer:
         """The student alone; with ``--save_all`` its head and the teacher as well."""
         if not self.world.is_main:
             return
-        weights = student_weights(self.model, whole=self.args.save_all)
-        if self.args.save_all and self.teacher is not None:
+        weights = student_weights(self.model, whole=self.train_config.save_all)
+        if self.train_config.save_all and self.teacher is not None:
             state = self.teacher.model.encoder.state_dict()
             weights |= {f"{TEACHER}encoder.{name}": value for name, value in state.items()}
         save_model(
             path,
             weights,
-            network=network_of(self.args),
+            network=self.config.network,
             class_names=list(self.data.class_names),
             epoch=self.epoch,
             metrics={"max_acc": self.max_acc},
             split_hash=self.data.split_hash,
-            config=plain(self.args),
-            bgr=self.args.bgr,
-            resize=self.args.resize,
+            config=self.config.stored,
+            bgr=self.config.views.bgr,
+            resize=self.config.views.resize,
         )
-
-    def best_student(self) -> EmbeddingModel:
-        """The network with the weights of ``max_acc.pth``, in eval mode."""
-        weights, _ = read_model(self.folder / BEST)
-        load_weights(self.model.encoder, weights, source=BEST)
-        return self.model.eval()
 
 
 def _zeros() -> dict[str, float]:
@@ -336,22 +339,21 @@ def _zeros() -> dict[str, float]:
 def evaluate_rows(
     model: EmbeddingModel, loader: ViewLoader, precision: Precision
 ) -> tuple[Tensor, Tensor]:
-    """Loss and whether the label was met, ``(n, 2)``, and the indices of this process' images."""
+    """Loss and whether the label was met, ``(n, 2)``, and the indices of this process' images.
+
+    Through the head in pieces, however many classes it has, and in float32 at least, whatever
+    precision the network or a kept head has: bfloat16 cannot rank a quarter million classes.
+    """
     model.eval()
     rows, indices = [], []
-    head: nn.Module | None = model.head
-    if head is None:
+    if model.head is None:
         raise ValueError("the network has no head, expected one to evaluate")
     with torch.no_grad():
         for batch in loader:
             with precision.autocast():
                 features = model.embed(batch.images)
-            logits = head(features.float())
-            losses = torch.stack(
-                [cross_entropy(z[None], y[None]) for z, y in zip(logits, batch.labels, strict=True)]
-            )
-            met = (logits.argmax(dim=1) == batch.labels).float()
-            rows.append(torch.stack([losses.float(), met], dim=1))
+            losses, met = label_rows(features.float(), model.head, batch.labels)
+            rows.append(torch.stack([losses.float(), met.float()], dim=1))
             indices.append(batch.indices)
     loader.loader.order.set_epoch(0)
     device = loader.normalizer.device

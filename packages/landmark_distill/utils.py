@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from pathlib import Path
+
+from landmark_distill.config import (
+    DataConfig,
+    DistillConfig,
+    NetworkConfig,
+    TrainConfig,
+    ViewConfig,
+)
 
 RECORD = "record.txt"
 BEST = "max_acc.pth"
 STATE = "checkpoint.pth.tar"
 
 
-def run_folder(args: argparse.Namespace) -> Path:
+def run_folder(
+    save_dir: Path,
+    suffix: str,
+    *,
+    network: NetworkConfig,
+    views: ViewConfig,
+    data: DataConfig,
+    distill: DistillConfig | None,
+    train: TrainConfig,
+) -> Path:
     """``save_dir/<task>/<settings>``, as the original names them.
 
     The task names data, network and distillation, the settings what the optimizer does. Rates are
     written with two digits, so two runs can have one name: the second is refused, and
     ``--suffix`` tells them apart.
     """
-    task = f"{args.dataset}-{args.backbone_class}"
-    task += f"-{args.kd_loss}-{args.kd_weight}" if args.is_distill else "-no_distill"
-    if args.init_weights is not None:
+    task = f"{data.name}-{network.name}"
+    task += f"-{distill.loss}-{distill.weight}" if distill else "-no_distill"
+    if train.init is not None:
         task += "-Pre"
-    if not args.augment:
+    if not views.augment:
         task += "-NoAug"
-    scheduler = args.lr_scheduler
+    rate = train.schedule
+    scheduler = rate.kind
     if scheduler != "cosine":  # the original meant to, and compared the wrong variable
-        scheduler += f"{args.step_size}_gamma{args.gamma:g}"
+        scheduler += f"{','.join(map(str, rate.steps))}_gamma{rate.gamma:g}"
     settings = (
-        f"lr{args.lr:.2g}_{args.optim}_{scheduler}_epoch{args.max_epoch}"
-        f"_warmup{args.warmup_epoch}_bs{args.batch_size}"
+        f"lr{rate.lr:.2g}_{train.optimizer}_{scheduler}_epoch{rate.max_epoch}"
+        f"_warmup{rate.warmup}_bs{train.batch_size}"
     )
-    if args.head_fixed and args.is_distill:
+    if distill is not None and distill.head_fixed:
         settings += "-head_fixed"
-    return Path(args.save_dir) / task / (settings + args.suffix)
+    return save_dir / task / (settings + suffix)
 
 
 class Record:

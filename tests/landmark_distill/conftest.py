@@ -103,3 +103,9 @@ def landmark_teacher(tmp_path_factory, landmark, landmark_tiny) -> Path:
     done = landmark(*landmark_tiny(folder))
     assert done.code == 0, done.err
     return only(folder, "max_acc.pth")
+
+
+@pytest.fixture(scope="session")
+def finished_run(landmark_teacher) -> Path:
+    """The folder of a finished run: that of the teacher."""
+    return landmark_teacher.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,22 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from landmark_distill.data_loader import (
+from landmark_distill.config import DrawnScenes, HoldOut
+from landmark_distill.images.file_lists import joined_labels, label_offsets, read_list, read_remap
+from landmark_distill.images.landmark_scenes import is_drawn, make_landmark_scenes
+from landmark_distill.images.two_level import (
+    assign_groups,
+    part_of,
+    scan_levels,
+    split_levels,
+)
+from landmark_distill.images.views import (
     EIGENVALUES,
     EIGENVECTORS,
     eval_loader,
     lighting_shift,
     train_loader,
     view_settings,
-)
-from landmark_distill.file_lists import joined_labels, label_offsets, read_list, read_remap
-from landmark_distill.landmark_scenes import is_drawn, make_landmark_scenes
-from landmark_distill.two_level import (
-    HoldOut,
-    assign_groups,
-    part_of,
-    scan_levels,
-    split_levels,
 )
 from shared_core.datasets import DatasetError, ImageSet
 from shared_core.datasets.finding.fingerprint import content_key
@@ -229,8 +230,8 @@ def test_labels_of_a_part(tmp_path, landmark_images):
 
 
 def test_drawn_scenes(tmp_path):
-    settings = dict(num_classes=6, image_size=24, images_per_class=2, seed=3)
-    root = make_landmark_scenes(tmp_path / "s", **settings)
+    settings = DrawnScenes(num_classes=6, image_size=24, images_per_class=2, seed=3)
+    root = make_landmark_scenes(tmp_path / "s", settings)
     listing, coarse = scan_levels(root)
     assert len(listing.classes) == 6 and len(listing.samples) == 12 and is_drawn(root)
     assert all(
@@ -238,10 +239,10 @@ def test_drawn_scenes(tmp_path):
         for name, group in zip(listing.classes, coarse, strict=True)
     )
     first = {s.path: s.path.read_bytes() for s in listing.samples}
-    assert make_landmark_scenes(root, **settings) == root
+    assert make_landmark_scenes(root, settings) == root
     assert {p: p.read_bytes() for p in first} == first
     with pytest.raises(DatasetError, match="other files"):
-        make_landmark_scenes(root, **{**settings, "seed": 4})
+        make_landmark_scenes(root, replace(settings, seed=4))
     assert not is_drawn(tmp_path)
 
 
@@ -256,9 +257,9 @@ def arrays(count: int = 5, size: int = 20) -> ImageSet:
 
 def test_blue_comes_first_with_its_own_mean_and_deviation():
     images = arrays(3, 16)
-    words = dict(image_size=16, batch_size=2, device="cpu", threads=0)
     for bgr in (False, True):
-        found = torch.cat([b.images for b in eval_loader(images, **words, bgr=bgr)]).numpy()
+        batches = eval_loader(images, image_size=16, batch_size=2, device="cpu", threads=0, bgr=bgr)
+        found = torch.cat([batch.images for batch in batches]).numpy()
         assert images.array is not None
         expected = ((images.array / 255.0 - MEAN) / STD).transpose(0, 3, 1, 2)
         if bgr:  # mean (.406, .456, .485), deviation (.225, .224, .229)

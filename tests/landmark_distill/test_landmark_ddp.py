@@ -57,7 +57,7 @@ def test_two_processes_train_one_student(
 @pytest.mark.parametrize("kd_loss", ["KD", "global_KD"])
 def test_shares_of_a_batch_average_to_the_whole_gradient(variant, kd_loss):
     """Two processes have a half each and average gradients; in eval mode, as batch norm differs."""
-    from landmark_distill.head_kd import KDSettings
+    from landmark_distill.head.distillation import KDSettings
 
     torch.manual_seed(0)
     student = build_model("Resnet12", num_classes=7, feature_dim=16).double().eval()

@@ -1,42 +1,42 @@
-"""Export, parity, int8: the student alone, with its embedding as output."""
+"""Export, int8: the student alone as a model folder, which every command of the core opens."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from landmark_distill import embed, export_model
-from landmark_distill.compare_int8 import compare_features
-from landmark_distill.embedder import ExportedEmbedder, TorchEmbedder, load_embedder
-from landmark_distill.model import build_model
-from landmark_distill.model_files import save_model
-from shared_core.for_torch.export import ExportError
-from shared_core.runs import run_command
+from command_tools import run_main
+from landmark_distill import embed, export_model, model_folder
+from landmark_distill.config import NetworkConfig
+from landmark_distill.gallery.embedder import load_embedder
+from landmark_distill.gallery.features import weights_of
+from landmark_distill.judging.retrieval import retrieval
+from landmark_distill.model_files import build, load_model, save_model
+from shared_core.deploy.facts import read_facts
+from shared_core.deploy.predictor import open_model
+from shared_core.smallvision import main as smallvision
 
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+TINY = {"depths": (1, 1, 1, 1), "heads": (1, 1, 2, 2), "window": 2}
 NETWORKS = {
-    "Resnet12": {"feature_dim": 16, "options": {}},
-    "Swin_tiny": {
-        "feature_dim": 32,
-        "options": {"depths": [1, 1, 1, 1], "heads": [1, 1, 2, 2], "window": 2},
-    },
+    "Resnet12": NetworkConfig("Resnet12", 32, 16),
+    "Swin_tiny": NetworkConfig("Swin_tiny", 32, 32, options=TINY),
 }
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
-def _save(path, name, size=32):
+def _save(path, name, *, bgr=False):
     torch.manual_seed(1)
-    chosen = NETWORKS[name]
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in chosen["options"].items()
-    }
-    model = build_model(name, image_size=size, feature_dim=chosen["feature_dim"], **options).eval()
-    network = {"name": name, "image_size": size, "scale": 32.0, "margin": 0.1, **chosen}
+    network = NETWORKS[name]
+    model = build(network, num_classes=None).eval()
     weights = {**model.state_dict(), "teacher.encoder.big": torch.zeros(3)}
     save_model(
-        path, weights, network=network, class_names=[], epoch=1, metrics={}, split_hash=None,
-        config={}, bgr=False, resize="linear",
+        path, weights, network=network, class_names=["a"], epoch=1, metrics={}, split_hash=None,
+        config={}, bgr=bgr, resize="linear",
     )  # fmt: skip
     return model
 
@@ -53,68 +53,104 @@ def _folders(root, classes=6, each=6):
     return root
 
 
-@pytest.fixture(
-    scope="module", params=["Resnet12", pytest.param("Swin_tiny", marks=pytest.mark.slow)]
-)
-def exported(request, tmp_path_factory):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    root = tmp_path_factory.mktemp("deploy")
-    model = _save(root / "max_acc.pth", request.param)
-    images = _folders(root / "images")
-    words = [str(root / "max_acc.pth"), str(root / "out"), "--int8", "--calibration", str(images)]
-    assert run_command(export_model.main, words) == 0
-    return root, model, request.param
-
-
-def test_every_exported_network_gives_the_students_embedding(exported):
-    root, model, _ = exported
-    images = torch.randn(5, 3, 32, 32)
+def _wanted(model, images, *, bgr=False):
+    """What the network itself says of uint8 images, by NumPy and torch alone."""
+    pixels = (images / 255 - MEAN) / STD
+    pixels = pixels[..., ::-1] if bgr else pixels
+    tensor = torch.tensor(pixels.transpose(0, 3, 1, 2).copy(), dtype=torch.float32)
     with torch.no_grad():
-        wanted = torch.nn.functional.normalize(model.embed(images).double(), dim=1).numpy()
-    for file in ("student.onnx", "student.pt2"):
+        return torch.nn.functional.normalize(model.embed(tensor).double(), dim=1).numpy()
+
+
+@pytest.fixture(scope="module", params=["Resnet12", "Swin_tiny"])
+def exported(request, tmp_path_factory):
+    """A model folder; the ResNet sees blue first, so that the order of channels is tested, too."""
+    root = tmp_path_factory.mktemp("deploy")
+    bgr = request.param == "Resnet12"
+    model = _save(root / "max_acc.pth", request.param, bgr=bgr)
+    images = _folders(root / "images")
+    words = [root / "max_acc.pth", root / "out", "--int8", "yes", "--max-accuracy-loss", "1",
+             "--calibration", images]  # fmt: skip
+    done = run_main(export_model.main, words)
+    assert done.code == 0, done.err
+    return root, model, bgr, done.out
+
+
+def test_every_file_gives_the_students_embedding(exported):
+    root, model, bgr, _ = exported
+    images = np.random.default_rng(2).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    wanted = _wanted(model, images, bgr=bgr)
+    for file in ("model.onnx", "model.pt2", "."):
         for count in (1, 5):
-            got = load_embedder(root / "out" / file)(images[:count])
-            np.testing.assert_allclose(got, wanted[:count], atol=2e-5)
-    rough = load_embedder(root / "out" / "student_int8.onnx")
-    got = rough(images)
-    assert 0.8 < (got * wanted).sum(1).min() < 1 - 1e-7
-    assert rough.weights.endswith("-int8")
-    assert "teacher" not in repr(torch.export.load(root / "out" / "student.pt2").state_dict.keys())
+            got = load_embedder(root / "out" / file).probabilities(images[:count])
+            if file != ".":  # the folder's own default may be int8
+                np.testing.assert_allclose(got, wanted[:count], atol=2e-5)
+    rough = load_embedder(root / "out" / "model.int8.onnx")
+    assert 0.8 < (rough.probabilities(images) * wanted).sum(1).min() < 1 - 1e-7
+    assert weights_of(rough).endswith("-int8")
+    program = torch.export.load(root / "out" / "model.pt2")
+    found = program.module()(torch.from_numpy(images)).detach()
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    assert "teacher" not in repr(program.state_dict.keys())
 
 
 def test_the_description_says_what_was_done_and_what_int8_costs(exported):
-    root, _, name = exported
-    facts = json.loads((root / "out" / "model.json").read_text())
-    assert facts["architecture"] == name and facts["sight"]["size"] == 32
-    assert facts["parity"]["onnx"] < 1e-4 and facts["parity"]["program"] < 1e-4
-    int8 = facts["int8"]
-    assert int8["layers"] >= 8
-    report = int8["report"]
-    assert report["images"] == 18 and 0.5 < report["cosine_mean"] <= 1
-    assert report["bytes"]["int8"] < report["bytes"]["float"]
-    assert set(report["truths"]) == {"fine"}
-    fine = report["truths"]["fine"]
-    assert len(fine["float"]["rates"]) == len(fine["int8"]["rates"]) == len(fine["far_targets"])
-    assert 0 <= fine["int8"]["recall_at_1"] <= 1
+    root, model, bgr, said = exported
+    facts = read_facts(root / "out")
+    assert (facts.task, facts.activation, facts.class_names) == ("embed", "unit", ())
+    assert facts.bgr is bgr and facts.input_size == (32, 32) and facts.project == "landmark_distill"
+    assert facts.costs["parameters"] == sum(p.numel() for p in model.encoder.parameters())
+    _, stored = load_model(root / "max_acc.pth")
+    assert facts.provenance["checkpoint_sha256"] == stored["sha256"]
+    assert facts.measured["int8"]["layers"] >= 8
+    # What is said of int8 is what the file itself does to the images that judged it.
+    order = np.random.default_rng(0).permutation(36)
+    files = sorted((root / "images").rglob("*.png"))
+    judges = [files[i] for i in order[::2]]
+    pixels = np.stack([cv2.resize(cv2.imread(str(p))[..., ::-1], (32, 32)) for p in judges])
+    labels = np.array([int(p.parent.name[1:]) for p in judges])
+    for runtime in ("onnx", "onnx-int8"):
+        rows = open_model(root / "out", runtime=runtime).probabilities(pixels)
+        recall = retrieval(rows, labels, ks=(1,)).recall[1]
+        open_set = facts.measured["open_set"][runtime]
+        assert open_set["retrieval"]["fine"]["recall_at_1"] == pytest.approx(recall)
+        assert f"{runtime}, fine: recall@1 {recall:.4f}" in said
+        score = "float_score" if runtime == "onnx" else "int8_score"
+        assert facts.measured["int8"][score] == pytest.approx(recall)
 
 
 def test_int8_is_int8_in_the_file(exported):
     import onnx
 
-    root, _, _ = exported
-    graph = onnx.load(str(root / "out" / "student_int8.onnx")).graph
+    graph = onnx.load(str(exported[0] / "out" / "model.int8.onnx")).graph
     kinds = {onnx.TensorProto.INT8}
     assert any(t.data_type in kinds and len(t.dims) >= 2 for t in graph.initializer)
 
 
-def test_embed_takes_an_export_like_the_model_file(exported, tmp_path):
-    root, _, _ = exported
-    for model, out in ((root / "max_acc.pth", "a.npy"), (root / "out", "b.npy")):
-        words = [str(model), str(root / "images"), str(tmp_path / out), "--device", "cpu"]
-        assert run_command(embed.main, words) == 0
+def test_embed_takes_a_folder_like_the_model_file(exported, tmp_path):
+    root, _, _, _ = exported
+    for model, out in (
+        (root / "max_acc.pth", "a.npy"), (root / "out" / "model.onnx", "b.npy"),
+    ):  # fmt: skip
+        words = [model, root / "images", tmp_path / out, "--device", "cpu"]
+        assert run_main(embed.main, words).code == 0
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), atol=2e-5)
-    assert ExportedEmbedder(root / "out").weights == TorchEmbedder(root / "max_acc.pth").weights
+    facts = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert facts[0]["weights"] == facts[1]["weights"]
+
+
+def test_the_cores_own_commands_open_the_folder(exported, tmp_path):
+    root, model, bgr, _ = exported
+    shutil.copytree(root / "out", tmp_path / "elsewhere")  # nothing hangs on the place
+    done = run_main(smallvision, ["predict", tmp_path / "elsewhere", root / "images" / "c0",
+                                  "--json", tmp_path / "p.json", "--runtime", "onnx"])  # fmt: skip
+    assert done.code == 0, done.err
+    answers = json.loads((tmp_path / "p.json").read_text())
+    assert "feature" in json.dumps(answers)
+    done = run_main(smallvision, ["evaluate", tmp_path / "elsewhere", root / "images",
+                                  "--json", tmp_path / "e.json"])  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "e.json").read_text())["task"] == "embed"
 
 
 @pytest.fixture(scope="module")
@@ -125,74 +161,69 @@ def small(tmp_path_factory):
     return root
 
 
-def test_an_export_replaces_an_earlier_one_and_nothing_else(small, tmp_path, capsys):
+def test_an_export_replaces_an_earlier_one_and_nothing_else(small, tmp_path):
     out = tmp_path / "o"
-    out.mkdir()
-    for name in ("student.onnx", "student_int8.onnx", "model.json"):
-        (out / name).write_text("of an earlier export")
-    words = [str(small / "max_acc.pth"), str(out), "--format", "program"]
-    assert run_command(export_model.main, words) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["model.json", "student.pt2"]
-    images = torch.randn(2, 3, 32, 32)
-    wanted = TorchEmbedder(small / "max_acc.pth")(images)
-    np.testing.assert_allclose(load_embedder(out)(images), wanted, atol=2e-5)
+    words = [small / "max_acc.pth", out, "--format", "program"]
+    assert run_main(export_model.main, words).code == 0
+    first = sorted(p.name for p in out.iterdir())
+    assert first == ["README.md", "model.json", "model.pt2"]
+    assert run_main(export_model.main, words).code == 0
+    assert sorted(p.name for p in out.iterdir()) == first
     (out / "mine.txt").write_text("keep")
-    capsys.readouterr()
-    assert run_command(export_model.main, words) == 2
-    assert "holds mine.txt, which no export wrote" in capsys.readouterr().err
-    assert (out / "mine.txt").read_text() == "keep" and (out / "student.pt2").exists()
+    done = run_main(export_model.main, words)
+    assert done.code == 2 and "mine.txt" in done.err
+    assert (out / "mine.txt").read_text() == "keep" and (out / "model.pt2").exists()
 
 
-def test_a_program_that_differs_is_refused(tmp_path):
-    class Odd(torch.nn.Module):
-        calls = 0
+def test_a_file_that_answers_otherwise_ends_the_export(small, tmp_path, monkeypatch):
+    class Other(model_folder.Program):
+        def forward(self, images):
+            return super().forward(255 - images)
 
-        def forward(self, image):
-            Odd.calls += 1
-            return image.flatten(1) * Odd.calls
+    monkeypatch.setattr(model_folder, "Program", Other)
+    done = run_main(export_model.main, [small / "max_acc.pth", tmp_path / "o"])
+    assert done.code == 1 and "model.pt2 does not answer as its network" in done.err
+    assert not (tmp_path / "o").exists()
 
-    with pytest.raises(ExportError, match="the program differs"):
-        export_model.export_program(Odd(), tmp_path / "x.pt2", input_size=(3, 4, 4))
-    assert not (tmp_path / "x.pt2").exists()
+
+def test_the_run_of_the_file_judges_and_calibrates(finished_run, landmark, tmp_path):
+    """All images of the test part, and those of calibration, as the run's split.json says."""
+    done = run_main(
+        export_model.main,
+        [finished_run / "max_acc.pth", tmp_path / "o", "--format", "onnx", "--int8", "yes",
+         "--max-accuracy-loss", "1"],
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    split = json.loads((finished_run / "split.json").read_text())["samples"]
+    count = sum(part == "test" for _, _, _, part in split)
+    facts = read_facts(tmp_path / "o")
+    assert facts.measured["files"]["onnx"]["agreement"]["images"] == count
+    assert facts.measured["open_set"]["images"] == count
+    # The file that is shipped gives the rates that the run's test has found.
+    rates = json.loads((finished_run / "openset.json").read_text())["rates"]
+    for name, row in facts.measured["open_set"]["onnx"]["rates"].items():
+        assert row == pytest.approx(rates[name], abs=0.03)
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--int8"], 2, "expected both"),
         (["--calibration", "{images}"], 2, "expected both"),
         (["--int8", "--calibration", "{none}"], 1, "is not a folder"),
         (["--int8", "--calibration", "{empty}"], 1, "expected four or more"),
+        (["--int8"], 2, "expected --calibration FOLDER"),
         (["--int8", "--calibration", "{images}", "--format", "program"], 2, "--format onnx"),
-        (["--opset", "11"], 2, "expected 18 or more"),
+        (["--opset", "11"], 2, "expected [18"),
+        (["--data-path", "{empty}"], 2, "expected the split of the run"),
     ],
 )
-def test_bad_words_are_one_line_before_anything_is_written(
-    small, tmp_path, capsys, words, code, message
-):
-    root = small
+def test_bad_words_are_one_line_before_anything_is_written(small, tmp_path, words, code, message):
     (tmp_path / "empty").mkdir()
     places = {
-        "{images}": root, "{none}": tmp_path / "none", "{empty}": tmp_path / "empty",
+        "{images}": small, "{none}": tmp_path / "none", "{empty}": tmp_path / "empty",
     }  # fmt: skip
-    arguments = [str(root / "max_acc.pth"), str(tmp_path / "o")]
-    assert run_command(
-        export_model.main, arguments + [str(places.get(w, w)) for w in words]
-    ) == code  # fmt: skip
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    arguments = [small / "max_acc.pth", tmp_path / "o", *[places.get(w, w) for w in words]]
+    done = run_main(export_model.main, arguments)
+    assert done.code == code and message in done.err, done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert not (tmp_path / "o").exists()
-
-
-def test_the_comparison_leaves_out_what_so_few_images_cannot_say():
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(40, 8))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    labels = np.repeat(np.arange(10), 4)
-    report = compare_features(rows, rows, {"fine": labels, "one": np.zeros(40, np.int64)})
-    assert set(report["truths"]) == {"fine"}  # one class only has no impostor pair
-    assert report["truths"]["fine"]["far_targets"] == [0.1, 0.01]  # of 720 impostor pairs
-    assert report["truths"]["fine"]["float"] == report["truths"]["fine"]["int8"]
-    assert report["cosine_min"] == pytest.approx(1)
-    with pytest.raises(ValueError, match="shapes"):
-        compare_features(rows, rows[:3], None)

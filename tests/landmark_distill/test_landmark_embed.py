@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from landmark_distill import embed, search
-from landmark_distill.embedder import TorchEmbedder, load_embedder
+from landmark_distill.config import NetworkConfig
+from landmark_distill.gallery.embedder import load_embedder
+from landmark_distill.gallery.features import embed_folder
 from landmark_distill.model import build_model
 from landmark_distill.model_files import save_model
-from shared_core.runs import run_command
+from shared_core.runs import UsageError, run_command
 
 SIZE, WIDTH = 32, 16
 
@@ -25,10 +27,7 @@ def save_small(path, *, seed=0, bgr=False):
         for norm in model.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.running_mean.normal_(0, 0.1)
-    network = {
-        "name": "Resnet12", "image_size": SIZE, "feature_dim": WIDTH, "scale": 32.0,
-        "margin": 0.1, "options": {},
-    }  # fmt: skip
+    network = NetworkConfig("Resnet12", SIZE, WIDTH)
     save_model(
         path, model.state_dict(), network=network, class_names=["a"], epoch=1, metrics={},
         split_hash=None, config={}, bgr=bgr, resize="linear",
@@ -79,15 +78,15 @@ def test_the_features_are_those_of_the_network(made):
 def test_channels_follow_the_model_file(made, tmp_path):
     root, _ = made
     save_small(tmp_path / "bgr.pth", bgr=True)
-    embedder = TorchEmbedder(tmp_path / "bgr.pth")
-    assert embedder.sight.bgr
-    embed.embed_folder(embedder, root / "images", tmp_path / "b.npy", threads=0)
+    embedder = load_embedder(tmp_path / "bgr.pth")
+    assert embedder.facts.bgr
+    embed_folder(embedder, root / "images", tmp_path / "b.npy", threads=0)
     flipped = tmp_path / "flipped"
     shutil.copytree(root / "images", flipped)
     for path in flipped.rglob("*.png"):
         cv2.imwrite(str(path), np.ascontiguousarray(cv2.imread(str(path))[..., ::-1]))
     save_small(tmp_path / "rgb.pth")
-    embed.embed_folder(TorchEmbedder(tmp_path / "rgb.pth"), flipped, tmp_path / "r.npy", threads=0)
+    embed_folder(load_embedder(tmp_path / "rgb.pth"), flipped, tmp_path / "r.npy", threads=0)
     a, b = np.load(tmp_path / "b.npy"), np.load(tmp_path / "r.npy")
     # Mean and deviation stay with their channel, so the two are near, not the same.
     plain = np.load(root / "g.npy")
@@ -140,9 +139,9 @@ def test_search_with_one_image_prints_and_with_features_needs_no_model(made, tmp
     ) == 0  # fmt: skip
     assert f"  1  1.0000  {one.relative_to(root / 'images').as_posix()}" in capsys.readouterr().out
     words = [str(root / "g.npy"), str(root / "g.npy"), "--json", str(tmp_path / "q.json")]
-    assert run_command(search.main, [*words, "--engine", "bf16"]) == 0
+    assert run_command(search.main, words) == 0
     found = json.loads((tmp_path / "q.json").read_text())
-    assert found["index"] == "bf16" and len(found["answers"][0]["neighbours"]) == 10
+    assert found["index"] == "exact" and len(found["answers"][0]["neighbours"]) == 10
     capsys.readouterr()
     pytest.importorskip("faiss")
     assert run_command(search.main, [*words, "--index", "faiss-flat"]) == 0
@@ -156,7 +155,6 @@ def test_search_with_one_image_prints_and_with_features_needs_no_model(made, tmp
     [
         (["{images}"], 2, "expected --model"),
         (["{g}", "--model", "{m}"], 2, "--model is for images"),
-        (["{g}", "--index", "faiss-ivf", "--engine", "fp32"], 2, "of the exact index"),
         (["{g}", "--probes", "3"], 2, "--probes is of"),
         (["{nothing}", "--model", "{m}"], 1, "no such file"),
         (["{images}", "--model", "{other}"], 1, "expected the same network"),
@@ -185,7 +183,7 @@ def test_bad_words_of_search_are_one_line(made, tmp_path, capsys, words, code, m
         (["{m}", "{images}", "out.txt"], 2, "ends in .npy"),
         (["{m}", "{nothing}", "{out}"], 1, "is not a folder"),
         (["{m}", "{empty}", "{out}"], 1, "holds no image"),
-        (["{empty}", "{images}", "{out}"], 1, "holds no model.json"),
+        (["{empty}", "{images}", "{out}"], 1, "model.json"),
         (["{m}", "{images}", "{out}", "--device", "gpu9"], 1, "--device gpu9"),
     ],
 )
@@ -201,10 +199,13 @@ def test_bad_words_of_embed_are_one_line(made, tmp_path, capsys, words, code, me
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_bf16_is_near_and_refused_for_an_export(made, tmp_path):
+def test_bf16_is_near_and_refused_for_a_folder(made, tmp_path):
     root, _ = made
-    images = torch.randn(4, 3, SIZE, SIZE)
-    exact, rough = (TorchEmbedder(root / "max_acc.pth", bf16=b)(images) for b in (False, True))
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
+    exact, rough = (
+        load_embedder(root / "max_acc.pth", bf16=bf16).probabilities(images)
+        for bf16 in (False, True)
+    )
     assert 0 < np.abs(exact - rough).max() < 0.1
-    with pytest.raises(ValueError, match="runs on the CPU in its own precision"):
+    with pytest.raises(UsageError, match="--bf16"):
         load_embedder(tmp_path, bf16=True)

@@ -3,23 +3,52 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from landmark_distill import features as features_module
-from landmark_distill.contact_sheet import FRAME, GAP, GREEN, RED, Tile, contact_sheet, write_sheet
-from landmark_distill.feature_store import open_store, write_names
-from landmark_distill.features import Sight, extract_features, load_features, unit_rows
+from landmark_distill.gallery import features as features_module
+from landmark_distill.gallery.features import (
+    extract_features,
+    load_features,
+    open_store,
+    unit_rows,
+    write_names,
+)
+from landmark_distill.images.views import whole_view
+from landmark_distill.judging.pictures import (
+    FRAME,
+    GAP,
+    GREEN,
+    RED,
+    Tile,
+    contact_sheet,
+    write_sheet,
+)
 from shared_core.datasets import ImageSet
+from shared_core.deploy.facts import ModelFacts
+from shared_core.deploy.predictor import NetworkPredictor
+from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 REPO = Path(__file__).resolve().parents[2]
-SIGHT = Sight(size=8)
+
+
+def _flat(run=None, *, bgr=False, weights="w", width=12):
+    """A network whose feature is the beginning of the normalised image, or what ``run`` makes."""
+    facts = ModelFacts(
+        project="test", architecture="flat", class_names=(), input_size=(8, 8),
+        view=whole_view(8, "linear").settings(), mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        task="embed", activation="none", bgr=bgr, more={"feature_dim": width},
+        provenance={"checkpoint_sha256": weights},
+    )  # fmt: skip
+
+    def flat(images):
+        pixels = facts.normalise(images).reshape(len(images), -1)[:, :12]
+        return pixels if run is None else run(pixels)
+
+    return NetworkPredictor(facts, flat, runtime="test", name="flat")
 
 
 def _files(folder, count=11, bad=()):
@@ -36,13 +65,9 @@ def _files(folder, count=11, bad=()):
     return paths
 
 
-def _flat(images):
-    return images.flatten(1)[:, :12]
-
-
-def _run(paths, out, **more):
-    words = {"sight": SIGHT, "width": 12, "weights": "w", "batch_size": 2, "threads": 0, **more}
-    return extract_features(_flat, ImageSet(paths, [0] * len(paths)), out, **words)
+def _run(paths, out, network=None, **more):
+    words = {"batch_size": 2, "threads": 0, **more}
+    return extract_features(network or _flat(), ImageSet(paths, [0] * len(paths)), out, **words)
 
 
 def _expected(paths, bgr=False):
@@ -60,7 +85,7 @@ def _expected(paths, bgr=False):
 @pytest.mark.parametrize("bgr", [False, True])
 def test_rows_are_in_order_and_of_unit_length(tmp_path, dtype, bgr):
     paths = _files(tmp_path / "i")
-    done = _run(paths, tmp_path / "opensetFeat.npy", dtype=dtype, sight=Sight(8, bgr=bgr))
+    done = _run(paths, tmp_path / "opensetFeat.npy", _flat(bgr=bgr), dtype=dtype)
     rows = load_features(done.path)
     assert rows.dtype == dtype and rows.shape == (11, 12) and done.bad == ()
     tolerance = 1e-3 if dtype == "float16" else 1e-5
@@ -73,112 +98,89 @@ def test_stopped_and_called_again_it_embeds_the_rest_only(tmp_path, monkeypatch)
     paths = _files(tmp_path / "i", bad=(1, 2, 3, 7))
     seen = []
 
-    def stops(images):
+    def stops(rows):
         if len(seen) == 3:
             raise KeyboardInterrupt
-        seen.append(len(images))
-        return _flat(images)
+        seen.append(len(rows))
+        return rows
 
-    images = ImageSet(paths, [0] * 11)
-    words = {"sight": SIGHT, "width": 12, "weights": "w", "batch_size": 2, "threads": 0}
-    words["on_error"] = "skip"
     with pytest.raises(KeyboardInterrupt):
-        extract_features(stops, images, tmp_path / "f.npy", **words)
+        _run(paths, tmp_path / "f.npy", _flat(stops), on_error="skip")
     assert not (tmp_path / "f.npy").exists()
     calls = []
 
-    def counts(images):
-        calls.append(len(images))
-        return _flat(images)
+    def counts(rows):
+        calls.append(len(rows))
+        return rows
 
-    done = extract_features(counts, images, tmp_path / "f.npy", **words)
+    done = _run(paths, tmp_path / "f.npy", _flat(counts), on_error="skip")
     assert sum(seen) + sum(calls) == 7 + 0 and calls
     assert done.kept.tolist() == [0, 4, 5, 6, 8, 9, 10]
     assert [index for index, _ in done.bad] == [1, 2, 3, 7]
-    whole = extract_features(_flat, images, tmp_path / "whole.npy", **words)
+    whole = _run(paths, tmp_path / "whole.npy", on_error="skip")
     assert done.path.read_bytes() == whole.path.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.npy", "i", "whole.npy"]
 
 
-@pytest.mark.parametrize("change", ["weights", "batch_size", "image", "sight"])
+@pytest.mark.parametrize("change", ["weights", "batch_size", "image", "view"])
 def test_what_changed_is_not_resumed(tmp_path, monkeypatch, change):
     monkeypatch.setattr(features_module, "SAVE_EVERY", 1)
     paths = _files(tmp_path / "i")
 
-    def stops(images):
+    def stops(rows):
         if (tmp_path / "f.npy.progress.json").exists():
             raise KeyboardInterrupt
-        return _flat(images)
+        return rows
 
-    words = {"sight": SIGHT, "width": 12, "weights": "w", "batch_size": 2, "threads": 0}
     with pytest.raises(KeyboardInterrupt):
-        extract_features(stops, ImageSet(paths, [0] * 11), tmp_path / "f.npy", **words)
+        _run(paths, tmp_path / "f.npy", _flat(stops))
+    more, network = {}, {}
     if change == "image":
         cv2.imwrite(str(paths[0]), np.zeros((8, 9, 3), np.uint8) + 77)
+    elif change == "batch_size":
+        more["batch_size"] = 3
     else:
-        words[change] = {"weights": "v", "batch_size": 3, "sight": Sight(8, bgr=True)}[change]
-    got = extract_features(_flat, ImageSet(paths, [0] * 11), tmp_path / "f.npy", **words)
-    new = extract_features(_flat, ImageSet(paths, [0] * 11), tmp_path / "g.npy", **words)
+        network = {"weights": "v"} if change == "weights" else {"bgr": True}
+    got = _run(paths, tmp_path / "f.npy", _flat(**network), **more)
+    new = _run(paths, tmp_path / "g.npy", _flat(**network), **more)
     assert got.path.read_bytes() == new.path.read_bytes()
 
 
-KILLED = """
-import sys
-sys.path[:0] = [{packages!r}, {shared!r}]
-import os, signal
-from pathlib import Path
-from landmark_distill import features
-from landmark_distill.features import Sight, extract_features
-from shared_core.datasets import ImageSet
-features.SAVE_EVERY = 1
-paths = sorted(Path({folder!r}).iterdir())
-calls = 0
-def embed(images):
-    global calls
-    calls += 1
-    if calls == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return images.flatten(1)[:, :12]
-extract_features(embed, ImageSet(paths, [0] * len(paths)), {out!r}, sight=Sight(size=8),
-                 width=12, weights="w", batch_size=2, threads=0)
-print(calls)
-"""
-
-
-def test_killed_and_started_again_the_file_is_the_same_bit_for_bit(tmp_path):
+def test_killed_and_started_again_the_file_is_the_same_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SAVE_EVERY", 1)
     paths = _files(tmp_path / "i")
+    calls = []
 
-    def start(at):
-        code = KILLED.format(
-            packages=str(REPO / "packages"), shared=str(REPO / "shared"),
-            folder=str(tmp_path / "i"), out=str(tmp_path / "f.npy"), at=at,
-        )  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-        )
+    def dies(rows):
+        calls.append(len(rows))
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rows
 
-    assert start(4).returncode == -signal.SIGKILL
-    again = start(0)
-    assert again.returncode == 0, again.stderr
-    assert int(again.stdout) == 3  # of six batches three were done
+    pid = os.fork()
+    if pid == 0:
+        _run(paths, tmp_path / "f.npy", _flat(dies))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+    def counts(rows):
+        calls.append(len(rows))
+        return rows
+
+    _run(paths, tmp_path / "f.npy", _flat(counts))
+    assert len(calls) == 3  # of six batches three were done
     truth = _run(paths, tmp_path / "whole.npy")
     assert (tmp_path / "f.npy").read_bytes() == truth.path.read_bytes()
 
 
 def test_features_that_are_no_features_are_refused(tmp_path):
     paths = _files(tmp_path / "i", count=3)
-    with pytest.raises(ValueError, match=r"expected \(2, 5\)"):
-        _run(paths, tmp_path / "f.npy", width=5)
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         _run(paths, tmp_path / "f.npy", dtype="int8")
     with pytest.raises(ValueError, match="no images"):
         _run([], tmp_path / "f.npy")
-    broken = lambda images: torch.full((len(images), 12), torch.nan)  # noqa: E731
     with pytest.raises(ValueError, match="not finite"):
-        extract_features(
-            broken, ImageSet(paths, [0] * 3), tmp_path / "f.npy", sight=SIGHT, width=12, weights=""
-        )
+        _run(paths, tmp_path / "f.npy", _flat(lambda rows: rows * np.nan))
     bad = _files(tmp_path / "bad", count=2, bad=(0, 1))
     with pytest.raises(ValueError, match="none of 2 images can be read"):
         _run(bad, tmp_path / "f.npy", on_error="skip")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from landmark_distill.cosine_head import CosineMarginHead
-from landmark_distill.head_file import head_from_file, save_head
-from landmark_distill.head_kd import (
+from landmark_distill.head.cosine_head import CosineMarginHead
+from landmark_distill.head.distillation import (
     KDSettings,
     feature_cosine,
     full_losses,
     global_kd,
     kd_from_logits,
 )
+from landmark_distill.model_files import read_head
 
 STUDENT = torch.tensor([[1.0, 2, 3, 4], [2, 0, 1, 0]], dtype=torch.float64)
 TEACHER = torch.tensor([[0.0, 1, 0, 3], [1, 1, 1, 1]], dtype=torch.float64)
@@ -152,30 +152,26 @@ def test_full_losses_are_those_of_numpy(variant, training):
     assert losses.correct.tolist() == (plain.argmax(1) == y).tolist()
 
 
+def mapped(path, **more):
+    return read_head(path, **{"mapped": True, "dtype": None, "scale": 20.0, "margin": 0.25, **more})
+
+
 class TestFile:
-    """A head on disk: written with unit rows, mapped, shared, never executed."""
+    """A head in a model file: mapped, shared, never written to, never executed."""
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_way_through_a_file(self, tmp_path, dtype):
-        torch.manual_seed(0)
-        head = CosineMarginHead(9001, 16, scale=20.0, margin=0.25)
-        save_head(tmp_path / "head.safetensors", head, dtype=dtype)
-        again = head_from_file(tmp_path / "head.safetensors")
-        assert (again.scale, again.margin, again.frozen) == (20.0, 0.25, True)
-        assert again.weight.dtype == dtype and again.weight.shape == (9001, 16)
-        unit = head.weight.detach() / head.weight.detach().norm(dim=1, keepdim=True)
-        assert torch.equal(again.weight, unit.to(dtype)) or dtype == torch.float32
-        torch.testing.assert_close(again.weight.float(), unit, rtol=0.01, atol=1e-6)
-        if dtype == torch.float32:
-            assert again.row_scale() is None
-
-    def test_safetensors_reads_it_too(self, tmp_path):
-        from safetensors.torch import load_file
-
-        head = CosineMarginHead(10, 4)
-        save_head(tmp_path / "head.safetensors", head)
-        found = load_file(tmp_path / "head.safetensors")["head.weight"]
-        assert torch.equal(found, head_from_file(tmp_path / "head.safetensors").weight)
+    @pytest.mark.parametrize("keep", [True, False])
+    @pytest.mark.parametrize("under", [(), ("model_state",), ("params",), ("model",)])
+    def test_torch_files(self, tmp_path, keep, under):
+        weight = torch.randn(6, 4)
+        state = {"encoder.bias": torch.zeros(2), "encoder.head.weight": weight}
+        for key in under:
+            state = {key: state}
+        torch.save(state, tmp_path / "teacher.pth")
+        head = mapped(tmp_path / "teacher.pth", mapped=keep)
+        assert torch.equal(head.weight, weight) and head.frozen
+        assert (head.scale, head.margin) == (20.0, 0.25)
+        half = mapped(tmp_path / "teacher.pth", mapped=False, dtype=torch.bfloat16)
+        assert torch.equal(half.weight, weight.bfloat16())
 
     def test_any_safetensors_with_a_head(self, tmp_path):
         from safetensors.torch import save_file
@@ -183,82 +179,51 @@ class TestFile:
         weight = torch.randn(7, 3)
         tensors = {"encoder.norm.bias": torch.zeros(5), "encoder.head.weight": weight}
         save_file(tensors, tmp_path / "model.safetensors")
-        assert torch.equal(head_from_file(tmp_path / "model.safetensors").weight, weight)
-
-    @pytest.mark.parametrize("mmap", [True, False])
-    def test_npy_and_checkpoints(self, tmp_path, mmap):
-        weight = torch.randn(6, 4)
-        np.save(tmp_path / "head.npy", weight.numpy())
-        torch.save({"model_state": {"encoder.head.weight": weight}}, tmp_path / "teacher.pth")
-        torch.save({"head.weight": weight}, tmp_path / "plain.pth")
-        for name in ("head.npy", "teacher.pth", "plain.pth"):
-            head = head_from_file(tmp_path / name, mmap=mmap)
-            assert torch.equal(head.weight, weight) and head.scale == 32
+        assert torch.equal(mapped(tmp_path / "model.safetensors").weight, weight)
 
     def test_file_is_never_written_to(self, tmp_path):
-        np.save(tmp_path / "head.npy", np.ones((3, 2), np.float32))
-        save_head(tmp_path / "head.safetensors", CosineMarginHead(3, 2))
-        for name in ("head.npy", "head.safetensors"):
+        from safetensors.torch import save_file
+
+        weight = {"head.weight": torch.ones(3, 2)}
+        torch.save(weight, tmp_path / "head.pth")
+        save_file(weight, tmp_path / "head.safetensors")
+        for name in ("head.pth", "head.safetensors"):
             before = (tmp_path / name).read_bytes()
-            head = head_from_file(tmp_path / name)
-            head.weight.data.zero_()
+            mapped(tmp_path / name).weight.data.zero_()
             assert (tmp_path / name).read_bytes() == before
 
-    @pytest.mark.slow
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
     def test_a_mapped_head_is_not_read_before_it_is_used(self, tmp_path):
-        path = tmp_path / "head.safetensors"
-        save_head(path, CosineMarginHead(60_000, 256))  # 58 MiB
-        code = (
-            "import sys, torch; from landmark_distill.head_file import head_from_file\n"
-            "def now(kind):\n"
-            "    text = open('/proc/self/status').read().split(kind + ':')[1]\n"
-            "    return int(text.split()[0]) / 1024\n"
-            "before = now('VmRSS'); head = head_from_file(sys.argv[1]); after = now('VmRSS')\n"
-            "own = now('RssAnon'); head.row_scale(); print(after - before, now('RssAnon') - own)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True,
-            env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        mapped, used = map(float, done.stdout.split())
-        assert mapped < 5 and used < 45  # MiB: parts of 1 MiB, never the whole of 58
+        path = tmp_path / "head.pth"
+        torch.save({"head.weight": CosineMarginHead(60_000, 256).weight.data}, path)  # 58 MiB
 
-    def test_scale_and_margin_can_be_given(self, tmp_path):
-        save_head(tmp_path / "head.safetensors", CosineMarginHead(3, 2))
-        head = head_from_file(tmp_path / "head.safetensors", scale=5.0, margin=0.0)
-        assert (head.scale, head.margin) == (5.0, 0.0)
+        def held(kind):
+            text = Path("/proc/self/status").read_text().split(kind + ":")[1]
+            return int(text.split()[0]) / 1024
+
+        before = held("VmRSS")
+        head = mapped(path)
+        assert held("VmRSS") - before < 5  # MiB
+        own = held("RssAnon")
+        head.row_scale()
+        assert held("RssAnon") - own < 30  # parts of 1 MiB, never the whole of 58
 
     def test_errors_name_the_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="none.npy: no such file"):
-            head_from_file(tmp_path / "none.npy")
+        with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
+            mapped(tmp_path / "none.pth")
         (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 100)
         (tmp_path / "bad.pth").write_bytes(b"nothing")
-        (tmp_path / "bad.npy").write_bytes(b"nothing")
-        for name in ("bad.safetensors", "bad.pth", "bad.npy"):
-            with pytest.raises(ValueError, match=name) as error:
-                head_from_file(tmp_path / name)
-            assert "\n" not in str(error.value)
-        torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match="holds no head"):
-            head_from_file(tmp_path / "other.pth")
-        with pytest.raises(ValueError, match="expected \\*.safetensors"):
-            save_head(tmp_path / "head.npy", CosineMarginHead(3, 2))
-
-    def test_a_cut_file_is_refused(self, tmp_path):
-        path = tmp_path / "head.safetensors"
-        save_head(path, CosineMarginHead(30, 20))
-        path.write_bytes(path.read_bytes()[:-8])
-        with pytest.raises(ValueError, match="whole"):
-            head_from_file(path)
-
-    def test_a_lying_header_is_refused(self, tmp_path):
         header = {"head.weight": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4]}}
         text = json.dumps(header).encode()
-        path = tmp_path / "head.safetensors"
-        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-        with pytest.raises(ValueError, match="whole"):
-            head_from_file(path)
+        lie = struct.pack("<Q", len(text)) + text + bytes(4)
+        (tmp_path / "lie.safetensors").write_bytes(lie)
+        torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+        torch.save({"head.weight": torch.zeros(30, 20)}, tmp_path / "cut.pth")
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-80])
+        for name in ("bad.safetensors", "bad.pth", "lie.safetensors", "other.pth", "cut.pth"):
+            with pytest.raises(ValueError, match=name) as error:
+                mapped(tmp_path / name)
+            assert "\n" not in str(error.value)
 
     def test_nothing_in_a_checkpoint_is_executed(self, tmp_path):
         class Evil:
@@ -267,5 +232,5 @@ class TestFile:
 
         torch.save({"head.weight": Evil()}, tmp_path / "evil.pth")
         with pytest.raises(ValueError, match="evil.pth"):
-            head_from_file(tmp_path / "evil.pth")
+            mapped(tmp_path / "evil.pth")
         assert not (tmp_path / "executed").exists()

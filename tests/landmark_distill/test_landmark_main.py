@@ -11,29 +11,31 @@ import numpy as np
 import pytest
 import torch
 
-from landmark_distill import config, main
+from landmark_distill import main
+from landmark_distill.config import NetworkConfig
 from landmark_distill.model_files import load_model
-from landmark_distill.utils import epoch_line, interval, run_folder
+from landmark_distill.parsing import parse
+from landmark_distill.utils import epoch_line, interval
 from shared_core.runs import read_metrics, read_result
 
 
 def options(*words: str):
-    return config.parse([*words], prog="main.py")
+    return parse([*words], prog="main.py")
 
 
 def test_folders_are_named_as_the_readme_shows(tmp_path):
     (tmp_path / "t.pth").touch()
     teacher = ("--teacher_init_weights", str(tmp_path / "t.pth"), "--save_dir", "S")
-    found = run_folder(options("--recipe", "swin-tiny", *teacher))
+    found = options("--recipe", "swin-tiny", *teacher).folder
     assert found == Path(
         "S/TLD-Swin_tiny-KD-1.0/lr0.001_AdamW_cosine_epoch200_warmup10_bs256-head_fixed"
     )
-    found = run_folder(options("--recipe", "resnet12", *teacher))
+    found = options("--recipe", "resnet12", *teacher).folder
     assert found == Path("S/TLD-Resnet12-KD-1.0/lr0.01_SGD_cosine_epoch40_warmup0_bs256-head_fixed")
-    found = run_folder(
-        options("--init_weights", str(tmp_path / "t.pth"), "--suffix=-x", "--lr", "0.00125",
-                "--lr_scheduler", "step", "--step_size", "30")
-    )  # fmt: skip
+    found = options(
+        "--init_weights", str(tmp_path / "t.pth"), "--suffix=-x", "--lr", "0.00125",
+        "--lr_scheduler", "step", "--step_size", "30",
+    ).folder  # fmt: skip
     assert found.as_posix().endswith(
         "TLD-Resnet12-no_distill-Pre-NoAug/lr0.0013_SGD_step30_gamma0.5_epoch100_warmup0_bs4-x"
     )
@@ -41,14 +43,16 @@ def test_folders_are_named_as_the_readme_shows(tmp_path):
 
 def test_recipes_win_over_defaults_and_flags_over_recipes(tmp_path):
     (tmp_path / "t.pth").touch()
-    args = options(
+    run = options(
         *("--recipe", "swin-tiny", "--teacher_init_weights", str(tmp_path / "t.pth")),
         *("--lr", "0.5", "--batch_size", "8"),
     )
-    assert (args.lr, args.batch_size, args.optim, args.max_epoch) == (0.5, 8, "AdamW", 200)
-    assert args.is_distill and args.head_fixed and args.augment and args.kd_loss == "KD"
-    assert args.teacher_backbone_class == "Swin_base" and args.image_size == 384
-    assert args.feature_dim == 1024 and (args.cos_scale, args.cos_margin) == (32.0, 0.1)
+    rate, taught = run.train.schedule, run.distill
+    assert (rate.lr, rate.max_epoch, rate.warmup) == (0.5, 200, 10)
+    assert (run.train.batch_size, run.train.optimizer) == (8, "AdamW")
+    assert taught is not None and taught.head_fixed and taught.loss == "KD"
+    assert taught.backbone == "Swin_base" and run.views.augment
+    assert run.network == NetworkConfig("Swin_tiny", 384, 1024, 32.0, 0.1)
 
 
 def test_epoch_line_by_hand():
@@ -76,7 +80,7 @@ def test_record_lines_in_their_order(finished):
     run, done = finished
     lines = (run / "record.txt").read_text().splitlines()
     number = r"\d+\.\d{4}"
-    rates = r"\[" + ", ".join([r"[01]\.\d{5}"] * 8) + r"\]"
+    rates = r"\[" + ", ".join([r"(?:[01]\.\d{5}|-)"] * 8) + r"\]"
     patterns = [
         "path not exist!",
         "num_device: 1",
@@ -118,6 +122,29 @@ def test_record_json_metrics_and_features(finished):
     features = np.load(run / "opensetFeat.npy")
     assert features.shape == (result["data"]["splits"]["test"], 16)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+
+
+def test_the_record_says_coarse_of_the_groups_and_fine_of_the_classes(finished):
+    """By the folders of the test images, and the features that lie there."""
+    run, _ = finished
+    split = json.loads((run / "split.json").read_text())
+    paths = [path for path, _, _, part in split["samples"] if part == "test"]
+    features = np.load(run / "opensetFeat.npy").astype(np.float64)
+    i, j = np.triu_indices(len(paths), 1)
+    scores = (features[i] * features[j]).sum(1)
+    shown = read_result(run / "result.json")["measured"]["open_set"]
+    rates = {}
+    for name, depth in (("coarse", 1), ("fine", 2)):
+        folders = np.array(["/".join(path.split("/")[:depth]) for path in paths])
+        genuine = folders[i] == folders[j]
+        bad = np.sort(scores[~genuine])[::-1]
+        limit = bad[int(len(bad) * 0.1 + 1e-9)]
+        rates[name] = np.mean(scores[genuine] > limit)
+        assert shown["rates"][name][0] == pytest.approx(rates[name], abs=1.01 / genuine.sum())
+        assert shown["verification"][name]["genuine_pairs"] == genuine.sum()
+        enough = [far * len(bad) >= 1 - 1e-9 for far in (0.1, 0.01, 1e-3, 1e-4)]
+        assert shown["measurable"][name][:4] == enough
+    assert rates["coarse"] != rates["fine"]  # or the test would not see them swapped
 
 
 def test_best_file_is_the_student_alone_and_says_what_it_is(finished):
@@ -162,7 +189,7 @@ def test_a_second_run_does_not_write_over_the_first(finished, landmark, landmark
 
 
 BAD = [
-    (["--test_only"], "--init_weights"),
+    (["--test_only"], "--init"),
     (["--is_distill"], "--teacher_backbone_class"),
     (["--is_distill", "--teacher_backbone_class", "Resnet12"], "--teacher_init_weights"),
     (["--head_fixed"], "--head_fixed would have no effect"),
@@ -200,11 +227,15 @@ def test_bad_usage_is_one_line_and_code_2(landmark, tmp_path, words, named):
 
 
 @pytest.mark.parametrize(
-    "flag", ["init_weights", "teacher_init_weights", "remap", "data_path", "split_file"]
-)
-def test_missing_files_are_named(landmark, tmp_path, flag):
-    done = landmark(f"--{flag}", tmp_path / "none")
-    assert done.code in (1, 2) and "none" in done.err and f"--{flag}" in done.err
+    ("typed", "named"),
+    [
+        ("--init_weights", "--init"), ("--data_path", "--data-path"), ("--split_file", "--split"),
+        *[(flag, flag) for flag in ("--teacher_init_weights", "--remap", "--init", "--split")],
+    ],
+)  # fmt: skip
+def test_missing_files_are_named(landmark, tmp_path, typed, named):
+    done = landmark(typed, tmp_path / "none")
+    assert done.code == 1 and f"error: {named} {tmp_path / 'none'}: there is no such" in done.err
 
 
 def test_weights_that_do_not_fit_are_named(finished, landmark, landmark_tiny, tmp_path):

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from landmark_distill.masks import folder_labels, read_mask, read_truth, write_mask
-from shared_core.metrics import PairMask
+from landmark_distill.images.truths import PairMask, PairTruth, folder_labels, read_mask, read_truth
 
 
-def test_a_written_mask_has_the_order_of_triu_indices(tmp_path):
+def test_a_mask_has_the_order_of_triu_indices_and_stays_in_its_file(tmp_path):
     labels = np.random.default_rng(0).integers(0, 5, 41)
-    write_mask(tmp_path / "m.npy", labels)
     i, j = np.triu_indices(41, 1)
+    np.save(tmp_path / "m.npy", (labels[i] == labels[j]).astype(np.uint8))
     mask = read_mask(tmp_path / "m.npy", 41)
-    np.testing.assert_array_equal(np.asarray(mask.values), labels[i] == labels[j])
     assert mask.values.dtype == np.uint8 and isinstance(mask.values, np.memmap)
+    cells = PairTruth("m", mask, 41).block(slice(0, 20), slice(20, 41))
+    np.testing.assert_array_equal(cells, labels[:20, None] == labels[None, 20:])
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32])
@@ -68,5 +68,3 @@ def test_other_wrong_files_are_refused(tmp_path):
     (tmp_path / "t.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_truth(tmp_path / "t.txt", 3)
-    with pytest.raises(ValueError, match="labels have shape"):
-        write_mask(tmp_path / "w.npy", [1])

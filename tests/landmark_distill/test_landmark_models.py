@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from landmark_distill.cosine_head import CosineMarginHead
+from landmark_distill.head.cosine_head import CosineMarginHead
 from landmark_distill.model import (
     MODELS,
     build_model,

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command_tools import run_main
 from landmark_distill import openset
-from landmark_distill.feature_store import write_names
-from landmark_distill.masks import write_mask
-from landmark_distill.openset_original import histogram_rates
-from shared_core.metrics import PairMask
+from landmark_distill.config import FAR_TARGETS
+from landmark_distill.gallery.features import write_names
+from landmark_distill.images.truths import PairMask
+from landmark_distill.judging import judge
+from landmark_distill.judging.histogram import histogram_rates
+from landmark_distill.judging.judge import openset_test
 from shared_core.runs import run_command
 
 
@@ -56,11 +59,11 @@ def _pairs(labels):
 
 def test_the_exact_and_the_original_rates_of_the_worked_example():
     features, labels = _published()
-    exact = openset.openset_test(features, {"fine": labels}, ks=())
+    exact = openset_test(features, {"fine": labels}, ks=())
     np.testing.assert_allclose(
         np.round(exact.rates["fine"], 5)[:5], [0.96278, 0.74556, 0.435, 0.19944, 0.00333], atol=1e-9
     )
-    original = openset.openset_test(features, {"fine": labels}, variant="original", ks=())
+    original = openset_test(features, {"fine": labels}, variant="original", ks=())
     assert original.rates["fine"] == [0.96333, 0.74556, 0.43667, 0.19972, 0.00333, 0, 0, 0]
 
 
@@ -81,17 +84,18 @@ def test_the_histogram_in_blocks_equals_all_pairs_at_once(block):
     for name, genuine in (("labels", _pairs(labels)), ("mask", mask)):
         dense = _original_dense(features, genuine, targets, bins=300)
         # float32 scores may move a pair across an edge: one of about 1,100 pairs.
-        np.testing.assert_allclose(got[name], dense, atol=2e-3)
+        np.testing.assert_allclose(got[name][0], dense, atol=2e-3)
+        assert got[name][1] == (~genuine).sum()
 
 
 def test_coarse_and_fine_together_and_the_line_of_the_record():
     features, fine = _published()
     coarse = fine // 4
-    got = openset.openset_test(features, {"coarse": coarse, "fine": fine}, curve=True, ks=(1,))
+    got = openset_test(features, {"coarse": coarse, "fine": fine}, curve=True, ks=(1,))
     for name, labels in (("coarse", coarse), ("fine", fine)):
-        alone = openset.openset_test(features, {name: labels}, ks=())
+        alone = openset_test(features, {name: labels}, ks=())
         assert got.rates[name] == alone.rates[name]
-        assert got.curves[name].far_targets[:8] == openset.FAR_TARGETS
+        assert got.curves[name].far_targets[:8] == FAR_TARGETS
     head, _, tail = got.line().partition("--")
     assert head.startswith("test acc: coarsegrained:[") and tail.startswith("finegrained:[0.96278,")
     assert len(tail.split(",")) == 8
@@ -101,15 +105,15 @@ def test_coarse_and_fine_together_and_the_line_of_the_record():
 def test_a_mask_gives_rates_and_no_retrieval():
     features, labels = _published()
     mask = PairMask(_pairs(labels))
-    got = openset.openset_test(features, {"fine": mask})
-    assert got.rates == openset.openset_test(features, {"fine": labels}, ks=()).rates
+    got = openset_test(features, {"fine": mask})
+    assert got.rates == openset_test(features, {"fine": labels}, ks=()).rates
     assert got.retrieval == {}
 
 
 def test_an_unknown_variant_is_refused():
     features, labels = _published()
     with pytest.raises(ValueError, match="variant is 'best'"):
-        openset.openset_test(features, {"fine": labels}, variant="best")
+        openset_test(features, {"fine": labels}, variant="best")
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -132,22 +136,22 @@ def test_the_command_with_label_files_writes_json_and_plots(stored, tmp_path, ca
     words = [str(stored), *truths, "--output", str(out), "--roc", "--sheet", "3"]
     code = run_command(openset.main, words)
     assert code == 0
-    content = json.loads((out / openset.RESULT_FILE).read_text())
+    content = json.loads((out / judge.RESULT_FILE).read_text())
     features, labels = _published()
-    truth = openset.openset_test(features, {"fine": labels, "coarse": labels // 4})
+    truth = openset_test(features, {"fine": labels, "coarse": labels // 4})
     assert content["rates"] == truth.rates and content["images"] == 400
     assert content["retrieval"]["fine"] == truth.retrieval["fine"].as_dict()
     assert content["verification"]["fine"]["genuine_pairs"] == 1800
-    for name in (openset.ROC_FILE, openset.SHEET_FILE):
+    for name in (judge.ROC_FILE, judge.SHEET_FILE):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "0.96278" in capsys.readouterr().out
 
 
 def test_the_command_takes_masks_and_the_original_variant(stored, tmp_path):
-    write_mask(tmp_path / "mask.npy", _published()[1])
+    np.save(tmp_path / "mask.npy", _pairs(_published()[1]))
     arguments = [str(stored), "--fine", str(tmp_path / "mask.npy")]
     assert run_command(openset.main, [*arguments, "--variant", "original"]) == 0
-    content = json.loads((stored.parent / openset.RESULT_FILE).read_text())
+    content = json.loads((stored.parent / judge.RESULT_FILE).read_text())
     assert content["rates"]["fine"][:2] == [0.96333, 0.74556] and content["retrieval"] == {}
 
 
@@ -156,9 +160,9 @@ def test_without_truths_the_folders_tell(stored):
     names = [f"town {n // 4}/spot {n}/{i}.jpg" for i, n in enumerate(labels)]
     write_names(stored, names, {"root": "/nowhere", "weights": "x"})
     assert run_command(openset.main, [str(stored), "--no_retrieval"]) == 0
-    content = json.loads((stored.parent / openset.RESULT_FILE).read_text())
+    content = json.loads((stored.parent / judge.RESULT_FILE).read_text())
     features, _ = _published()
-    truth = openset.openset_test(features, {"coarse": labels // 4, "fine": labels}, ks=())
+    truth = openset_test(features, {"coarse": labels // 4, "fine": labels}, ks=())
     assert content["rates"] == truth.rates
 
 
@@ -169,13 +173,13 @@ def test_without_truths_the_folders_tell(stored):
         (["--fine", "{missing}"], 1, "there is no such file"),
         (["--fine", "{short}"], 1, "3 lines for 400 features"),
         (["--fine", "{short.npy}"], 1, "expected (79800,) of 0 and 1"),
-        (["--fine", "{fine}", "--far", "2"], 2, "expected fractions"),
-        (["--fine", "{fine}", "--k", "0"], 2, "expected numbers from 1"),
-        (["--fine", "{fine}", "--sheet", "0"], 2, "expected at least 1"),
+        (["--fine", "{fine}", "--far", "2"], 2, "expected [0, 1]"),
+        (["--fine", "{fine}", "--k", "0"], 2, "expected [1"),
+        (["--fine", "{fine}", "--sheet", "0"], 2, "expected [1"),
         (["--fine", "{fine}", "--roc", "--variant", "original"], 2, "exact"),
     ],
 )
-def test_bad_words_are_one_line(stored, tmp_path, capsys, words, code, message):
+def test_bad_words_are_one_line(stored, tmp_path, words, code, message):
     (tmp_path / "short.txt").write_text("a\nb\nc\n")
     np.save(tmp_path / "short.npy", np.arange(3))
     places = {
@@ -183,9 +187,9 @@ def test_bad_words_are_one_line(stored, tmp_path, capsys, words, code, message):
         "{short.npy}": tmp_path / "short.npy", "{fine}": tmp_path / "fine.npy",
     }  # fmt: skip
     words = [str(places.get(word, word)) for word in words]
-    assert run_command(openset.main, [str(stored), *words]) == code
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    done = run_main(openset.main, [stored, *words])
+    assert done.code == code and message in done.err, done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"no array", b""])

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
-from landmark_distill.dropblock import DropBlock, block_mask
 from landmark_distill.model import build_model
-from landmark_distill.resnet12 import ResNet12
+from landmark_distill.resnet12 import DropBlock, ResNet12, block_mask
 from landmark_distill.resnets import resnet20, resnet50
 
 

@@ -10,10 +10,9 @@ import time
 import pytest
 import torch
 
-from landmark_distill import config
-from landmark_distill.landmark_data import prepare_landmarks
+from landmark_distill.images.landmark_data import prepare_landmarks
+from landmark_distill.parsing import parse
 from landmark_distill.trainer import Trainer
-from landmark_distill.utils import run_folder
 from shared_core.for_torch.distributed import start
 
 
@@ -34,6 +33,11 @@ def words(landmark_tiny, landmark_teacher):
         )  # fmt: skip
 
     return make
+
+
+def folder_of(words):
+    """Where a command's run lies."""
+    return parse(words, prog="main.py").folder
 
 
 def weights_of(path):
@@ -63,15 +67,14 @@ def whole(tmp_path_factory):
 def finished_run(landmark, words, folder):
     done = landmark(*words(folder))
     assert done.code == 0, done.err
-    return run_folder(config.parse(words(folder), prog="main.py"))
+    return folder_of(words(folder))
 
 
 @pytest.mark.parametrize("when", [1, 2, 4, 7])
 def test_stopped_after_any_step(landmark, words, tmp_path, whole, monkeypatch, when):
     """Steps 1 and 2 lie in the first epoch of three steps, 4 in the second, 7 in the last."""
-    args = config.parse(words(tmp_path), prog="main.py")
-    folder = run_folder(args)
-    reference = run_folder(config.parse(words(whole), prog="main.py"))
+    folder = folder_of(words(tmp_path))
+    reference = folder_of(words(whole))
     if not (reference / "result.json").exists():
         finished_run(landmark, words, whole)
     taken, real = [], Trainer.train_step
@@ -93,10 +96,10 @@ def test_stopped_after_any_step(landmark, words, tmp_path, whole, monkeypatch, w
 
 
 def test_killed_by_force(landmark, landmark_process, words, tmp_path, whole):
-    reference = run_folder(config.parse(words(whole), prog="main.py"))
+    reference = folder_of(words(whole))
     if not (reference / "result.json").exists():
         finished_run(landmark, words, whole)
-    folder = run_folder(config.parse(words(tmp_path), prog="main.py"))
+    folder = folder_of(words(tmp_path))
     process = landmark_process(words(tmp_path))
     state, limit = folder / "checkpoint.pth.tar", time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < limit:
@@ -121,17 +124,17 @@ def test_a_run_that_died_before_its_first_state_starts_again(
 
 def test_a_worse_epoch_after_a_resume_does_not_replace_the_best(landmark, landmark_tiny, tmp_path):
     """The original saved the best accuracy before it was updated."""
-    args = config.parse(landmark_tiny(tmp_path, "--max_epoch", "2"), prog="main.py")
+    config = parse(landmark_tiny(tmp_path, "--max_epoch", "2"), prog="main.py")
     folder = tmp_path / "run"
     folder.mkdir()
-    data, world = prepare_landmarks(args, folder), start(device="cpu")
-    first = Trainer(args, folder, data, world)
+    data, world = prepare_landmarks(config.data, folder), start(device="cpu")
+    first = Trainer(config, folder, data, world)
     scores = iter([(1.0, 0.9)])
     first.evaluate = lambda: next(scores)
     with pytest.raises(StopIteration):
         first.train()
     best = (folder / "max_acc.pth").read_bytes()
-    second = Trainer(args, folder, data, world)
+    second = Trainer(config, folder, data, world)
     second.evaluate = lambda: (1.0, 0.5)
     result = second.train()
     assert result["max_acc"] == 0.9 and result["best_epoch"] == 1
@@ -141,8 +144,7 @@ def test_a_worse_epoch_after_a_resume_does_not_replace_the_best(landmark, landma
 def test_a_state_of_another_network_is_refused(landmark, landmark_tiny, tmp_path):
     done = landmark(*landmark_tiny(tmp_path))
     assert done.code == 0, done.err
-    args = config.parse(landmark_tiny(tmp_path, "--feature_dim", "24"), prog="main.py")
-    folder = run_folder(args)
+    folder = folder_of(landmark_tiny(tmp_path, "--feature_dim", "24"))
     (folder / "result.json").unlink()
     done = landmark(*landmark_tiny(tmp_path, "--feature_dim", "24", "--resume"))
     assert done.code == 1 and "feature_dim" in done.err

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from landmark_distill.retrieval import retrieval
+from landmark_distill.judging.retrieval import retrieval
 
 
 def _brute(features, labels, ks, gallery=None, gallery_labels=None):

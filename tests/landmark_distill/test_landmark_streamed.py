@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from landmark_distill.cosine_head import CosineMarginHead
-from landmark_distill.head_file import head_from_file, save_head
-from landmark_distill.head_kd import KDSettings, full_losses
-from landmark_distill.head_stream import View, stream
-from landmark_distill.streamed_head import EXTRA, SoftLabels, soft_labels, streamed_losses
+from landmark_distill.head.cosine_head import CosineMarginHead
+from landmark_distill.head.distillation import KDSettings, full_losses
+from landmark_distill.head.softmax_sums import Softmax, stream
+from landmark_distill.head.streamed_loss import EXTRA, SoftLabels, soft_labels, streamed_losses
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
 
 N, C, D = 6, 53, 16
@@ -139,7 +138,7 @@ def numpy_sums(unit, weight, labels, *, scale, shrink, temperature):
 def test_sums_are_those_of_numpy(scale):
     head, student, _, labels = batch(scale=scale)
     unit = torch.nn.functional.normalize(student.detach(), dim=1)
-    views = [View(), View(4.0), View(1.0, 3.0), View(0.3, 2.0)]
+    views = [Softmax(), Softmax(4.0), Softmax(1.0, 3.0), Softmax(0.3, 2.0)]
     found, _ = stream(unit, head, views, labels=labels, chunk=10, dtype=torch.float64)
     for view, sums in zip(views, found, strict=True):
         log_sum, mean, label, _ = numpy_sums(
@@ -231,7 +230,7 @@ def test_without_gradients_no_means_are_made():
     wanted = full_losses(student, head, labels=labels)
     assert losses.ce.item() == pytest.approx(wanted.ce.item(), rel=1e-12)
     unit = torch.nn.functional.normalize(student.detach(), dim=1)
-    (sums,), best = stream(unit, head, [View()], means=False)
+    (sums,), best = stream(unit, head, [Softmax()], means=False)
     assert sums.mean is None and best is None
 
 
@@ -284,22 +283,10 @@ def test_bytes_of_a_soft_label():
     assert packed.astype(np.float16).nbytes == 2056
 
 
-def test_memory_mapped_head(tmp_path):
-    head, student, teacher, labels = batch(torch.float32, unit=True)
-    save_head(tmp_path / "head.safetensors", head)
-    mapped = head_from_file(tmp_path / "head.safetensors").train()
-    found = []
-    for each in (head, mapped):
-        soft = soft_labels(teacher, each)
-        losses = streamed_losses(student, each, labels=labels, soft=soft)
-        found.append(torch.autograd.grad(losses.ce + losses.kd, student)[0])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
-
-
 MEMORY = """
 import torch
-from landmark_distill.cosine_head import CosineMarginHead
-from landmark_distill.streamed_head import soft_labels, streamed_losses
+from landmark_distill.head.cosine_head import CosineMarginHead
+from landmark_distill.head.streamed_loss import soft_labels, streamed_losses
 torch.set_num_threads(1)
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024

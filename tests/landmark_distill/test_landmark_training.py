@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from landmark_distill import config
-from landmark_distill.head_kd import KDSettings
-from landmark_distill.landmark_data import prepare_landmarks
+from landmark_distill.head.distillation import KDSettings
+from landmark_distill.images.landmark_data import prepare_landmarks
 from landmark_distill.model import build_model, share_head
 from landmark_distill.model_files import load_model
 from landmark_distill.objective import Objective
+from landmark_distill.parsing import parse
 from landmark_distill.teacher import Teacher, TeacherOutputs
 from landmark_distill.trainer import Trainer
 from shared_core.for_torch.distributed import start
@@ -29,11 +29,11 @@ def trainer_of(tmp_path, landmark_tiny, landmark_teacher):
         if distill:
             words += ["--is_distill", "--teacher_backbone_class", "Resnet12"]
             words += ["--teacher_init_weights", str(landmark_teacher)]
-        args = config.parse(words, prog="main.py")
+        config = parse(words, prog="main.py")
         folder = tmp_path / name
         folder.mkdir()
         world = start(device="cpu")
-        return Trainer(args, folder, prepare_landmarks(args, folder), world)
+        return Trainer(config, folder, prepare_landmarks(config.data, folder), world)
 
     return make
 

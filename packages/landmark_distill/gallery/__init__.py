@@ -1,0 +1,1 @@
+"""Features of many images: made by a finished network, kept on disk, searched."""

@@ -1,0 +1,1 @@
+"""The open-set test: verification over all pairs, retrieval, and pictures of both."""
