@@ -333,6 +333,15 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
         check_export_folder(folder)
 
 
+def test_two_exports_do_not_write_to_one_folder(tmp_path):
+    before = write(tmp_path / "export")
+    other = tmp_path / "export" / f".export-{os.getppid()}"
+    other.mkdir()
+    with pytest.raises(UsageError, match="another export is being written to it"):
+        write(tmp_path / "export")
+    assert other.exists() and read_facts(tmp_path / "export") == before.facts
+
+
 def test_a_killed_export_is_no_model_and_the_next_one_cleans_up(tmp_path, monkeypatch):
     folder = tmp_path / "export"
     write(folder)
@@ -357,8 +366,9 @@ def test_a_killed_export_is_no_model_and_the_next_one_cleans_up(tmp_path, monkey
     assert not (folder / "model.json").exists() and (folder / "own.bin").exists()
     with pytest.raises((ModelError, FileNotFoundError)):
         open_model(folder)
-    (left,) = (path for path in tmp_path.iterdir() if path.name.startswith(".export.export-"))
-    left.rename(tmp_path / ".export.export-999999999")  # of a process that is no more
+    left = folder / f".export-{os.getpid()}"
+    assert (left / "model.json").exists()
+    left.rename(folder / ".export-999999999")  # of a process that is no more
     write(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.json", "model.onnx"]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

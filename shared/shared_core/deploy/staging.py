@@ -14,6 +14,7 @@ from shared_core.runs.command import UsageError
 
 CARD_FILE = "README.md"
 CARD_MARK = "<!-- smallvision model card -->"  # first line of the card, so that it is known as ours
+_SCRATCH = ".export-"  # and the number of the process that writes there
 _UNDERWAY = ".export"  # lists what is being moved in
 
 
@@ -21,7 +22,8 @@ def check_export_folder(folder: str | Path) -> list[Path]:
     """The files of an earlier export that would be replaced; none where the folder is new or empty.
 
     Raises:
-        UsageError: it is a file, or holds something that no export wrote.
+        UsageError: it is a file, holds something that no export wrote, or another process is
+            writing an export to it.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -29,19 +31,24 @@ def check_export_folder(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, expected a folder")
     present = sorted(folder.iterdir(), key=lambda path: path.name)
-    known = _named(folder)
+    known, ours = _named(folder), []
     for path in present:
-        if path.is_dir() or not (path.name in known or _is_card(path)):
+        if process := _process_of(path):
+            if process != os.getpid() and _is_alive(process):
+                raise UsageError(f"{folder}: another export is being written to it")
+        elif path.is_dir() or not (path.name in known or _is_card(path)):
             raise UsageError(
                 f"{folder} holds {path.name}, which no export wrote: expected a new or empty "
                 "folder, or an earlier export"
             )
-    return present
+        else:
+            ours.append(path)
+    return ours
 
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """A folder beside ``folder`` to write an export to; it takes its place at the end.
+    """A folder inside ``folder`` to write an export to; its files take their places at the end.
 
     An error leaves the earlier export as it was. A kill leaves it, or a folder without
     ``model.json``, which nothing opens; the next export cleans up.
@@ -49,32 +56,37 @@ def staged(folder: str | Path) -> Iterator[Path]:
     Raises:
         UsageError: see :func:`check_export_folder`.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder)
     check_export_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_dead(folder)
-    scratch = folder.with_name(f".{folder.name}.export-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if _process_of(path):  # of a killed export
+            shutil.rmtree(path, ignore_errors=True)
+    scratch = folder / f"{_SCRATCH}{os.getpid()}"
     scratch.mkdir()
+    done = False
     try:
         yield scratch
         _publish(scratch, folder)
+        done = True
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if is_new and not done and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _publish(scratch: Path, folder: Path) -> None:
-    for path in scratch.iterdir():
-        _sync(path)
-    old = check_export_folder(folder)
-    folder.mkdir(exist_ok=True)
     names = sorted(path.name for path in scratch.iterdir())
+    for name in names:
+        _sync(scratch / name)
+    old = check_export_folder(folder)
     (folder / _UNDERWAY).write_text("\n".join(names), encoding="utf-8")
     # The description goes first and comes last: without it nobody takes the folder for a model.
     for path in sorted(old, key=lambda path: path.name != FACTS_FILE):
         path.unlink(missing_ok=True)
-    for path in sorted(scratch.iterdir(), key=lambda path: path.name == FACTS_FILE):
-        os.replace(path, folder / path.name)
+    for name in sorted(names, key=lambda name: name == FACTS_FILE):
+        os.replace(scratch / name, folder / name)
     (folder / _UNDERWAY).unlink(missing_ok=True)
     _sync(folder)
 
@@ -96,10 +108,7 @@ def _is_card(path: Path) -> bool:
     return path.name == CARD_FILE and path.read_bytes().startswith(CARD_MARK.encode())
 
 
-def _remove_dead(folder: Path) -> None:
-    """What killed exports of this folder have left beside it."""
-    for scratch in folder.parent.iterdir():
-        name, _, number = scratch.name.rpartition("-")
-        if name == f".{folder.name}.export" and number.isdigit():
-            if not _is_alive(int(number)):
-                shutil.rmtree(scratch, ignore_errors=True)
+def _process_of(path: Path) -> int:
+    """The process that writes an export to this folder; 0 if it is something else."""
+    number = path.name.removeprefix(_SCRATCH)
+    return int(number) if number != path.name and number.isdigit() and path.is_dir() else 0
