@@ -1,5 +1,7 @@
 """One way to open an ONNX file: exact int8 sums where they are not, and only there."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_models as tiny
@@ -134,3 +136,13 @@ def test_a_gpu_is_used_or_refused(monkeypatch):
         assert first == ("CUDAExecutionProvider", {"device_id": number}) and [second] == cpu
     with pytest.raises(ModelError, match="device cuda:1: this ONNX Runtime has no CUDA"):
         sessions._providers("cuda:1", cpu)
+
+
+def test_nothing_else_opens_an_onnx_file():
+    root = Path(sessions.__file__).parents[3]
+    files = [
+        path for part in ("packages", "shared", "tools") for path in (root / part).rglob("*.py")
+    ]
+    assert len(files) > 100
+    found = [path for path in files if "InferenceSession(" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in found] == ["session.py"], found
