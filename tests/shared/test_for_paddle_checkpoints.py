@@ -232,7 +232,6 @@ def rng_kept():
     seeds.restore_rng(state)
 
 
-@pytest.mark.slow
 def test_resume_in_a_new_process_is_bit_identical(tmp_path, rng_kept):
     """Like fold 2 of k-fold: the saved model is the second of its process, with other names."""
     script = tmp_path / "run.py"

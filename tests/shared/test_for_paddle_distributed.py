@@ -13,6 +13,7 @@ paddle = pytest.importorskip("paddle")
 from paddle import nn  # noqa: E402
 
 from shared_core.for_paddle import distributed  # noqa: E402
+from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -22,14 +23,18 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import nn
+from shared_core.datasets import BatchLoader, EpochOrder, ImageSet
+from shared_core.datasets.views.augment import EvalView
 from shared_core.for_paddle import distributed as d
+from shared_core.for_paddle.accuracy import answers_of
+from shared_core.for_paddle.data import Normalizer, PaddleLoader
 
 out = Path(sys.argv[1])
 world = d.start(device="cpu")
 assert world.world_size == 2
 model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
 start = np.load(out / "start.npz")
-model.set_state_dict({k: start[k] for k in start})
+model.set_state_dict({k: start[k] for k in start if k != "judged"})
 wrapped = d.wrap(model, world)
 assert d.unwrap(wrapped) is model
 optimizer = paddle.optimizer.Momentum(0.1, parameters=model.parameters())
@@ -52,6 +57,17 @@ share = total[:7] if world.rank == 0 else total[:0]
 result["uneven"] = d.gather_uneven(share, world).numpy()
 result["weighted"] = d.all_mean(float(world.rank), world, weight=1.0 + 2 * world.rank)
 
+images = np.random.default_rng(2).integers(0, 256, (7, 4, 4, 3)).astype(np.uint8)
+source = BatchLoader(
+    ImageSet(None, np.arange(7) % 3, source=images), view=EvalView(4, resize_ratio=None),
+    batch_size=2, threads=0,
+    order=EpochOrder(7, shuffle=False, rank=world.rank, world_size=2, uneven="keep"),
+)
+judged = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+judged[1].weight.set_value(paddle.to_tensor(start["judged"]))
+answers = answers_of(judged, PaddleLoader(source, Normalizer()), world)
+result["answers"] = [answers.logits, answers.labels, answers.rows]
+
 def write():
     (out / f"written-by-{world.rank}").touch()
     return "answer"
@@ -72,12 +88,19 @@ d.stop()
 """
 
 
-@pytest.mark.slow
+def logits_by_hand(weight):
+    """Of the script's seven images, in float64."""
+    images = np.random.default_rng(2).integers(0, 256, (7, 4, 4, 3))
+    pixels = (images / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    return pixels.transpose(0, 3, 1, 2).reshape(7, 48) @ weight
+
+
 def test_two_processes_equal_one(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
     start = {k: v.numpy() for k, v in model.state_dict().items()}
-    np.savez(tmp_path / "start.npz", **start)
+    judged = np.random.default_rng(3).normal(size=(48, 3)).astype(np.float32)
+    np.savez(tmp_path / "start.npz", judged=judged, **start)
     launcher = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node=2"]
     options = ["--backend=gloo", f"--log_dir={tmp_path / 'logs'}"]
     done = subprocess.run(
@@ -111,6 +134,9 @@ def test_two_processes_equal_one(tmp_path):
     total = np.arange(11.0)[:, None] * [1.0, -2.0]
     for result in (first, second):
         assert np.array_equal(result["ordered"], total)
+        logits, labels, rows = result["answers"]
+        assert logits == pytest.approx(logits_by_hand(judged), rel=1e-4, abs=1e-4)
+        assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and rows.tolist() == list(range(7))
         assert np.array_equal(result["uneven"], total[:7])
         assert result["weighted"] == pytest.approx(0.75)
         assert result["answer"] == "answer"
@@ -144,4 +170,6 @@ def test_one_process_needs_nothing(monkeypatch):
         distributed.gather_samples(values, order, world, total=2)
     if not paddle.device.is_compiled_with_cuda():
         with pytest.raises(ValueError, match="device gpu:9 is not there"):
-            distributed.start(device="gpu:9")
+            distributed.start(device="cuda:9")
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        distributed.start(device="tpu")

@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -10,7 +11,10 @@ paddle = pytest.importorskip("paddle")
 from paddle import nn  # noqa: E402
 
 from shared_core.checkpoints import CheckpointError  # noqa: E402
+from shared_core.datasets import BatchLoader, EvalView, ImageSet  # noqa: E402
 from shared_core.for_paddle import data, export, losses, mixing  # noqa: E402
+from shared_core.for_paddle.accuracy import answers_of  # noqa: E402
+from shared_core.for_paddle.distributed import World  # noqa: E402
 from shared_core.for_paddle.ema import Ema  # noqa: E402
 from shared_core.for_paddle.precision import Precision, Step  # noqa: E402
 
@@ -132,6 +136,36 @@ def test_precision_steps_like_the_plain_loop_and_clips():
         precision.backward_step(loss, optimizer, clip=0)
 
 
+def test_answers_are_those_of_a_plain_pass_in_evaluation_mode(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{n}.png" for n in range(7)]
+    pixels = rng.integers(0, 256, (7, 6, 6, 3)).astype(np.uint8)
+    for path, one in zip(paths, pixels, strict=True):
+        cv2.imwrite(str(path), one[..., ::-1])
+    paths[3].write_bytes(b"no picture")
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(108, 3))
+    net.train()
+    images = ImageSet(paths, np.arange(7) % 3)
+    loader = BatchLoader(
+        images, view=EvalView(6, resize_ratio=None), batch_size=2, threads=0, on_error="skip"
+    )
+    world = World(0, 1, "cpu")
+    found = answers_of(net, data.PaddleLoader(loader, data.Normalizer()), world)
+    kept = [0, 1, 2, 4, 5, 6]
+    inputs = (pixels[kept] / 255 - data.IMAGENET_MEAN) / data.IMAGENET_STD
+    weight, bias = net[2].weight.numpy().astype(np.float64), net[2].bias.numpy()
+    logits = inputs.transpose(0, 3, 1, 2).reshape(6, 108) @ weight + bias
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-4)
+    assert found.rows.tolist() == kept and found.lost == (3,) and net.training
+    labels = np.arange(7)[kept] % 3
+    assert np.array_equal(found.labels, labels)
+    assert found.accuracy == (logits.argmax(1) == labels).mean()
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 7 images can be read"):
+        answers_of(net, data.PaddleLoader(loader, data.Normalizer()), world)
+
+
 def test_ema_follows_its_formula_and_gives_the_weights_back():
     model = nn.BatchNorm1D(2)
     ema, constant = Ema(model, decay=0.5), Ema(model, decay=0.5, warmup=False)
@@ -208,7 +242,6 @@ def test_batches_are_normalised():
         data.Normalizer((0.5,), (0.5,))
 
 
-@pytest.mark.slow
 def test_onnx_export_checks_itself_and_never_installs(tmp_path, monkeypatch):
     p2o = pytest.importorskip("paddle2onnx")
     pytest.importorskip("onnxruntime")

@@ -77,16 +77,11 @@ def train(
         loss = nll_from_logits(answers.logits, answers.labels)
         return {"loss": loss, "acc": answers.accuracy}
 
-    loss = DistillationLoss(
-        temperature=how.temperature,
-        alpha=1.0 if teacher is None else how.alpha,
-        class_weights=class_weights(run, fold),
-    )
     training = Training(
         stage=stage,
         net=net,
         optimizer=optimizer,
-        loss=loss,
+        loss=_loss(run, fold, how, taught=teacher is not None),
         teacher=teacher,
         images=images,
         loader=loader,
@@ -100,6 +95,14 @@ def train(
         visual=visual,
     )
     return fit(training)
+
+
+def _loss(run: Run, fold: int, how: TrainingOptions, *, taught: bool) -> DistillationLoss:
+    return DistillationLoss(
+        temperature=how.temperature,
+        alpha=how.alpha if taught else 1.0,
+        class_weights=class_weights(run, fold),
+    )
 
 
 def class_weights(run: Run, fold: int) -> np.ndarray | None:

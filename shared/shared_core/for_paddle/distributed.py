@@ -51,14 +51,16 @@ def start(*, device: str = "auto") -> World:
     """Join the other processes that the launcher started, if there are any.
 
     Args:
-        device: ``"auto"`` (a GPU when there is one), ``"cpu"``, or ``"gpu"``, ``"gpu:1"``.
+        device: ``"auto"`` (a GPU when there is one), ``"cpu"``, or ``"gpu"``, ``"gpu:1"``; ``cuda``
+            is another word for ``gpu``.
 
     Raises:
         ValueError: a GPU that is not there.
     """
     gpus = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
-    if device == "auto":
-        device = "gpu" if gpus else "cpu"
+    device = ("gpu" if gpus else "cpu") if device == "auto" else device.replace("cuda", "gpu")
+    if device.partition(":")[0] not in ("cpu", "gpu"):
+        raise ValueError(f"device is {device!r}, expected auto, cpu, gpu or gpu:1")
     if device.startswith("gpu") and not gpus:
         raise ValueError(f"device {device} is not there, expected cpu: this Paddle finds no GPU")
     paddle.device.set_device(device)
