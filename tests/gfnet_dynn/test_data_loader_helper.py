@@ -109,23 +109,6 @@ def test_fewer_images_of_a_known_set_are_a_subset(tmp_path, folder_of_images):
     assert "120 images, AID has 10,000" in notes and "600 x 600" in notes
 
 
-def test_near_copies_stay_in_one_split(tmp_path):
-    """Scenes and their brighter copies: no pair is torn apart."""
-    root = tmp_path / "set"
-    for name in ("tanks_grid", "roads_cross"):
-        (root / name).mkdir(parents=True)
-        for index in range(30):
-            image, _ = datasets.render_scene(name, index, size=64, seed=0, difficulty=0.0)
-            for tail, change in (("", 0), ("-brighter", 8)):
-                shown = np.clip(image.astype(int) + change, 0, 255).astype(np.uint8)
-                data = cv2.imencode(".png", shown[..., ::-1])[1].tobytes()
-                (root / name / f"{index:02d}{tail}.png").write_bytes(data)
-    data = prepared(tmp_path / "out", "--data-path", root)
-    place = {entry.path: entry.split for entry in data.manifest.entries}
-    torn = [p for p in place if "-" in p and place[p] != place[p.replace("-brighter", "")]]
-    assert torn == []
-
-
 def test_built_in_scenes(tmp_path):
     words = ("--builtin-classes", 3, "--builtin-images", 20, "--input-size", 16)
     data = prepared(tmp_path / "a", *words)
