@@ -41,7 +41,6 @@ def capture():
     return call
 
 
-@pytest.mark.slow
 def test_grid_is_run_recorded_and_reported(tried, finished):
     folder, _, (code, out, err) = tried
     assert code == 0, err
@@ -75,7 +74,6 @@ def test_grid_is_run_recorded_and_reported(tried, finished):
     assert "few exits" in out and "report: " in out
 
 
-@pytest.mark.slow
 def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
     folder, words, _ = tried
     before = read_result(folder / "result.json")["measured"]
@@ -95,7 +93,6 @@ def test_goes_on_where_it_stopped(tried, capture, tmp_path, without_times):
     assert after["settings"]["lambda-5"]["fixed"] == before["settings"]["lambda-5"]["fixed"]
 
 
-@pytest.mark.slow
 def test_a_replayed_cell_is_the_one_that_is_trained_on_images(tried, capture):
     """all-exits came last, on embeddings that another cell had recorded; alone it sees images."""
     folder, words, _ = tried
@@ -114,7 +111,6 @@ def test_a_replayed_cell_is_the_one_that_is_trained_on_images(tried, capture):
     assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
-@pytest.mark.slow
 def test_distilled_against_scratch_and_own_students(finished, capture, tmp_path):
     words = (finished[0], tmp_path / "out", "--what", "distil", "exits", "--vary", "student")
     code, out, err = capture(*words, "--seeds", 3, 4)
@@ -183,7 +179,6 @@ def test_claims_by_hand():
     assert found["settings"]["few-exits"]["budgets"] == {}
 
 
-@pytest.mark.slow
 def test_equal_settings_are_run_once_whatever_was_asked_first(
     finished, capture, tmp_path, monkeypatch
 ):

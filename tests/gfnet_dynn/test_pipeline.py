@@ -205,7 +205,6 @@ def test_measured_exits_are_those_of_the_saved_outputs(finished):
         assert point["macs"] == pytest.approx(outputs.costs[chosen].mean())
 
 
-@pytest.mark.slow
 def test_stages_one_by_one_give_the_same_run(
     tmp_path, finished, tiny, command, without_times, no_figures
 ):
@@ -267,7 +266,6 @@ def test_exits_on_a_named_backbone(tmp_path, finished, tiny_on_file, command, no
     assert again.code == 0 and "--- backbone" not in again.out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -296,7 +294,6 @@ def test_variants_run_to_the_end(tmp_path, tiny, command, no_figures, words):
     assert len(measured["exits"]["macs_per_exit"]) == 4
 
 
-@pytest.mark.slow
 def test_script_from_another_folder_with_an_odd_path(tmp_path, tiny):
     folder = tmp_path / "Läufe und 数据"
     folder.mkdir()

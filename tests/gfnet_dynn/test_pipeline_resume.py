@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gfnet_dynn.model_files import load_model
 from shared_core.runs import read_metrics, read_result
 
 STAGES = ("prepare", "backbone", "distil", "exits", "evaluate")
@@ -121,6 +122,46 @@ def test_killed_at_random_moments_with_everything_on(
     assert story.kills >= 3
     assert "step" in "".join(story.said)
     assert_equal_runs(folder, reference, digests=digests, without_times=without_times)
+
+
+@pytest.mark.parametrize("stage", ["backbone", "distil", "exits"])
+def test_stopped_in_an_epoch_it_ends_as_if_it_had_not(
+    tmp_path, tiny, command, finished, digests, monkeypatch, no_figures, stage
+):
+    """In this process: Ctrl-C after some steps, then the same command with --resume."""
+    from gfnet_dynn.train import exit_training, finetune
+
+    owner = exit_training.ExitTraining if stage == "exits" else finetune.FineTune
+    name = "step" if stage == "exits" else "_step"
+    # Six steps an epoch; the student's are the seventh and eighth of twelve.
+    step, left = getattr(owner, name), [{"backbone": 8, "distil": 12 + 9, "exits": 15}[stage]]
+
+    def stop(self, *words):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *words)
+
+    words = tiny(tmp_path / "run", "--save-every", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        assert command(*words).code == 130
+    assert (tmp_path / "run" / "state" / f"{stage}.pth").exists()
+    done = command(*words, "--resume")
+    assert done.code == 0, done.err
+    assert f"{stage}: resumed at epoch 2" in done.out or stage == "exits"
+    mine, theirs = (folder / "metrics.jsonl" for folder in (tmp_path / "run", finished[0]))
+    assert mine.read_bytes() == theirs.read_bytes()
+    sums = [
+        {name: load_model(folder / name)[1]["sha256"] for name in files_of(folder)}
+        for folder in (tmp_path / "run", finished[0])
+    ]
+    assert sums[0] == sums[1]
+
+
+def files_of(folder: Path) -> list[str]:
+    found = (folder / "checkpoint").rglob("*.pth")
+    return sorted(str(p.relative_to(folder)) for p in found if "_warmup" not in p.parts)
 
 
 def test_finished_run_resumed_repeats_nothing(

@@ -64,7 +64,6 @@ def test_a_run_in_use_is_left_alone(tiny, command, copy_of, tmp_path):
     assert (folder / "result.json").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_resume_after_the_images_were_moved(tiny, command, folder_of_images, tmp_path, no_figures):
     def words(output, root, *more):
         kept = tiny(output, *more, "--data-path", str(root), "--data-set", "mine")

@@ -34,7 +34,6 @@ def the_runs(client):
     return {run.info.status: run for run in client.search_runs([experiment.experiment_id])}
 
 
-@pytest.mark.slow
 def test_one_run_however_often_it_is_resumed(tracked):
     client, folder = tracked
     runs = the_runs(client)
@@ -44,7 +43,6 @@ def test_one_run_however_often_it_is_resumed(tracked):
     assert run.info.run_name == "0.75_boosted_rehearsal"
 
 
-@pytest.mark.slow
 def test_parameters_and_artifacts(tracked):
     client, folder = tracked
     run = the_runs(client)["FINISHED"]
@@ -59,7 +57,6 @@ def test_parameters_and_artifacts(tracked):
     assert stored.read_bytes() == (folder / "result.json").read_bytes()
 
 
-@pytest.mark.slow
 def test_metrics_are_those_of_the_log_under_the_original_names(tracked):
     client, folder = tracked
     run = the_runs(client)["FINISHED"]
