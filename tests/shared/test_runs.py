@@ -37,28 +37,6 @@ def test_a_derived_seed_is_the_same_in_another_process():
     assert int(done.stdout) == runs.derive_seed(3, "data", 2)
 
 
-class TestRunFolder:
-    def test_a_second_run_does_not_write_over_the_first(self, tmp_path):
-        runs.RunFolder.create(tmp_path / "run", {"lr": 0.1})
-        with pytest.raises(FileExistsError, match="already holds a run: add --resume"):
-            runs.RunFolder.create(tmp_path / "run", {"lr": 0.1})
-
-    def test_a_resumed_run_must_be_the_same_run(self, tmp_path):
-        runs.RunFolder.create(tmp_path, {"lr": 0.1, "threads": 2})
-        runs.RunFolder.create(
-            tmp_path, {"lr": 0.1, "threads": 8}, resume=True, may_differ=("threads",)
-        )
-        with pytest.raises(ValueError, match="started with lr=0.1, this command says 0.2"):
-            runs.RunFolder.create(tmp_path, {"lr": 0.2, "threads": 2}, resume=True)
-        with pytest.raises(ValueError, match="wd=None, this command says 1"):
-            runs.RunFolder.create(tmp_path, {"lr": 0.1, "threads": 2, "wd": 1}, resume=True)
-        assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
-
-    def test_tuples_survive_the_round_trip(self, tmp_path):
-        runs.RunFolder.create(tmp_path, {"exits": (3, 5)})
-        runs.RunFolder.create(tmp_path, {"exits": (3, 5)}, resume=True)
-
-
 class TestMetricLog:
     def test_lines_are_plain_json_and_cut_at_the_resumed_position(self, tmp_path):
         log = runs.MetricLog(tmp_path / "m.jsonl")

@@ -1,16 +1,11 @@
-"""Stages of a run: what is done stays done, what was killed begins anew; a run's folder removed."""
+"""Stages of a run: what is done stays done, what was killed begins anew."""
 
 from __future__ import annotations
 
-import json
-import os
-
-import pytest
 import torch
 
 from shared_core.for_torch.run_state import Best, StageState
-from shared_core.runs import RunFolder, RunLock, StageLog, UsageError, read_metrics
-from shared_core.runs.folder import remove_run
+from shared_core.runs import StageLog, read_metrics
 
 
 def test_finished_stages_are_found_again(tmp_path):
@@ -66,31 +61,3 @@ def test_best_is_a_copy_and_the_first_of_equals():
     with torch.no_grad():
         net.weight.add_(1)
     assert torch.equal(best.weights["weight"], kept) and not best.offer(net, float("nan"), 1)
-
-
-def test_only_a_run_of_this_command_is_removed(tmp_path):
-    remove_run(tmp_path / "nothing", keys=("scale",))
-    run = tmp_path / "run"
-    RunFolder.create(run, {"scale": "short", "seed": 1})
-    with pytest.raises(UsageError, match="holds no run"):
-        remove_run(run, keys=("scale", "folds"))
-    assert json.loads((run / "config.json").read_text())["seed"] == 1
-    remove_run(run, keys=("scale", "seed"))
-    assert not run.exists()
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "a.jpg").write_bytes(b"x")
-    with pytest.raises(UsageError, match="nothing deleted"):
-        remove_run(photos, keys=())
-    assert (photos / "a.jpg").exists()
-
-
-def test_a_run_that_works_is_not_deleted(tmp_path):
-    run = tmp_path / "run"
-    RunFolder.create(run, {"scale": "short"})
-    (run / "weights").write_text("hours")
-    with RunLock(run), pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
-        remove_run(run, keys=("scale",))
-    assert (run / "weights").exists()
-    remove_run(run, keys=("scale",))
-    assert not run.exists()

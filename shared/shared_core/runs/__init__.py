@@ -7,7 +7,6 @@ is slow to import, because every ``--help`` passes through here.
 from shared_core.runs.benchmark import write_benchmark
 from shared_core.runs.command import UsageError, run_command
 from shared_core.runs.environment import environment
-from shared_core.runs.folder import RunFolder
 from shared_core.runs.lock import RunLock
 from shared_core.runs.log import MetricLog, read_metrics
 from shared_core.runs.opening import OpenRun, open_run
@@ -22,7 +21,6 @@ __all__ = [
     "OpenRun",
     "RecordError",
     "Report",
-    "RunFolder",
     "RunLock",
     "StageLog",
     "UsageError",
