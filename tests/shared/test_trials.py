@@ -8,27 +8,28 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from shared_core.runs import UsageError, open_run
+from shared_core.runs import Report, UsageError, open_run
 from shared_core.trials import (
     Cell,
     Trials,
+    add_arms,
+    add_differences,
     add_trial_options,
     check_trial_options,
     column,
     compare,
+    draw_arms,
     run_cell,
     run_trials,
     shard_of,
     spread,
     verdict,
-    write_page,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -308,27 +309,35 @@ class TestPage:
     def test_it_tells_every_number(self, tmp_path):
         trials = made(a=[0.5, 0.6, 0.7], b=[0.4, 0.4, 0.4], c=[None])
         gap = compare(trials, "a", "b", "accuracy")
-        page = write_page(
-            tmp_path, "Arms", trials, headline="digits, 3 seeds", rehearsal=True,
-            metrics={"test accuracy": "accuracy"}, differences=[gap], verdicts=[verdict(gap)],
-            floors={"test accuracy": 0.25}, facts=[("minutes", 3)],
-        )  # fmt: skip
-        text = (tmp_path / "report.md").read_text()
-        assert "> **digits, 3 seeds**" in text
+        report = Report("Arms")
+        add_arms(report, trials, {"test accuracy": "accuracy"}, first="arm")
+        add_differences(report, [gap], verdicts=[verdict(gap)])
+        add_differences(report, [gap])
+        text = report.write(tmp_path)[0].read_text()
+        assert "| arm | test accuracy | by seed |" in text
         assert "| a | 0.6000 ± 0.1000 | 0.5000, 0.6000, 0.7000 |" in text
         assert "| c | – | not run |" in text
         low, high = (100 * end for end in gap.interval)
-        assert f"+20.0 points (95 % interval {low:+.1f} to {high:+.1f}, 3 of 3 seeds)" in text
-        assert "| a - b | +10.0, +20.0, +30.0 |" in text and "not shown |" in text
-        assert "test accuracy without a network: 0.2500." in text and "| minutes | 3 |" in text
+        shown = f"+20.0 points (95 % interval {low:+.1f} to {high:+.1f}, 3 of 3 seeds)"
+        assert f"| a - b | +10.0, +20.0, +30.0 | {shown} | not shown |" in text
+        assert f"| a - b | +10.0, +20.0, +30.0 | {shown} |\n" in text
         assert "contains 0 shows nothing" in text
-        assert page.name == "report.html" and "data:image/png" in page.read_text()
 
-    def test_without_matplotlib_the_tables_say_it_all(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        one, metrics = made(a=[0.5]), {"a": "accuracy"}
-        page = write_page(tmp_path, "A", one, headline="x", rehearsal=False, metrics=metrics)
-        assert "0.5000" in page.read_text() and not list(tmp_path.glob("*.png"))
+    def test_the_plot_shows_means_and_seeds(self, tmp_path, monkeypatch):
+        from matplotlib.axes import Axes
+
+        drawn = {"barh": [], "plot": [], "axvline": []}
+        for name, calls in drawn.items():
+            real = getattr(Axes, name)
+            monkeypatch.setattr(
+                Axes, name, lambda *a, r=real, c=calls, **k: c.append(a[1:3]) or r(*a, **k)
+            )
+        trials = made(a=[0.5, 0.7], b=[0.25], c=[None])
+        path = draw_arms(tmp_path / "a.png", trials, "accuracy", label="accuracy", floor=0.125)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert drawn["barh"] == [(0, 0.6), (1, 0.25)]
+        assert drawn["plot"] == [([0.5, 0.7], [0, 0]), ([0.25], [1])]
+        assert drawn["axvline"] == [(0.125,)]
 
 
 class TestOptions:

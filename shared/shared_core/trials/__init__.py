@@ -6,7 +6,7 @@ it is killed, what the numbers say. What a cell trains and measures is its proje
 
 from shared_core.trials.cells import Cell, shard_of
 from shared_core.trials.differences import Difference, compare, verdict
-from shared_core.trials.page import add_arms, add_differences, write_page
+from shared_core.trials.page import add_arms, add_differences, draw_arms
 from shared_core.trials.results import Trials, column, spread
 from shared_core.trials.running import run_cell, run_trials
 from shared_core.trials.trial_options import add_trial_options, check_trial_options
@@ -21,10 +21,10 @@ __all__ = [
     "check_trial_options",
     "column",
     "compare",
+    "draw_arms",
     "run_cell",
     "run_trials",
     "shard_of",
     "spread",
     "verdict",
-    "write_page",
 ]

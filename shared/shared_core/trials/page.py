@@ -1,4 +1,4 @@
-"""The page of a sweep: a table of settings, a table of differences, a plot of each number."""
+"""Parts of a sweep's page: a table of settings, a table of differences, a plot of a number."""
 
 from __future__ import annotations
 
@@ -89,62 +89,3 @@ def draw_arms(
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path)
     return path
-
-
-def add_figures(
-    report: Report,
-    folder: Path,
-    trials: Trials,
-    metrics: Mapping[str, Metric],
-    *,
-    floors: Mapping[str, float] | None = None,
-) -> None:
-    """A plot for each number; without matplotlib the tables say it all."""
-    for number, (label, metric) in enumerate(metrics.items()):
-        path = folder / f"trials-{number + 1}.png"
-        try:
-            draw_arms(path, trials, metric, label=label, floor=(floors or {}).get(label))
-        except ImportError:
-            return
-        report.figure(path, f"{label}: mean and single seeds.")
-
-
-def write_page(
-    folder: str | Path,
-    title: str,
-    trials: Trials,
-    *,
-    headline: str,
-    rehearsal: bool,
-    metrics: Mapping[str, Metric],
-    differences: Sequence[Difference] = (),
-    verdicts: Sequence[str] | None = None,
-    floors: Mapping[str, float] | None = None,
-    facts: Sequence[tuple[str, object]] = (),
-) -> Path:
-    """Write ``report.md`` and ``report.html`` of a whole sweep. Returns the page's path.
-
-    Args:
-        folder: of the sweep.
-        headline: what was run on what.
-        rehearsal: the numbers are no result, which must not be overlooked.
-        metrics: label and number of what is shown, the main one first; fractions.
-        differences: what is compared.
-        verdicts: of the differences, where something is claimed of them.
-        floors: by label, what needs no network.
-        facts: how it was done.
-    """
-    report = Report(title)
-    (report.note if rehearsal else report.text)(headline)
-    report.heading("Results")
-    add_arms(report, trials, metrics)
-    for label, floor in (floors or {}).items():
-        report.text(f"{label} without a network: {floor:.4f}.")
-    if differences:
-        report.heading("Differences")
-        add_differences(report, differences, verdicts=verdicts)
-    add_figures(report, Path(folder), trials, metrics, floors=floors)
-    if facts:
-        report.heading("How")
-        report.table(["what", "value"], [[key, value] for key, value in facts])
-    return report.write(folder)[1]
