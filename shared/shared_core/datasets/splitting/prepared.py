@@ -157,7 +157,8 @@ def prepare_data(
                 )
             notes = describe(listing, spec)
     _check_classes(listing, num_classes)
-    notes += listing.notes()
+    if root is not None:
+        notes += listing.notes()
     split_file = output / SPLIT_FILE
     if split_file.exists():
         manifest = Manifest.read(split_file, root=listing.root)
