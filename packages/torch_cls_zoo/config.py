@@ -284,6 +284,8 @@ def _check_useless(values: Mapping[str, Any], given: Iterable[str], modes: tuple
         if row.needs and not any(values[other] for other in row.needs):
             wanted = " or ".join(_flag(other) for other in row.needs)
             raise UsageError(f"{_flag(name)} does nothing without {wanted}")
+    if "warmup" in given and values["lr_ratios"] is not None:
+        raise UsageError("--warmup does nothing with --lr_ratios, which say every rate themselves")
     if values["ghm_counts"] != "loss" and values["criterion"] == "bce":
         raise UsageError("--ghm_counts does nothing with --criterion bce: all its terms count")
 

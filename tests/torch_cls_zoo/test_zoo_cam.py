@@ -207,7 +207,6 @@ def test_the_true_class_is_always_explained() -> None:
         assert one.maps["cam"].shape == (2, 5, 5)
 
 
-@pytest.mark.slow
 def test_pictures_and_sheet_are_written(tmp_path) -> None:
     torch.manual_seed(0)
     net = build_model("mobilenetv3_small", num_classes=3).model  # has no CAM

@@ -98,6 +98,7 @@ def test_old_and_new_spellings(words, read):
         ("--train --distill --knowledge train", "run them apart"),
         ("--train --aug --aug_policy imagenet", "--aug means"),
         ("--train --lr_ratios 1 2", "go together"),
+        ("--train --lr_ratios 1 2 --lr_steps 1 2 --warmup 3", "--warmup does nothing with"),
         ("--train --image_size 1 2 3", "--image_size"),
         ("--train --epochs 5 --warmup 5", "--warmup is 5"),
         ("--train --bias_prior many", "--bias_prior"),

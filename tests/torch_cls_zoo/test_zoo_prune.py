@@ -112,9 +112,7 @@ ARCHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=[pytest.mark.slow] if a == "vgg11_bn" else []) for a in ARCHS]
-)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_cut_network_is_the_masked_one_and_smaller(arch) -> None:
     model = _random(arch)
     before = {name: value.clone() for name, value in model.state_dict().items()}

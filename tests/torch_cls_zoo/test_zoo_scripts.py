@@ -49,7 +49,6 @@ def script(name: str, place: Path, *more: str, python: Path) -> subprocess.Compl
 
 
 # In this order: 2 draws the scenes and trains what the later ones use.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more", "leaves"),
     [

@@ -86,7 +86,7 @@ def open_session(config: Config, world: World, *, data: PreparedData | None = No
         data = main_writes(lambda: _opened(asked, config.run.output, size), world)
     if facts.get("class_names"):
         check_classes(data.classes, facts["class_names"], str(network.resume))
-    arch = network.arch or facts.get("architecture") or DEFAULT_ARCH
+    arch = network.arch or facts.get("architecture") or _arch_of(network.resume)
     built = build_model(
         arch,
         num_classes=len(data.classes),
@@ -153,6 +153,16 @@ def read_weights(network: NetworkSettings) -> tuple[Any, dict[str, Any]]:
             f"{network.resume}: holds {facts['architecture']}, --arch says {network.arch}"
         )
     return weights, facts
+
+
+def _arch_of(file: str | None) -> str:
+    """The network of a checkpoint that a training starts from; the usual one without its name."""
+    if file is not None:
+        try:
+            return str(load_checkpoint(file)[1]["architecture"])
+        except CheckpointError:  # somebody else's file of weights: whether it fits is told later
+            pass
+    return DEFAULT_ARCH
 
 
 def _image_size(asked: DataSettings, facts: dict[str, Any]) -> tuple[int, int]:

@@ -31,11 +31,13 @@ class Recipe:
         """Options of the command that all rows share."""
         words = [
             *("--arch", self.arch, "--image_size", str(self.image_size), str(self.image_size)),
-            *("--epochs", str(self.epochs), "--warmup", str(self.warmup), "--opt", self.opt),
+            *("--epochs", str(self.epochs), "--opt", self.opt),
             *("--batch_size", str(self.batch_size), "--lr", str(self.lr), "--aug"),
             *("--threads", str(self.threads)),
         ]
-        if self.schedule:
+        if not self.schedule:
+            words += ["--warmup", str(self.warmup)]
+        else:
             ratios, steps = zip(*self.schedule, strict=True)
             words += ["--lr_ratios", *map(str, ratios), "--lr_steps", *map(str, steps)]
         return words

@@ -68,10 +68,11 @@ def build_schedule(
         ValueError: only one of the two lists, other lengths, steps that do not grow, a ratio that
             is not positive; or as :func:`piecewise_steps`.
     """
-    steps, ratios = piecewise_steps(epochs, warmup), list(FACTORS)
     if (lr_ratios is None) != (lr_steps is None):
         raise ValueError("--lr_ratios and --lr_steps: one is missing, expected both or none")
-    if lr_ratios is not None and lr_steps is not None:
+    if lr_ratios is None or lr_steps is None:
+        steps, ratios = piecewise_steps(epochs, warmup), list(FACTORS)
+    else:
         steps, ratios = list(lr_steps), list(lr_ratios)
         if len(steps) != len(ratios) or not steps:
             raise ValueError(
