@@ -13,3 +13,7 @@ class DatasetNotFoundError(DatasetError, FileNotFoundError):
 
 class DecodeError(DatasetError):
     """A file could not be decoded as an image. The message names the file."""
+
+
+class UnsupportedImageError(DecodeError):
+    """A whole image of a kind, or of a size, that is not read. The message says what to do."""

@@ -1,36 +1,53 @@
 """Decoding: the bytes of an image file become RGB uint8 ``(H, W, 3)``, upright.
 
-JPEG goes through simplejpeg (libjpeg-turbo), PNG, BMP, TIFF and WebP through OpenCV. Grey becomes
-three equal channels, palettes their colours, CMYK plain ``(255-C)(255-K)/255``; 16 bits are scaled
-to 8 (65535 becomes 255, rounded); alpha is composited on white; EXIF orientation is honoured.
+JPEG goes through simplejpeg (libjpeg-turbo), PNG and WebP through OpenCV, the rest through Pillow.
+Grey becomes three equal channels, palettes their colours, CMYK plain ``(255-C)(255-K)/255``; 16
+bits are scaled to 8 (65535 becomes 255, rounded); what a file declares as alpha is composited on
+white, what it does not is left out; EXIF orientation is honoured. Of an animation the first picture
+counts. Sizes are held to ``image_headers.MAX_PIXELS`` before anything is allocated.
 """
 
 from __future__ import annotations
 
 import os
+import stat
+import struct
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 
-from shared_core.datasets.errors import DecodeError
+from shared_core.datasets.errors import DecodeError, UnsupportedImageError
 from shared_core.datasets.reading.image_headers import (
+    MAX_PIXELS,
+    MAX_SCANNED,
+    MAX_SCANS,
     JpegHeader,
     Pixels,
+    check_pixels,
     check_whole,
+    fewest_bytes,
     jpeg_header,
+    jpeg_scans,
     kind_of,
     orientation_of,
     png_chunks,
-    tiff_tags,
+    stated_size,
     turn,
 )
+from shared_core.datasets.reading.samples import (
+    Decoded,
+    Remark,
+    Samples,
+    dim,
+    through_opencv,
+    to_rgb,
+)
+from shared_core.datasets.reading.through_pillow import through_pillow
 
-Samples = npt.NDArray[np.unsignedinteger]
 DCT_FACTORS = (8, 4, 2)  # the reductions that libjpeg-turbo has fast code for
+MAX_BYTES = 1 << 30  # of a file
 
 
 def decode(
@@ -38,6 +55,7 @@ def decode(
     *,
     min_size: tuple[int, int] | None = None,
     name: str | None = None,
+    scale_max: int | None = None,
 ) -> Pixels:
     """Decode an image file to RGB.
 
@@ -46,18 +64,21 @@ def decode(
         min_size: ``(height, width)`` in pixels. When given, a JPEG may come out reduced by
             ``dct_factor(size, min_size)``, never smaller than asked; other formats come out whole.
         name: what to call the file in errors; the path by default.
+        scale_max: the sample that is white in an image of 16 bits (4095 for a camera of 12 bits);
+            by default the largest that the file's depth holds.
 
     Returns:
         uint8 ``(H, W, 3)``, contiguous; ``H = ceil(height / factor)``.
 
     Raises:
         FileNotFoundError: no such file.
-        DecodeError: empty, truncated, not an image, or of an unsupported kind.
+        DecodeError: empty, truncated, not an image, no file at all.
+        UnsupportedImageError: of a kind that is not read, or larger than ``MAX_PIXELS``.
     """
     if not isinstance(data, bytes):
         name = str(data) if name is None else name
         data = read_bytes(data)
-    image = EncodedImage(data, name="image data" if name is None else name)
+    image = EncodedImage(data, name="image data" if name is None else name, scale_max=scale_max)
     factor = 1 if min_size is None else dct_factor((image.height, image.width), min_size)
     return image.pixels(factor=factor if image.reducible else 1)
 
@@ -75,13 +96,24 @@ def read_bytes(path: str | Path) -> bytes:
 
     Raises:
         FileNotFoundError: no such file.
+        DecodeError: a folder, a pipe, a device, or more than ``MAX_BYTES``.
     """
+    # Without O_NONBLOCK the opening of a named pipe would wait for ever.
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        handle = os.open(path, flags)
     except FileNotFoundError:
         raise FileNotFoundError(f"image file {os.fspath(path)} does not exist") from None
     try:
-        size = os.fstat(handle).st_size
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode):
+            what = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, a socket or a device"
+            raise DecodeError(f"{os.fspath(path)}: {what}, expected an image file")
+        size = state.st_size
+        if size > MAX_BYTES:
+            raise UnsupportedImageError(
+                f"{os.fspath(path)}: {size} bytes, expected an image of at most {MAX_BYTES}"
+            )
         data = os.read(handle, size)
         while len(data) < size and (more := os.read(handle, size - len(data))):
             data += more
@@ -94,31 +126,31 @@ class EncodedImage:
     """An image file whose size is known and whose pixels are decoded on demand.
 
     ``height`` and ``width`` (pixels) are those of the upright image. ``reducible`` says that
-    ``pixels`` honours ``factor`` and ``rows``; other images always come out whole.
+    ``pixels`` honours ``factor`` and ``rows``; other images always come out whole. ``remarks`` are
+    what a user should know of an image that can be read.
     """
 
-    __slots__ = ("_data", "_header", "_whole", "height", "name", "reducible", "width")
+    __slots__ = ("_data", "_header", "_whole", "height", "name", "reducible", "remarks", "width")
 
-    def __init__(self, data: bytes, *, name: str) -> None:
+    def __init__(self, data: bytes, *, name: str, scale_max: int | None = None) -> None:
         self._data = data
         self.name = name
+        self.remarks: tuple[Remark, ...] = ()
         self._header: JpegHeader | None = None
         self._whole: Pixels | None = None
         if not data:
             raise DecodeError(f"{name}: empty file, expected an image")
         kind = kind_of(data)
+        _check_cost(data, kind, name)
         if kind == "jpeg":
-            try:
-                header = jpeg_header(data)
-            except ValueError as error:
-                raise DecodeError(f"{name}: truncated or damaged JPEG: {error}") from None
+            header = jpeg_header(data)
             self._header = header
             self.height, self.width = header.height, header.width
             if header.orientation >= 5:
                 self.height, self.width = self.width, self.height
             self.reducible = header.orientation == 1 and header.components in (1, 3)
         else:
-            self._whole = _decode_other(data, kind, name)
+            self._whole, self.remarks = _decode_other(data, kind, name, scale_max)
             self.height, self.width = self._whole.shape[:2]
             self.reducible = False
 
@@ -154,9 +186,31 @@ class EncodedImage:
         return _decode_jpeg(self._data, header, self.name, factor)
 
 
+def _check_cost(data: bytes, kind: str, name: str) -> None:
+    """Refuse by the header alone what would cost too much, or cannot be whole."""
+    try:
+        size = stated_size(data)
+        if size is None:
+            return
+        height, width = size
+        if height * width <= MAX_PIXELS and fewest_bytes(data, kind, size) > len(data):
+            raise ValueError(f"{len(data)} bytes cannot hold the {width} x {height} pixels stated")
+    except (ValueError, IndexError) as error:
+        raise DecodeError(f"{name}: {_told(kind)}{error}") from None
+    check_pixels(height, width, name)
+    scans = jpeg_scans(data) if kind == "jpeg" else 1
+    if scans > MAX_SCANS or scans * height * width > MAX_SCANNED:
+        raise UnsupportedImageError(
+            f"{name}: a JPEG of {scans} scans of {width} x {height} pixels, expected at most "
+            f"{min(MAX_SCANS, MAX_SCANNED // (height * width))}"
+        )
+
+
+def _told(kind: str) -> str:
+    return "" if kind == "unknown" else f"truncated or damaged {kind.upper()}: "
+
+
 def _decode_jpeg(data: bytes, header: JpegHeader, name: str, factor: int) -> Pixels:
-    if header.height == 0 or header.width == 0:
-        raise DecodeError(f"{name}: JPEG of {header.height} x {header.width} pixels")
     height, width = -(-header.height // factor), -(-header.width // factor)
     # With a buffer of our own the pixels are there even when a harmless warning is raised.
     out = np.empty((height, width, 3), dtype=np.uint8)
@@ -172,30 +226,32 @@ def _decode_jpeg(data: bytes, header: JpegHeader, name: str, factor: int) -> Pix
     return out
 
 
-def _decode_other(data: bytes, kind: str, name: str) -> Pixels:
-    if kind == "unknown":
-        raise DecodeError(f"{name}: not a JPEG, PNG, BMP, TIFF or WebP file")
+def _decode_other(
+    data: bytes, kind: str, name: str, scale_max: int | None
+) -> tuple[Pixels, tuple[Remark, ...]]:
+    remarks: tuple[Remark, ...] = ()
     try:
         check_whole(data, kind)  # first: OpenCV would write its complaints to stderr
-        _refuse_unsupported(data, kind)
-        decoded: Any = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
-        if decoded is None:
-            raise ValueError("OpenCV cannot decode it")
-        image = _to_rgb(_grey_key_to_alpha(decoded, data, kind), premultiplied=kind == "tiff")
-        return turn(image, orientation_of(data, kind))
-    except (ValueError, IndexError, cv2.error) as error:
-        text = " ".join(str(error).split())
+        if kind in ("png", "webp"):
+            samples = through_opencv(data)
+            samples = _grey_key_to_alpha(samples, data, kind)
+            top = int(np.iinfo(samples.dtype).max)
+            alpha = "straight" if samples.ndim == 3 and samples.shape[2] == 4 else None
+            decoded = Decoded(samples, bgr=True, alpha=alpha, top=top)
+        else:
+            decoded, remarks = through_pillow(data, kind, name)
+        if scale_max is not None and decoded.samples.dtype == np.uint16:
+            decoded = decoded._replace(top=scale_max)
+        elif decoded.samples.dtype == np.uint16:
+            remarks = (*remarks, *dim(decoded))
+        return turn(to_rgb(decoded), orientation_of(data, kind)), remarks
+    except DecodeError:
+        raise
+    # Pillow's plugins fall over damaged files in many ways; none of them is a fault of ours.
+    except (ValueError, LookupError, TypeError, OSError, SyntaxError, EOFError, struct.error,
+            OverflowError, ArithmeticError, cv2.error) as error:  # fmt: skip
+        text = " ".join(str(error).split()) or type(error).__name__
         raise DecodeError(f"{name}: truncated or damaged {kind.upper()}: {text}") from None
-
-
-def _refuse_unsupported(data: bytes, kind: str) -> None:
-    if kind == "tiff":
-        tags = tiff_tags(data)
-        photometric, samples = tags.get(262, (2,))[0], tags.get(277, (1,))[0]
-        if photometric in (0, 1) and samples > 1:
-            raise ValueError(f"grey TIFF with {samples} samples a pixel is not supported")
-        if photometric in (8, 9, 10):
-            raise ValueError("TIFF in CIE L*a*b* is not supported")
 
 
 def _grey_key_to_alpha(image: Samples, data: bytes, kind: str) -> Samples:
@@ -211,24 +267,3 @@ def _grey_key_to_alpha(image: Samples, data: bytes, kind: str) -> Samples:
             alpha = np.where(image == key, 0, top).astype(image.dtype)
             return np.dstack([image, image, image, alpha])
     return image
-
-
-def _to_rgb(image: Samples, *, premultiplied: bool) -> Pixels:
-    """Grey, BGR or BGRA of 8 or 16 bits to RGB of 8 bits, alpha composited on white."""
-    if image.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{image.dtype} samples are not supported, expected 8 or 16 bits")
-    if image.ndim == 2:
-        image = np.dstack([image, image, image])
-    top = int(np.iinfo(image.dtype).max)
-    if image.shape[2] == 4:
-        # Unsigned 32 bits hold it: color * alpha + top * (top - alpha) + top // 2 < 2**32.
-        color, alpha = image[..., :3].astype(np.uint32), image[..., 3:].astype(np.uint32)
-        if premultiplied and top == 255:  # libtiff hands out 8-bit colour times alpha
-            image = np.minimum(color + (top - alpha), top)
-        else:
-            color *= alpha
-            color += top * (top - alpha) + top // 2
-            image = color // top
-    if top != 255:
-        image = (image.astype(np.uint32) + 128) // 257  # 65535 / 257 = 255, rounded
-    return np.ascontiguousarray(image[..., ::-1], dtype=np.uint8)

@@ -1,4 +1,7 @@
-"""What the first bytes of an image file say: its kind, its size, and how EXIF wants it turned."""
+"""What the first bytes of an image file say: its kind, its size, and how EXIF wants it turned.
+
+The limits of all decoding stand here, too: nothing is allocated before they are kept.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shared_core.datasets.errors import UnsupportedImageError
+
 Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 120_000_000  # of one image; a camera of 100 megapixels stays below
+MAX_SCANS = 500  # of one JPEG; an encoder writes 1 to about 12
+MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans: each scan goes over the whole picture again
 
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4}
 _EXIF = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
-# Size, samples, where strips and tiles lie, and orientation: all that is ever asked for.
-_TIFF_TAGS = frozenset({256, 257, 262, 273, 277, 279, 324, 325, _ORIENTATION_TAG})
+# All that is ever asked for: size, bits, compression, colour, fill order, strips, samples, planes,
+# fax options, tiles, extra samples, JPEG tables, orientation.
+_TIFF_TAGS = frozenset(
+    {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 322, 323, 324, 325, 338, 347}
+    | {_ORIENTATION_TAG}
+)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -35,7 +48,7 @@ class JpegHeader(NamedTuple):
 
 
 def kind_of(data: bytes) -> str:
-    """Name the format by its signature: jpeg, png, bmp, tiff, webp or unknown."""
+    """Name the format by its signature: jpeg, png, bmp, tiff, webp, gif, avif or unknown."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if data[:8] == _PNG_SIGNATURE:
@@ -44,6 +57,10 @@ def kind_of(data: bytes) -> str:
         return "tiff"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "avif"
     if data[:2] == b"BM":
         return "bmp"
     return "unknown"
@@ -86,8 +103,8 @@ def jpeg_header(data: bytes) -> JpegHeader:
 def tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
     """Read the tags in ``_TIFF_TAGS`` of the first directory of a TIFF file or EXIF block.
 
-    Entries that do not fit into ``data`` are left out. Of a tag that stands twice the first counts,
-    as for libtiff. A directory of thousands of tags that all claim the whole file costs nothing.
+    Entries that do not fit into ``data`` are left out. Of a tag that stands twice the first counts.
+    A directory of thousands of tags that all claim the whole file costs nothing.
     """
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or len(data) < 8:
@@ -100,8 +117,10 @@ def tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
     for entry in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
         tag, kind, number = struct.unpack_from(order + "HHI", data, entry)
         size = _TIFF_TYPE_BYTES.get(kind, 0)
-        if tag not in _TIFF_TAGS or tag in tags or size == 0 or kind in (2, 7) or number == 0:
+        if tag not in _TIFF_TAGS or tag in tags or size == 0 or number == 0:
             continue
+        if (kind in (2, 7) and tag != 347) or (tag == 347 and number > 1 << 16):
+            continue  # plain bytes hold JPEG tables only
         where = entry + 8
         if size * number > 4:
             (where,) = struct.unpack_from(order + "I", data, where)
@@ -156,8 +175,95 @@ def png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
     raise ValueError("the file ends before the PNG end chunk")
 
 
+def stated_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width in pixels that an image file's header states, before EXIF turns it.
+
+    Returns:
+        None for an AVIF, whose size Pillow finds among its boxes.
+
+    Raises:
+        ValueError: an unknown kind, a header that is cut off, or a size of nothing.
+    """
+    kind = kind_of(data)
+    try:
+        if kind == "jpeg":
+            header = jpeg_header(data)
+            height, width = header.height, header.width
+        elif kind == "png":
+            width, height = struct.unpack_from(">II", data, 16)
+        elif kind == "bmp":
+            form = "<HH" if data[14:18] == b"\x0c\0\0\0" else "<ii"  # the oldest has 16-bit sizes
+            width, height = (abs(n) for n in struct.unpack_from(form, data, 18))
+        elif kind == "gif":
+            width, height = struct.unpack_from("<HH", data, 6)
+        elif kind == "tiff":
+            tags = tiff_tags(data)
+            height, width = tags[257][0], tags[256][0]
+        elif kind == "webp":
+            height, width = _webp_size(data)
+        elif kind == "avif":
+            return None
+        else:
+            raise ValueError("not a JPEG, PNG, BMP, TIFF, WebP, GIF or AVIF file")
+    except (struct.error, IndexError, KeyError):
+        raise ValueError(f"the {kind.upper()} header is cut off") from None
+    if not (height and width):
+        raise ValueError(f"the header states {width} x {height} pixels")
+    return height, width
+
+
+def check_pixels(height: int, width: int, name: str) -> None:
+    """Refuse a picture of more than ``MAX_PIXELS``.
+
+    Raises:
+        UnsupportedImageError: it is.
+    """
+    if height * width > MAX_PIXELS:
+        raise UnsupportedImageError(
+            f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS}: cut or shrink it"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    form = data[12:16]
+    if form == b"VP8X":  # 24 bits each, less one
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        if len(data) < 30:
+            raise IndexError
+    elif form == b"VP8L":  # 14 bits each, less one, packed
+        (packed,) = struct.unpack_from("<I", data, 21)
+        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (n & 0x3FFF for n in struct.unpack_from("<HH", data, 26))
+    return height, width
+
+
+def jpeg_scans(data: bytes) -> int:
+    """How often a JPEG goes over the picture.
+
+    Within coded data 0xFF is followed by 0 or a restart, so that FF DA is a scan and FF D9 the end.
+    """
+    start = data.find(b"\xff\xda")
+    end = data.find(b"\xff\xd9", start) if start >= 0 else -1
+    return data.count(b"\xff\xda", max(start, 0), end if end >= 0 else len(data))
+
+
+def fewest_bytes(data: bytes, kind: str, size: tuple[int, int]) -> int:
+    """Bytes below which no file of this kind can hold so many pixels; 0 where there is no bound.
+
+    A JPEG spends at least a bit on each block of 8 x 8, zlib packs at most 1,032 to 1.
+    """
+    height, width = size
+    if kind == "jpeg" and jpeg_header(data).frame < 0xC8:  # those above are arithmetic
+        return -(-height // 8) * -(-width // 8) // 8
+    if kind == "png":
+        samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(data[25], 1)
+        return height * (1 + -(-width * samples * data[24] // 8)) // 1032
+    return 0
+
+
 def check_whole(data: bytes, kind: str) -> None:
-    """Refuse a file that is shorter than its own header promises.
+    """Refuse a PNG, WebP or BMP that is shorter than its own header promises.
 
     Raises:
         ValueError: with what is missing.
@@ -169,22 +275,13 @@ def check_whole(data: bytes, kind: str) -> None:
         if promised + 8 > len(data):
             raise ValueError(f"{len(data)} bytes where the header promises {promised + 8}")
     elif kind == "bmp":
-        if len(data) < 30:
-            raise ValueError("the file ends within the BMP header")
         (start,) = struct.unpack_from("<I", data, 10)
-        width, height, _planes, bits, packing = struct.unpack_from("<iiHHI", data, 18)
+        oldest = data[14:18] == b"\x0c\0\0\0"
+        form = "<HHHH" if oldest else "<iiHHI"
+        width, height, _planes, bits, *packing = struct.unpack_from(form, data, 18)
         need = start + (abs(width) * bits + 31) // 32 * 4 * abs(height)
-        if packing in (0, 3) and need > len(data):  # uncompressed rows of known length
+        if packing in ([], [0], [3]) and need > len(data):  # uncompressed rows of known length
             raise ValueError(f"{len(data)} bytes where the header promises {need}")
-    elif kind == "tiff":
-        tags = tiff_tags(data)
-        for at, size in ((273, 279), (324, 325)):  # strips, tiles
-            pieces = zip(tags.get(at, ()), tags.get(size, ()), strict=False)
-            need = max((offset + length for offset, length in pieces), default=0)
-            if need > len(data):
-                raise ValueError(f"{len(data)} bytes where the header promises {need}")
-        if not (tags.get(273) or tags.get(324)):
-            raise ValueError("the file ends before its image directory")
 
 
 def turn(image: Pixels, orientation: int) -> Pixels:
