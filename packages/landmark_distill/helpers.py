@@ -44,7 +44,7 @@ def main_works(work: Callable[[], T], world: World) -> T:
             result = work()
         except Exception as error:  # told below, by the main process to all
             failure = error
-    dist.monitored_barrier(group, timeout=PATIENCE)
+    dist.barrier(group=group)
     dist.destroy_process_group(group)
 
     def tell() -> T:

@@ -96,6 +96,8 @@ def _run(config: RunConfig, opened: OpenRun, world: World, command: str) -> dict
     data = main_works(lambda: prepare_landmarks(config.data, folder), world)
     if data.rehearsal:
         opened.log.say(_rehearsal(config))
+    for note in data.untested:
+        opened.log.say(note)
     measured: dict[str, Any] = {}
     best = config.train.init
     if not config.test_only:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from command_tools import without
 from landmark_distill import main
 from landmark_distill.config import NetworkConfig
 from landmark_distill.model_files import load_model
 from landmark_distill.parsing import parse
 from landmark_distill.utils import epoch_line, interval
-from shared_core.runs import read_metrics, read_result
+from shared_core.runs import RunLock, read_metrics, read_result
 
 
 def options(*words: str):
@@ -159,6 +160,30 @@ def test_best_file_is_the_student_alone_and_says_what_it_is(finished):
     assert load_model(run / "last.pth")[1]["epoch"] == 2
 
 
+def test_a_test_sees_what_the_file_says(finished, landmark, landmark_tiny, tmp_path, file_of):
+    """Not what the options' defaults are; an option that says otherwise is refused."""
+    run, _ = finished
+    words = without(
+        landmark_tiny(tmp_path, "--test_only", "--init", run / "max_acc.pth", "--split",
+                      run / "split.json", "--data-path", run / "data" / "scenes"),
+        "--image_size", "--feature_dim", "--builtin_classes", "--builtin_images", "--test_share",
+    )  # fmt: skip
+    done = landmark(*words)
+    assert done.code == 0, done.err
+    found = np.load(file_of(tmp_path, "opensetFeat.npy"))
+    assert np.array_equal(found, np.load(run / "opensetFeat.npy"))
+    assert read_result(file_of(tmp_path, "result.json"))["data"]["pixels"] == 32
+    for option, value, named in (
+        ("--image_size", "64", "--input-size 64"),
+        ("--backbone_class", "Swin_tiny", "--backbone_class Swin_tiny"),
+        ("--resize", "area", "--resize area"),
+        ("--drop_block", "3", "--drop_block 3"),
+    ):
+        done = landmark(*words, option, value)
+        assert done.code == 2 and f"error: {named}: " in done.err, done.err
+    assert landmark(*words, "--image_size", "32").code == 0  # the same is no contradiction
+
+
 def test_test_only_gives_the_same_features(finished, landmark, landmark_tiny, tmp_path, file_of):
     run, _ = finished
     before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
@@ -186,6 +211,25 @@ def test_a_second_run_does_not_write_over_the_first(finished, landmark, landmark
     assert done.code == 1 and "weight_decay" in done.err
     done = landmark(*words, "--resume", "--suffix=-other")
     assert done.code == 1 and "nothing to resume" in done.err
+
+
+def test_two_processes_do_not_share_a_run(finished, landmark, landmark_tiny):
+    run, _ = finished
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    words = landmark_tiny(run.parents[1], "--augment", "--log_interval", 1)
+    with RunLock(run):
+        for start in ("--fresh", "--continue", "--resume"):
+            done = landmark(*words, start)
+            assert done.code == 1 and "is in use by process" in done.err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_first_run_that_fails_blocks_nobody(landmark, landmark_tiny, tmp_path):
+    words = without(landmark_tiny(tmp_path), "--save_dir")
+    done = landmark(*words, "--lr", "1e30", "--output", tmp_path / "run")
+    assert done.code == 1 and "smaller --lr" in done.err and not (tmp_path / "run").exists()
+    done = landmark(*words, "--output", tmp_path / "run")
+    assert done.code == 0 and (tmp_path / "run" / "max_acc.pth").exists(), done.err
 
 
 BAD = [

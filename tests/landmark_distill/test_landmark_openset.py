@@ -10,7 +10,7 @@ from command_tools import run_main
 from landmark_distill import openset
 from landmark_distill.config import FAR_TARGETS
 from landmark_distill.gallery.features import write_names
-from landmark_distill.images.truths import PairMask
+from landmark_distill.images.truths import PairMask, usable_truths
 from landmark_distill.judging import judge
 from landmark_distill.judging.histogram import histogram_rates
 from landmark_distill.judging.judge import openset_test
@@ -100,6 +100,29 @@ def test_coarse_and_fine_together_and_the_line_of_the_record():
     assert head.startswith("test acc: coarsegrained:[") and tail.startswith("finegrained:[0.96278,")
     assert len(tail.split(",")) == 8
     assert got.retrieval["fine"].recall[1] > got.retrieval["fine"].mean_average_precision_at_r
+
+
+@pytest.mark.parametrize("variant", ["exact", "original"])
+def test_a_rate_that_so_few_pairs_cannot_show_is_a_dash(stored, tmp_path, capsys, variant):
+    """78,000 impostor pairs allow 0.78 false accepts at 1e-5, and none below."""
+    features, labels = _published()
+    mask = PairMask(_pairs(labels))
+    for truth in (labels, mask):
+        got = openset_test(features, {"fine": truth}, variant=variant, ks=())
+        assert got.measurable == {"fine": [True] * 4 + [False] * 4}
+        assert got.shown("fine")[4:] == ["-"] * 4 and "-" not in got.shown("fine")[:4]
+    words = [str(stored), "--fine", str(tmp_path / "fine.npy"), "--variant", variant]
+    assert run_command(openset.main, words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] == "-" for line in lines[1:9]] == [False] * 4 + [True] * 4
+
+
+def test_a_truth_without_pairs_is_left_out_with_a_line():
+    one, two = np.zeros(4, np.int64), np.array([0, 0, 1, 1])
+    kept, said = usable_truths({"coarse": one, "fine": two}, 4)
+    assert list(kept) == ["fine"] and "no impostor pair" in said[0] and "coarse" in said[0]
+    with pytest.raises(ValueError, match="can show nothing"):
+        usable_truths({"coarse": one, "fine": np.arange(4)}, 4)
 
 
 def test_a_mask_gives_rates_and_no_retrieval():

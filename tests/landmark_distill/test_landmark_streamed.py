@@ -13,7 +13,13 @@ import torch
 from landmark_distill.head.cosine_head import CosineMarginHead
 from landmark_distill.head.distillation import KDSettings, full_losses
 from landmark_distill.head.softmax_sums import Softmax, stream
-from landmark_distill.head.streamed_loss import EXTRA, SoftLabels, soft_labels, streamed_losses
+from landmark_distill.head.streamed_loss import (
+    EXTRA,
+    SoftLabels,
+    label_rows,
+    soft_labels,
+    streamed_losses,
+)
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
 
 N, C, D = 6, 53, 16
@@ -355,3 +361,25 @@ class TestErrors:
             streamed_losses(student, head)
         with pytest.raises(ValueError, match="chunk is 0"):
             streamed_losses(student, head, labels=labels, chunk=0)
+
+
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "autocast", "float64"])
+def test_label_rows_rank_in_float32_at_least(way):
+    """2,000 near classes: bfloat16 products would give other winners."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(way, torch.float32)
+    weight = (1 + 0.1 * torch.randn(2000, 32, generator=generator)).to(dtype)
+    head = CosineMarginHead.around(weight).train()  # no margin all the same
+    features = 1 + 0.1 * torch.randn(300, 32, generator=generator, dtype=torch.float64)
+    features = features.to(torch.float64 if way == "float64" else torch.float32)
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    scores = 32 * unit @ torch.nn.functional.normalize(weight.double(), dim=1).T
+    best = scores.topk(2)
+    labels = best.indices[:, 0].clone()
+    labels[::2] = best.indices[::2, 1]  # every second one is the runner-up
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        losses, met = label_rows(features, head, labels, chunk=300)
+    apart = best.values[:, 0] - best.values[:, 1] > 2e-5  # no tie of float32
+    assert torch.equal(met[apart], torch.arange(300)[apart] % 2 == 1) and apart.sum() > 290
+    wanted = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)

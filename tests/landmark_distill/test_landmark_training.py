@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
+from landmark_distill.config import DistillConfig
+from landmark_distill.head.cosine_head import CosineMarginHead
 from landmark_distill.head.distillation import KDSettings
-from landmark_distill.images.landmark_data import prepare_landmarks
-from landmark_distill.model import build_model, share_head
+from landmark_distill.images.landmark_data import LandmarkData, prepare_landmarks
+from landmark_distill.model import EmbeddingModel, build_model, share_head
 from landmark_distill.model_files import load_model
 from landmark_distill.objective import Objective
 from landmark_distill.parsing import parse
-from landmark_distill.teacher import Teacher, TeacherOutputs
+from landmark_distill.teacher import Teacher, TeacherOutputs, in_the_teachers_rows
 from landmark_distill.trainer import Trainer
+from shared_core.datasets import ImageSet
+from shared_core.for_torch.checkpoints import save_checkpoint
 from shared_core.for_torch.distributed import start
 from shared_core.for_torch.precision import Precision
 from shared_core.knowledge import KnowledgeStore
@@ -24,11 +33,11 @@ from shared_core.runs import read_metrics
 def trainer_of(tmp_path, landmark_tiny, landmark_teacher):
     """A trainer of a tiny run, not started."""
 
-    def make(*more, distill=True, name="run"):
+    def make(*more, distill=True, name="run", teacher=landmark_teacher):
         words = landmark_tiny(tmp_path, "--augment", *more)
         if distill:
             words += ["--is_distill", "--teacher_backbone_class", "Resnet12"]
-            words += ["--teacher_init_weights", str(landmark_teacher)]
+            words += ["--teacher_init_weights", str(teacher)]
         config = parse(words, prog="main.py")
         folder = tmp_path / name
         folder.mkdir()
@@ -249,16 +258,22 @@ def test_the_first_of_equal_epochs_is_the_best_and_later_ones_do_not_replace_it(
     assert load_model(trainer.folder / "last.pth")[1]["epoch"] == 3
 
 
-def test_validation_is_the_mean_over_images_without_margin(trainer_of):
-    trainer = trainer_of(distill=False)
-    loss, accuracy = trainer.evaluate()
+@pytest.mark.parametrize("flags", [(), ("--head_fixed",), ("--head_fixed", "--head_dtype", "bf16")])
+def test_validation_is_the_mean_over_images_without_margin(trainer_of, monkeypatch, flags):
+    """In full precision whatever the head is kept in, and never through whole logits."""
+    trainer = trainer_of(*flags, distill=bool(flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(CosineMarginHead, "forward", None)
+        loss, accuracy = trainer.evaluate()
     images = torch.cat([batch.images for batch in trainer.validation])
     labels = torch.from_numpy(trainer.data.calibration.labels)
     model = trainer.model.eval()
+    weight = model.head.weight.detach().double()
     with torch.no_grad():
-        logits = model.head(model.embed(images)).double()
+        features = model.embed(images).double()
+    logits = 32 * normalize(features, dim=1) @ normalize(weight, dim=1).T
     picked = torch.log_softmax(logits, 1)[torch.arange(len(labels)), labels]
-    assert loss == pytest.approx(float(-picked.mean()), rel=1e-4)
+    assert loss == pytest.approx(float(-picked.mean()), rel=1e-5)
     assert accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
 
 
@@ -273,3 +288,132 @@ def test_a_loss_that_is_not_a_number_ends_the_run(trainer_of):
     trainer = trainer_of("--lr", "1e30", distill=False)
     with pytest.raises(ValueError, match="smaller --lr"):
         trainer.train()
+
+
+def test_the_teacher_sees_the_pixels_that_the_student_sees(trainer_of, monkeypatch):
+    """Cropped, mirrored and lit alike, in every step."""
+    trainer = trainer_of("--head_fixed", "--channels_last", "--max_epoch", "1")
+    seen, real = {"student": [], "teacher": []}, EmbeddingModel.embed
+
+    def spy(self, images):
+        if self.training or self is trainer.teacher.model:
+            name = "teacher" if self is trainer.teacher.model else "student"
+            seen[name].append(images.clone())
+        return real(self, images)
+
+    monkeypatch.setattr(EmbeddingModel, "embed", spy)
+    trainer.train()
+    assert len(seen["student"]) == len(seen["teacher"]) == len(trainer.loader) > 1
+    for mine, other in zip(seen["student"], seen["teacher"], strict=True):
+        assert torch.equal(mine, other)
+
+
+# -- whose row is whose ---------------------------------------------------------------------------
+
+
+def reordered(source, target, order):
+    """The same teacher with the rows of its head in another order."""
+    content = torch.load(source, weights_only=True)
+    weights, facts = content["model"], json.loads(content["facts"])
+    weights["head.weight"] = weights["head.weight"][order]
+    facts["class_names"] = [facts["class_names"][i] for i in order]
+    save_checkpoint(target, weights, facts)
+    return target
+
+
+@pytest.mark.parametrize("head", [("--head_fixed",), ()], ids=["shared", "own"])
+def test_rows_of_the_head_are_found_by_the_names_of_the_classes(
+    trainer_of, landmark_teacher, tmp_path, head
+):
+    """A teacher that learned the same classes in another order teaches the same."""
+    count = len(load_model(landmark_teacher)[1]["class_names"])
+    other = reordered(landmark_teacher, tmp_path / "other.pth", list(reversed(range(count))))
+    found = []
+    for name, file in (("first", landmark_teacher), ("second", other)):
+        trainer = trainer_of(*head, "--max_epoch", "1", "--lr", "1e-4", name=name, teacher=file)
+        if not head:  # an own head is drawn row by row: let it mean the same
+            torch.manual_seed(0)
+            rows = torch.randn(count, trainer.model.feature_dim)
+            mine = rows if name == "first" else rows.flip(0)
+            trainer.model.head.weight.data.copy_(mine)
+        trainer.train()
+        found.append(read_metrics(trainer.folder / "metrics.jsonl"))
+        _, facts = load_model(trainer.folder / "max_acc.pth")
+        assert facts["class_names"] == load_model(file)[1]["class_names"]
+    for a, b in zip(*found, strict=True):
+        shared = ["loss", "acc"] + (["ce", "kd"] if "kd" in a else [])
+        assert [a[key] for key in shared] == pytest.approx([b[key] for key in shared], rel=1e-4)
+
+
+def test_a_teacher_that_has_seen_the_test_is_refused_or_said_so(
+    landmark, landmark_tiny, landmark_teacher, tmp_path, file_of
+):
+    words = landmark_tiny(
+        tmp_path, "--is_distill", "--head_fixed", "--teacher_backbone_class", "Resnet12",
+        "--teacher_init_weights", landmark_teacher, "--max_epoch", "1",
+    )  # fmt: skip
+    split = json.loads((landmark_teacher.parent / "split.json").read_text())
+    tested = {label for _, label, _, part in split["samples"] if part == "test"}
+    groups = sorted({split["classes"][label].split("/")[0] for label in tested})
+    learned = sorted({name.split("/")[0] for name in split["classes"]} - set(groups))
+    # Another split: two groups that the teacher has learned are tested.
+    drop = words.index("--test_share")
+    others = [*words[:drop], *words[drop + 2 :], "--test_groups", ",".join(learned[:2])]
+    done = landmark(*others)
+    assert done.code == 1 and "has learned 2 classes of the test" in done.err, done.err
+    assert not list(tmp_path.rglob("*.pth*"))  # before anything was trained
+    # Without the classes that it does not know its rows are found.
+    done = landmark(*others, "--teacher_may_know_test")
+    assert done.code == 1 and "does not know" in done.err and groups[0] in done.err
+
+
+def data_of(names, unseen=(), labels=(0, 1, 2)):
+    images = ImageSet([f"{label}.png" for label in labels], labels)
+    return LandmarkData(
+        "d", "real", images, images, images, {}, tuple(names), len(names) or 3, "h",
+        unseen=tuple(unseen),
+    )  # fmt: skip
+
+
+def teacher_of(names, rows=None):
+    model = build_model("Resnet20", num_classes=rows or len(names), feature_dim=16)
+    return Teacher(model, Precision("cpu"), class_names=names)
+
+
+ASKED = DistillConfig("Resnet20", Path("teacher.pth"), head_fixed=True)
+
+
+def test_labels_become_the_rows_of_their_names():
+    data, notes = in_the_teachers_rows(data_of("abc"), teacher_of("xcba"), ASKED)
+    assert data.train.labels.tolist() == data.calibration.labels.tolist() == [3, 2, 1]
+    assert data.class_names == tuple("xcba") and data.num_classes == 4 and not notes
+    same, _ = in_the_teachers_rows(
+        data_of("abc"), teacher_of("xcba"), replace(ASKED, by_number=True)
+    )
+    assert same.train.labels.tolist() == [0, 1, 2]
+    lists, _ = in_the_teachers_rows(data_of(""), teacher_of("", rows=7), ASKED)
+    assert lists.train.labels.tolist() == [0, 1, 2] and lists.num_classes == 7
+    features = replace(ASKED, head_fixed=False, loss="cosine")
+    own, _ = in_the_teachers_rows(data_of("abc"), teacher_of("xyz"), features)
+    assert own.class_names == tuple("abc")  # only features are compared
+
+
+def test_what_is_known_of_the_test_stands_in_the_record():
+    asked = replace(ASKED, may_know_test=True)
+    _, notes = in_the_teachers_rows(data_of("abc", "xy"), teacher_of("xcba"), asked)
+    assert notes == {"teacher_knows_test_classes": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "teacher", "message"),
+    [
+        (data_of("abc"), teacher_of("abx"), "does not know 1 classes of the data .'c'."),
+        (data_of("abc", "x"), teacher_of("abcx"), "has learned 1 classes of the test .'x'."),
+        (data_of("abc"), teacher_of("", rows=5), "only the data have names"),
+        (data_of(""), teacher_of("abc"), "only teacher.pth has names"),
+        (data_of(""), teacher_of("", rows=2), "knows 2 classes, the data have 3"),
+    ],
+)
+def test_heads_that_do_not_fit_the_data_are_refused(data, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        in_the_teachers_rows(data, teacher, ASKED)

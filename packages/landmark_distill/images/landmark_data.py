@@ -14,7 +14,7 @@ import numpy as np
 from landmark_distill.config import DataConfig, ListFiles
 from landmark_distill.images.file_lists import joined_labels, read_list, read_remap, remapped
 from landmark_distill.images.landmark_scenes import is_drawn, make_landmark_scenes
-from landmark_distill.images.truths import Truth, read_truth
+from landmark_distill.images.truths import Truth, read_truth, usable_truths
 from landmark_distill.images.two_level import LabelledPart, part_of, scan_levels, split_levels
 from shared_core.datasets import DatasetError, ImageSet, Listing, Manifest, write_quarantine
 from shared_core.datasets.finding.fingerprint import content_keys
@@ -38,6 +38,7 @@ class LandmarkData:
         split_hash: of what lies where.
         unseen: names of the test's classes; empty when the lists have numbers only.
         asked_classes: rows that the options ask for, or None.
+        untested: truths that the test images can show nothing of, with the reason.
         notes: what a reader of results should know.
     """
 
@@ -52,6 +53,7 @@ class LandmarkData:
     split_hash: str
     unseen: tuple[str, ...] = ()
     asked_classes: int | None = None
+    untested: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -136,6 +138,7 @@ def _from_folder(config: DataConfig, folder: Path) -> LandmarkData:
         return part_of(manifest, root, name, coarse_of=coarse_of.__getitem__, classes=names)
 
     test = part(config.test_part)
+    truths, said = usable_truths({"coarse": test.coarse, "fine": test.fine}, len(test.images))
     drawn = is_drawn(root)
     return LandmarkData(
         name="built-in scenes" if drawn else root.resolve().name,
@@ -143,13 +146,14 @@ def _from_folder(config: DataConfig, folder: Path) -> LandmarkData:
         train=part("train", classes).images if config.learns else None,
         calibration=part("calibration", classes).images if config.learns else None,
         test=test.images,
-        truths={"coarse": test.coarse, "fine": test.fine},
+        truths=truths,
         class_names=classes,
         num_classes=_rows(config, len(classes)),
         split_hash=manifest.hash,
         unseen=tuple(manifest.classes[label] for label in sorted(set(test.fine.tolist()))),
         asked_classes=config.num_classes,
-        notes=manifest.notes,
+        untested=said,
+        notes=(*manifest.notes, *said),
     )
 
 
@@ -225,21 +229,26 @@ def _from_lists(config: DataConfig, lists: ListFiles) -> LandmarkData:
     test = _image_set(list(tested.paths), tested.labels, config)
     digest.update(repr((test.keys, test.labels.tolist())).encode())
     masks = {"coarse": lists.coarse, "fine": lists.fine}
+    truths, unsaid = usable_truths(
+        {
+            name: tested.labels if path is None else read_truth(path, len(test))
+            for name, path in masks.items()
+        },
+        len(test),
+    )
     return LandmarkData(
         name=config.name,
         kind="real",
         train=train,
         calibration=calibration,
         test=test,
-        truths={
-            name: tested.labels if path is None else read_truth(path, len(test))
-            for name, path in masks.items()
-        },
+        truths=truths,
         class_names=(),
         num_classes=_rows(config, needed),
         split_hash=digest.hexdigest(),
         asked_classes=config.num_classes,
-        notes=tuple(said),
+        untested=unsaid,
+        notes=(*said, *unsaid),
     )
 
 

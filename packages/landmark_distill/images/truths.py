@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,16 @@ class PairMask:
 Truth = NDArray[np.int64] | PairMask  # of samples, or of their pairs
 
 
+class NoPairsError(ValueError):
+    """A truth by which all pairs are genuine, or none is: nothing can be verified."""
+
+
 class PairTruth:
     """Tells which pairs of a block are genuine.
 
     Raises:
-        ValueError: the truth is not one for ``count`` samples, or has no genuine or no impostor
-            pair.
+        ValueError: the truth is not one for ``count`` samples.
+        NoPairsError: it has no genuine or no impostor pair.
     """
 
     def __init__(self, name: str, truth: ArrayLike | PairMask, count: int) -> None:
@@ -61,10 +65,10 @@ class PairTruth:
             self.labels = codes.reshape(-1).astype(np.int32)
             self.genuine = sum(int(n) * (int(n) - 1) // 2 for n in sizes)
         self.impostor = pairs - self.genuine
-        title = title if name else "the labels"
+        title = title if name else "the truth"
         for total, word in ((self.genuine, "genuine"), (self.impostor, "impostor")):
             if total == 0:
-                raise ValueError(f"{title} make no {word} pair, expected at least one")
+                raise NoPairsError(f"{title} makes no {word} pair, expected at least one")
 
     def block(self, first: slice, second: slice) -> Bools | None:
         """``(rows, columns)``: where a pair is genuine; None: nowhere.
@@ -182,6 +186,26 @@ def folder_truths(paths: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """:func:`folder_labels`, and ``fine`` alone where the folders have one level."""
     found = folder_labels(paths)
     return found if (found["coarse"] != found["fine"]).any() else {"fine": found["fine"]}
+
+
+def usable_truths(
+    truths: Mapping[str, Truth], count: int
+) -> tuple[dict[str, Truth], tuple[str, ...]]:
+    """The truths that say something of ``count`` images, and why others do not.
+
+    Raises:
+        ValueError: none does, or one is not of so many images.
+    """
+    kept, said = {}, []
+    for name, truth in truths.items():
+        try:
+            PairTruth(name, truth, count)
+            kept[name] = truth
+        except NoPairsError as error:
+            said.append(f"{name} is not tested: {error}")
+    if not kept:
+        raise ValueError(f"the test images can show nothing: {'; '.join(said)}")
+    return kept, tuple(said)
 
 
 def _codes(names: Sequence[str]) -> NDArray[np.int64]:

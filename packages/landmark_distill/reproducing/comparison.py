@@ -247,6 +247,8 @@ def numbers(result: OpenSetResult) -> dict[str, float | None]:
     """What arms are compared by: fractions; None where too few pairs can show nothing."""
     row: dict[str, float | None] = {}
     for truth, prefix in (("fine", ""), ("coarse", "coarse_")):
+        if truth not in result.rates:
+            continue
         pairs = zip(FARS, result.rates[truth], result.measurable[truth], strict=True)
         row |= {f"{prefix}vr_{far:g}": rate if enough else None for far, rate, enough in pairs}
     found = result.retrieval["fine"]
