@@ -142,7 +142,7 @@ class TiffFile:
             elif self.compression in _DEFLATE:
                 whole = _inflates(piece, need)
             elif self.compression == _PACKBITS:
-                whole = _unpacked_length(piece) >= need
+                whole = _unpacked_length(piece) == need
             elif self.compression == _JPEG:
                 whole = self._jpeg_is_whole(piece, rows, columns)
             if not whole:
@@ -171,7 +171,7 @@ class TiffFile:
         """
         if self.compression not in _FAX or self.tags.get(324):
             return
-        if self._photometric == 1:
+        if self._photometric == 0:  # Pillow writes black as 0
             picture = ImageOps.invert(picture)
         info = {292: self.tags[292][0]} if self.compression == 3 and 292 in self.tags else {}
         turned = self.tags.get(266, (1,))[0] == 2
