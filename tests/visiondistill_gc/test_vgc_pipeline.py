@@ -15,6 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from shared_core.datasets import decode
 from shared_core.knowledge import KnowledgeStore
 from shared_core.runs import read_metrics, read_result
+from visiondistill_gc.deploy.openers import facts_of
 from visiondistill_gc.run import stages
 from visiondistill_gc.run.comparisons import ARMS
 from visiondistill_gc.utils.model_files import load_model
@@ -206,6 +207,10 @@ def test_students_files_know_their_classes(finished):
     path = folder / "models_saved" / "best_model_fold0.pdparams"
     model = load_model(path, categories=["fields_stripes", "tanks_grid"])
     assert model.input_size == 32 and not model.net.training
+    origin = facts_of(model).provenance
+    assert origin["data"] == "built-in scenes" and origin["teacher"] == "shufflenet_v2_x0_25"
+    split = json.loads((folder / "result.json").read_text())["data"]["split_hash"]
+    assert origin["split_hash"] == split and origin["initial_weights"] is None
     with pytest.raises(ValueError, match="another order"):
         load_model(path, categories=["tanks_grid", "fields_stripes"])
     with pytest.raises(ValueError, match="other classes"):

@@ -52,7 +52,7 @@ def export(options: ExportOptions) -> Written:
             sources=sources,
             forms={PADDLE: paddle_form(model.net, facts)} if "paddle" in options.formats else None,
             test=test,
-            judged_on=str(options.accuracy),
+            judged_on=options.accuracy.name if options.accuracy else "test",
             calibration=calibration,
             int8=Int8Wish(
                 options.int8,

@@ -42,7 +42,7 @@ def facts_of(model: LoadedModel) -> ModelFacts:
         mean=model.mean,
         std=model.std,
         provenance={
-            "data": config.get("data_set"),
+            "data": known.get("data"),
             "split_hash": known["split_hash"],
             "teacher": config.get("teacher"),
             "initial_weights": config.get("init"),

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from shared_core.runs import Report, read_metrics, write_result
-from shared_core.trials import add_arms, add_differences
-from shared_core.trials.page import draw_arms
+from shared_core.trials import add_arms, add_differences, draw_arms
 from visiondistill_gc.run import plots
 from visiondistill_gc.run.comparisons import differences_of, trials_of
 from visiondistill_gc.run.context import Run

@@ -123,6 +123,7 @@ def _save(run: Run, path: Path, net: nn.Layer, fold: int, **facts: Any) -> None:
         weights={k: v.astype("float32") for k, v in net.state_dict().items()},
         split_hash=run.data.prepared.manifest.hash,
         config=run.opened.config,
+        data=run.data.prepared.name,
         fold=fold,
         **facts,
     )
