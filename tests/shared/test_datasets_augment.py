@@ -2,13 +2,16 @@
 
 import json
 import math
+import tracemalloc
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from shared_core.datasets.views import augment as a
 from shared_core.datasets.views import randaugment as ra
+from shared_core.datasets.views.augment import EvalView
 from shared_core.datasets.views.geometry import resize
 
 
@@ -430,3 +433,42 @@ def test_small_batch_equals_a_loop(fill, pad):
 def test_refusals(make):
     with pytest.raises(ValueError, match="expected|keys|pad"):
         make()
+
+
+@pytest.mark.parametrize("size", [(1, 20000), (2, 6000), (6000, 2), (4, 60000)])
+def test_a_window_of_a_strip_costs_a_window(size):
+    """Resized whole, these would take gigabytes; the rows must be those of the strip's middle."""
+    ramp = (np.arange(max(size)) % 251).astype(np.uint8)
+    image = np.broadcast_to(ramp[None, :, None] if size[0] < size[1] else ramp[:, None, None],
+                            (*size, 3)).copy()  # fmt: skip
+    tracemalloc.start()
+    got = EvalView(224)(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    middle = ramp[max(size) // 2 - 60 : max(size) // 2 + 60].astype(int)
+    along = got[112] if size[0] < size[1] else got[:, 112]
+    assert middle.min() <= along.min() and along.max() <= middle.max()
+    # 224 pixels show 224 * min / 256 of the strip's, around its middle.
+    scale = min(size) / 256
+    wanted = np.interp(
+        max(size) / 2 + (np.arange(224) - 111.5) * scale - 0.5, np.arange(max(size)), ramp
+    )
+    jumps = np.abs(np.diff(wanted)) < 1
+    assert np.abs(along[:, 0].astype(int) - wanted)[1:][jumps].max() <= 2
+
+
+@pytest.mark.parametrize("method", ["linear", "area", "cubic", "reduced"])
+@pytest.mark.parametrize("size", [(60, 90), (301, 77), (40, 400), (1, 300)])
+def test_a_window_cut_first_is_that_of_the_whole(size, method, monkeypatch):
+    """The old rule (resize, then cut) on ordinary images; cut first, nearly the same pixels."""
+    rng = np.random.default_rng(sum(size))
+    image = cv2.GaussianBlur(rng.integers(0, 256, (*size, 3), dtype=np.uint8), (0, 0), 3)
+    view = EvalView(112, method=method)
+    plan = view.plan(None, *size)
+    top, left, height, width = plan.window
+    whole = resize(image, plan.size, method=method)[top : top + height, left : left + width]
+    np.testing.assert_array_equal(view(image), whole)
+    monkeypatch.setattr(a, "LARGEST_RESIZED", 0)
+    near = np.abs(view(image).astype(int) - whole)
+    assert near.mean() < 1 and near.max() <= 12

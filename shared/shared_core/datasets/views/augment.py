@@ -52,6 +52,9 @@ __all__ = [
 ]
 
 
+LARGEST_RESIZED = 1 << 24  # pixels (48 MB); of what would be larger, only the window is made
+
+
 class Plan(NamedTuple):
     """The geometry of one view: cut ``box``, resize it to ``size``, cut ``window``, mirror."""
 
@@ -288,6 +291,8 @@ def place(image: Pixels, plan: Plan, method: str, out: Pixels) -> None:
     """Carry out a plan: cut, resize, cut the window, mirror, into ``out``."""
     top, left, height, width = plan.box
     source = image[top : top + height, left : left + width]
+    if plan.size[0] * plan.size[1] > LARGEST_RESIZED:
+        source, plan = cut_first(source, plan)
     mirrored = plan.horizontal or plan.vertical
     if plan.window is None and not mirrored:
         resize(source, plan.size, method=method, out=out)
@@ -301,6 +306,31 @@ def place(image: Pixels, plan: Plan, method: str, out: Pixels) -> None:
         cv2.flip(resized, code, dst=out)
     else:
         out[...] = resized
+
+
+def cut_first(source: Pixels, plan: Plan) -> tuple[Pixels, Plan]:
+    """Cut what the window needs out of ``source``, and the plan that is left to do.
+
+    A picture of 1 x 20000 pixels whose short side becomes 256 would have 1.3 gigapixels, of which
+    a window of 224 x 224 is wanted. The scale stays, but for the rounding of the sizes; a few
+    pixels around the window are kept for the interpolation.
+    """
+    if plan.window is None:
+        return source, plan
+    parts, sizes, starts = [], [], []
+    for length, target, start, wanted in zip(
+        source.shape[:2], plan.size, plan.window[:2], plan.window[2:], strict=True
+    ):
+        first = max(0, start * length // target - 4)
+        last = min(length, -(-(start + wanted) * length // target) + 4)
+        size = max(wanted, round((last - first) * target / length))
+        parts.append(slice(first, last))
+        sizes.append(size)
+        starts.append(min(max(0, start - round(first * target / length)), size - wanted))
+    part = source[parts[0], parts[1]]
+    window = (starts[0], starts[1], plan.window[2], plan.window[3])
+    box = (0, 0, part.shape[0], part.shape[1])
+    return part, plan._replace(box=box, size=(sizes[0], sizes[1]), window=window)
 
 
 def _call(

@@ -89,14 +89,6 @@ def short_side_size(size: Size, short: int) -> Size:
     return max(1, short * height // width), short
 
 
-def resize_short_side(image: Pixels, short: int, *, method: str = "linear") -> Pixels:
-    """Resize so that the shorter side has ``short`` pixels, keeping the aspect ratio."""
-    if short < 1:
-        raise ValueError(f"short side {short}, expected at least 1 pixel")
-    height, width = image.shape[:2]
-    return resize(image, short_side_size((height, width), short), method=method)
-
-
 def center_box(size: Size, crop: Size) -> Box:
     """The centred box of ``crop`` within ``size``; odd margins round half to even.
 
@@ -106,27 +98,6 @@ def center_box(size: Size, crop: Size) -> Box:
     if crop[0] > size[0] or crop[1] > size[1]:
         raise ValueError(f"crop {crop[0]} x {crop[1]} from {size[0]} x {size[1]} pixels")
     return (round((size[0] - crop[0]) / 2), round((size[1] - crop[1]) / 2), crop[0], crop[1])
-
-
-def center_crop(image: Pixels, size: Size) -> Pixels:
-    """Cut the centred ``size = (height, width)`` out of ``image``; a view."""
-    height, width = image.shape[:2]
-    top, left, height, width = center_box((height, width), size)
-    return image[top : top + height, left : left + width]
-
-
-def crop_resize(
-    image: Pixels, box: Box, size: Size, *, method: str = "linear", out: Pixels | None = None
-) -> Pixels:
-    """Cut ``box = (top, left, height, width)`` out of ``image`` and resize it to ``size``.
-
-    Raises:
-        ValueError: the box leaves the image.
-    """
-    top, left, height, width = box
-    if min(top, left) < 0 or top + height > image.shape[0] or left + width > image.shape[1]:
-        raise ValueError(f"box {box} leaves the image of {image.shape[0]} x {image.shape[1]}")
-    return resize(image[top : top + height, left : left + width], size, method=method, out=out)
 
 
 def letterbox_box(size: Size, target: Size) -> Box:
