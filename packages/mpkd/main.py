@@ -11,17 +11,26 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-from shared_core.runs import run_command
+from shared_core.runs.command import run_command
+from shared_core.runs.options import words_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for. Returns the exit code."""
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from mpkd.pipeline import run_main
+    from mpkd.options import parse
 
-    return run_main(argv)
+    options = parse(argv)
+    from mpkd.pipeline import run_main  # loads torch, so after the words were looked at
+
+    return run_main(options, words_of(argv))
+
+
+def console() -> int:
+    """The installed command ``mpkd``."""
+    return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(console())

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mpkd.dataset import data_utils, views
+from mpkd.dataset import data_utils
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data
+from mpkd.deploy.openvino_net import OpenVinoNet
 from mpkd.trainer.knowledge import store_outputs
 from mpkd.trainer.metrics_logger import MetricsLogger
-from mpkd.trainer.objectives import (
-    LiveTeacher,
-    Objective,
-    StoredTeacher,
-    TeacherSource,
-    teacher_engine,
-)
+from mpkd.trainer.objectives import LiveTeacher, Objective, StoredTeacher, TeacherSource
 from mpkd.trainer.settings import Settings, precision_from
 from mpkd.trainer.trainer import Job, Trainer
-from mpkd.utils.common import ALONE, Evaluation, evaluate
+from mpkd.utils.common import ALONE, Evaluation, evaluate, save_net
 from mpkd.utils.seed import seed_stage, stage_seed
 from shared_core.datasets import ImageSet
-from shared_core.for_torch.data import Normalizer, TorchLoader
-from shared_core.for_torch.distributed import World, main_writes
+from shared_core.for_torch.checkpoints import weights_sha256
+from shared_core.for_torch.data import TorchLoader
+from shared_core.for_torch.distributed import World, barrier, main_writes
 from shared_core.for_torch.precision import Precision
 from shared_core.for_torch.run_state import Best
 from shared_core.knowledge import KnowledgeStore
-from shared_core.runs import StageLog
+from shared_core.runs import StageLog, UsageError
 
+T = TypeVar("T")
 TEACHER_FILE, STUDENT_FILE = "teacher.pth", "student.pth"
 QUANTIZED_FILE, ADAPTER_FILE = "student_quantized.pth", "adapters.pth"
+PACKED_FILE = "student_packed.safetensors"  # weights of few bits, several to a byte
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """One run of the pipeline.
 
@@ -50,6 +49,7 @@ class Run:
         device, world: where, and in how many processes.
         scale: ``full``, ``short`` or ``rehearsal``.
         command: as the user typed it.
+        knowledge: where the teacher's outputs lie already; None: this run makes them.
     """
 
     config: dict[str, Any]
@@ -61,6 +61,7 @@ class Run:
     world: World = ALONE
     scale: str = "full"
     command: str = "packages/mpkd/main.py"
+    knowledge: Path | None = None
 
     @property
     def seed(self) -> int:
@@ -75,6 +76,30 @@ class Run:
     def checkpoint(self, name: str) -> Path:
         """A file among the run's checkpoints."""
         return self.folder / "checkpoints" / name
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do it in the main process; every process gets the result."""
+        return main_writes(work, self.world)
+
+    def save(
+        self,
+        name: str,
+        net: nn.Module,
+        about: Mapping[str, Any],
+        *,
+        epoch: int,
+        metrics: Mapping[str, Any],
+        quantization: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Write a network among the run's checkpoints (main process); its sha256."""
+        if self.world.is_main:
+            save_net(
+                self.checkpoint(name), net.state_dict(), about, classes=self.data.classes,
+                split_hash=self.data.split_hash, epoch=epoch, metrics=metrics, config=self.config,
+                quantization=quantization,
+            )  # fmt: skip
+        barrier(self.world)
+        return weights_sha256(net.state_dict())
 
     def precision(self) -> Precision:
         """A new state of mixed precision."""
@@ -115,21 +140,25 @@ class Run:
 
     def evaluate(self, net: nn.Module, part: str = TEST) -> Evaluation:
         """Answers in fp32 to a part, by all processes together."""
-        return evaluate(
-            net, self.evaluation_loader(part), world=self.world, total=len(self.data.sets[part])
-        )
+        return evaluate(net, self.evaluation_loader(part), world=self.world)
 
-    def calibration_images(self, count: int | None = None) -> list[Tensor]:
-        """Batches of training images as evaluation sees them, on the device, without labels."""
+    def _calibration_loader(self, count: int | None = None) -> TorchLoader:
         wanted = int(count or self.config["quantization.calib_samples"])
         images = self.data.sets[TRAIN]
         step = max(1, len(images) // wanted)
         rows = np.arange(0, len(images), step)[:wanted]
-        loader = data_utils.evaluation_loader(
+        return data_utils.evaluation_loader(
             self.data, images.subset(rows), batch_size=64, device=self.device,
             threads=self.config["dataset.workers"],
         )  # fmt: skip
-        return [batch.images.clone() for batch in loader]
+
+    def calibration_images(self, count: int | None = None) -> list[Tensor]:
+        """Batches of training images as evaluation sees them, on the device, without labels."""
+        return [batch.images.clone() for batch in self._calibration_loader(count)]
+
+    def calibration_pixels(self) -> npt.NDArray[np.uint8]:
+        """The same images uint8 ``(N, S, S, 3)``."""
+        return np.concatenate([b.images.copy() for b in self._calibration_loader().loader])
 
     # -- teachers ---------------------------------------------------------------------------------
 
@@ -137,28 +166,43 @@ class Run:
         self, teacher: nn.Module, teacher_hash: str, images: ImageSet
     ) -> tuple[TeacherSource, int]:
         """The teacher's logits for training, stored or live, and how many views are replayed."""
-        precision = Precision(self.device, self.config["mixed_precision.dtype"],
-                              enabled=self.config["mixed_precision.enabled"])  # fmt: skip
-        engine = teacher_engine(
-            self.config, teacher, image_size=self.data.image_size, device=self.device
-        )
+        engine = self.teacher_engine(teacher)
         if not self.config["distillation.cache_teacher_logits"]:
-            return LiveTeacher(engine, autocast=precision.autocast), 0
-        count = int(self.config["distillation.views"]) if self.config["dataset.augment"] else 1
-        folder = self.folder / "knowledge"
-        about: dict[str, Any] = {}
+            return LiveTeacher(engine, autocast=self.precision().autocast), 0
+        if self.knowledge is None:
+            self.fill_knowledge(engine, teacher_hash, images)
+        folder = self.knowledge or self.folder / "knowledge"
+        store = KnowledgeStore.open(folder, teacher_hash=teacher_hash)
+        keys = [str(key) for key in images.keys]
+        return StoredTeacher(store, keys, device=self.device), self._views
 
-        def fill() -> None:
-            store_outputs(
-                folder, engine, self.data, images, views=count, teacher_hash=teacher_hash,
-                augment=self.config["dataset.augment"], seed=self.view_seed, device=self.device,
-                batch_size=max(64, self.config["experiment.batch_size"]),
-                threads=self.config["dataset.workers"], precision=precision,
-            )  # fmt: skip
+    @property
+    def _views(self) -> int:
+        """Augmented views of an image whose teacher outputs are kept."""
+        return int(self.config["distillation.views"]) if self.config["dataset.augment"] else 1
 
-        main_writes(fill, self.world)
-        store = KnowledgeStore.open(folder, teacher_hash=teacher_hash, **about)
-        return StoredTeacher(store, [str(key) for key in images.keys], device=self.device), count
+    def fill_knowledge(self, engine: nn.Module, teacher_hash: str, images: ImageSet) -> None:
+        """Store the teacher's outputs for every view of ``images``, those that are missing."""
+        self.from_main(lambda: store_outputs(
+            self.folder / "knowledge", engine, self.data, images, views=self._views,
+            teacher_hash=teacher_hash, augment=self.config["dataset.augment"],
+            seed=self.view_seed, device=self.device,
+            batch_size=max(64, self.config["experiment.batch_size"]),
+            threads=self.config["dataset.workers"], precision=self.precision(),
+        ))  # fmt: skip
+
+    def teacher_engine(self, teacher: nn.Module) -> nn.Module:
+        """What computes the teacher's logits by ``distillation.teacher_engine``: it, or a twin.
+
+        The twin uses as many threads as torch, and bf16 where torch would compute in it.
+        """
+        if self.config["distillation.teacher_engine"] == "torch":
+            return teacher
+        check_engine_device(self.config, self.device)
+        return OpenVinoNet(
+            teacher, image_size=self.data.image_size, threads=torch.get_num_threads(),
+            precision="bf16" if self.precision().dtype == "bf16" else "f32",
+        )  # fmt: skip
 
     def reference(self, teacher: nn.Module) -> npt.NDArray[np.float32]:
         """The teacher's logits for the calibration images."""
@@ -182,29 +226,40 @@ class Run:
 
         Args:
             reference: a teacher's logits for the calibration images.
-            choose_by: ``accuracy``, or ``agreement`` with ``reference`` (no label is read).
+            choose_by: ``accuracy``, ``agreement`` with ``reference`` (no label is read), or
+                ``last``.
             more: further attributes of :class:`~mpkd.trainer.trainer.Job`.
 
         Returns:
             The best weights, and the trainer: call ``trainer.state.remove()`` when the stage's
             result is written.
         """  # fmt: skip
-        score = None
         if choose_by == "agreement":
             if reference is None:
                 raise ValueError("no teacher's logits to agree with, expected some")
-            score = lambda found: found.agreement(reference)  # noqa: E731
+            more["score"] = lambda found: found.agreement(reference)
+        elif choose_by == "last":
+            more["score"] = None
         job = Job(
             stage=stage, net=net, objective=objective, loader=loader,
             validation=self.evaluation_loader(CALIBRATION), settings=settings,
             precision=self.precision(), log=self.log, csv=self.csv, world=self.world,
-            reference=reference, score=score, **more,
+            reference=reference, **more,
         )  # fmt: skip
         trainer = Trainer(job)
         best = trainer.run()
         net.load_state_dict(best.weights)
         return best, trainer
 
-    def normalizer(self) -> Normalizer:
-        """Of every network here."""
-        return Normalizer(views.MEAN, views.STD, device=self.device)
+
+def check_engine_device(config: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse an engine that does not compute where the run does.
+
+    Raises:
+        UsageError: OpenVINO on another device than the CPU.
+    """
+    if config["distillation.teacher_engine"] == "openvino" and device.type != "cpu":
+        raise UsageError(
+            f"distillation.teacher_engine openvino computes on the CPU, this run on {device}: "
+            "expected experiment.device=cpu, or distillation.teacher_engine=torch"
+        )

@@ -1,4 +1,4 @@
-"""The stages that train: teacher and distil; what comes after is in late_stages."""
+"""The stages that train from nothing or from labels: teacher and distil."""
 
 from __future__ import annotations
 
@@ -8,27 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkd import quantization_stage
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN
+from mpkd.few_bits import lower, needs_teacher
 from mpkd.model.lora import adapter_weights, add_lora, merge_lora
 from mpkd.model.student import check_small_enough
 from mpkd.model.teacher import check_teaches, head_name, load_pretrained
-from mpkd.run_context import ADAPTER_FILE, STUDENT_FILE, TEACHER_FILE, Run
-from mpkd.trainer.objectives import (
-    NEEDS_TEACHER,
-    LearningTeacher,
-    Objective,
-    check_engine_device,
-    make_objective,
-)
-from mpkd.trainer.settings import settings_from
-from mpkd.utils.common import (
-    PROJECT,
-    build_net,
-    describe_net,
-    load_net,
-    save_net,
-)
+from mpkd.run_context import ADAPTER_FILE, STUDENT_FILE, TEACHER_FILE, Run, check_engine_device
+from mpkd.trainer.objectives import LearningTeacher, Objective, make_objective
+from mpkd.trainer.settings import Settings, bits_settings, settings_from
+from mpkd.utils.common import PROJECT, build_net, describe_net, load_net
 from shared_core import checkpoints
 from shared_core.checkpoints import CheckpointError
 from shared_core.for_torch.checkpoints import (
@@ -36,18 +24,9 @@ from shared_core.for_torch.checkpoints import (
     load_checkpoint,
     load_into,
     save_checkpoint,
-    weights_sha256,
 )
 from shared_core.for_torch.cost import count_params
-from shared_core.for_torch.distributed import barrier
 from shared_core.runs import UsageError
-
-STAGES = ("prepare", "teacher", "distil", "quantize", "export", "analyze")
-
-
-def needs_teacher(config: Mapping[str, Any]) -> bool:
-    """Whether the run has a teacher at all."""
-    return config["distillation.mode"] in NEEDS_TEACHER
 
 
 def new_net(run: Run, role: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -76,27 +55,6 @@ def check_networks(run: Run) -> None:
                 check_small_enough(student, teacher)
 
 
-def save(
-    run: Run,
-    name: str,
-    net: nn.Module,
-    about: Mapping[str, Any],
-    *,
-    epoch: int,
-    metrics: Mapping[str, Any],
-    quantization: Mapping[str, Any] | None = None,
-) -> str:
-    """Write a network among the run's checkpoints (main process); its sha256."""  # fmt: skip
-    if run.world.is_main:
-        save_net(
-            run.checkpoint(name), net.state_dict(), about, classes=run.data.classes,
-            split_hash=run.data.split_hash, epoch=epoch, metrics=metrics, config=run.config,
-            quantization=quantization,
-        )  # fmt: skip
-    barrier(run.world)
-    return weights_sha256(net.state_dict())
-
-
 def _labels_objective() -> Objective:
     return make_objective({"distillation.mode": "labels"}, None)
 
@@ -107,6 +65,10 @@ def _labels_objective() -> Objective:
 def teacher_stage(run: Run) -> dict[str, Any]:
     """Load the teacher, fine-tune it, and refuse one that knows nothing."""
     config = run.config
+    if not needs_teacher(config):
+        return {"skipped": "mode labels has no teacher"}
+    if config["distillation.mode"] == "apprentice_a":
+        return {"skipped": "apprentice_a trains it beside the student"}
     run.begin("teacher")
     net, about = new_net(run, "teacher")
     new_head, ours, found = True, False, config["model.teacher_ckpt"]
@@ -129,7 +91,7 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     check_teaches(result.accuracy, run.data.shares(CALIBRATION))
     test = run.evaluate(net, TEST)
     metrics = {"calibration_accuracy": result.accuracy, "test_accuracy": test.accuracy}
-    digest = save(run, TEACHER_FILE, net, about, epoch=epoch, metrics=metrics)
+    digest = run.save(TEACHER_FILE, net, about, epoch=epoch, metrics=metrics)
     return {
         **metrics, "name": config["model.teacher_model"], "parameters": count_params(net),
         "epoch": epoch, "sha256": digest, "source": source, "seconds": seconds,
@@ -225,7 +187,7 @@ def distil_stage(run: Run) -> dict[str, Any]:
     if mode == "apprentice_c":
         return _lowered(run, student, about, teacher, digest)
     lowers = mode == "apprentice_b" and _lowers(config)
-    quantization = quantization_stage.lower(run, student) if lowers else None
+    quantization = lower(run, student) if lowers else None
     if adapts_student(config):
         return _adapted(run, student, about, teacher, digest)
     epoch, seconds = train_student(run, "distil", student, teacher, digest)
@@ -251,7 +213,7 @@ def _first_part(
     done = run.log.done(name)
     if done is None:
         epoch, seconds = train_student(run, name, student, teacher, digest)
-        save(run, f"{name}.pth", student, about, epoch=epoch, metrics={})
+        run.save(f"{name}.pth", student, about, epoch=epoch, metrics={})
         result = {"epoch": epoch, "seconds": seconds, "csv_position": run.csv.position()}
         done = run.log.finish(name, result)
     load_into(student, run.checkpoint(f"{name}.pth"), project=PROJECT)
@@ -266,10 +228,12 @@ def _adapted(
     first = _first_part(run, "student_base", student, about, teacher, digest)
     run.begin("distil", "adapters")
     adapt(run, student, trained=())
+    settings = settings_from(
+        config, epochs=config["teacher.epochs"], learning_rate=config["teacher.learning_rate"]
+    )
     epoch, second = train_student(
-        run, "distil", student, teacher, digest, frozen_norms=True,
-        epochs=config["teacher.epochs"], learning_rate=config["teacher.learning_rate"],
-    )  # fmt: skip
+        run, "distil", student, teacher, digest, settings=settings, frozen_norms=True
+    )
     finish_adapters(run, student)
     return _student_result(run, student, about, teacher, epoch=epoch, seconds=first + second)
 
@@ -281,18 +245,16 @@ def train_student(
     teacher: nn.Module | None,
     digest: str,
     *,
+    settings: Settings | None = None,
     frozen_norms: bool = False,
-    **changes: Any,
 ) -> tuple[int, float]:
     """Train a network (quantized or not) by the run's objective; its best epoch and the seconds.
 
     Args:
         digest: sha256 of the teacher's weights.
-        changes: of the settings.
-    """  # fmt: skip
+        settings: None takes those of the student.
+    """
     config = run.config
-    changes.setdefault("learning_rate", config["experiment.learning_rate"])
-    settings = settings_from(config, **changes)
     images = run.data.learning_set(unlabelled=teacher is not None)
     source, replayed, reference = None, 0, None
     if teacher is not None:
@@ -301,7 +263,7 @@ def train_student(
     alone = config["distillation.mode"] == "teacher_only" and teacher is not None
     chosen = config if teacher is not None else {"distillation.mode": "labels"}
     best, trainer = run.fit(
-        stage, student, make_objective(chosen, source), settings=settings,
+        stage, student, make_objective(chosen, source), settings=settings or settings_from(config),
         loader=run.training_loader("student", images, replayed=replayed), reference=reference,
         choose_by="agreement" if alone else "accuracy",
         labelled=len(images) == len(run.data.sets[TRAIN]), frozen_norms=frozen_norms,
@@ -328,8 +290,8 @@ def _student_result(
     }  # fmt: skip
     if teacher is not None:
         metrics["agreement"] = test.agreement(run.evaluate(teacher, TEST).logits)
-    digest = save(
-        run, STUDENT_FILE, student, about, epoch=epoch, metrics=metrics, quantization=quantization
+    digest = run.save(
+        STUDENT_FILE, student, about, epoch=epoch, metrics=metrics, quantization=quantization
     )
     run.log.say(f"distil: test accuracy {test.accuracy:.4f}")
     return {
@@ -345,14 +307,14 @@ def _together(run: Run, student: nn.Module, about: Mapping[str, Any]) -> dict[st
     run.begin("distil", "teacher")
     teacher, _ = new_net(run, "teacher")
     source = LearningTeacher(teacher)
-    quantization = quantization_stage.lower(run, student) if _lowers(config) else None
+    quantization = lower(run, student) if _lowers(config) else None
     settings = settings_from(config)
     best, trainer = run.fit(
         "distil", student, make_objective(config, source), settings=settings,
-        loader=run.training_loader("student"), helper=teacher,
+        loader=run.training_loader("student"), helper=source,
     )  # fmt: skip
     shape = describe_net("teacher", config, image_size=run.data.image_size)
-    save(run, TEACHER_FILE, teacher, shape, epoch=settings.epochs, metrics={})
+    run.save(TEACHER_FILE, teacher, shape, epoch=settings.epochs, metrics={})
     result = _student_result(
         run, student, about, teacher, epoch=best.epoch, seconds=trainer.state.seconds,
         quantization=quantization,
@@ -368,11 +330,10 @@ def _lowered(
     config = run.config
     first = _first_part(run, "student_labels", student, about, None, "")
     run.begin("distil", "lowered")
-    quantization = quantization_stage.lower(run, student)
+    quantization = lower(run, student)
     epoch, second = train_student(
-        run, "distil", student, teacher, digest,
-        epochs=config["quantization.epochs"], learning_rate=config["quantization.learning_rate"],
-    )  # fmt: skip
+        run, "distil", student, teacher, digest, settings=bits_settings(config)
+    )
     return _student_result(
         run, student, about, teacher, epoch=epoch, seconds=first + second,
         quantization=quantization,

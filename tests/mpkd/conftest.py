@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,14 @@ import pytest
 import torch
 
 from command_tools import Done, Server, run_main
+from mpkd.dataset.sources import load_data
+from mpkd.few_bits import learner
+from mpkd.quant.finish import Material
+from mpkd.run_context import Run
+from mpkd.trainer.metrics_logger import MetricsLogger
+from mpkd.utils.config import load_config
+from shared_core.for_torch.checkpoints import weights_sha256
+from shared_core.runs import StageLog
 
 # Digits at 8 pixels, a student of 1,000 weights, one thread: a stage in a second.
 SETTINGS = {
@@ -20,7 +29,7 @@ SETTINGS = {
     "experiment.threads": 1, "experiment.epochs": 2, "experiment.batch_size": 32,
     "experiment.device": "cpu", "model.student_widths": "[8,16]",
     "model.teacher_model": "simple_cnn", "teacher.epochs": 1, "distillation.views": 2,
-    "quantization.calib_samples": 64, "export.onnx": "false",
+    "quantization.calib_samples": 64,
 }  # fmt: skip
 
 SETUP = """
@@ -89,7 +98,7 @@ def finished(tmp_path_factory, words, command, teacher_file) -> tuple[Path, Done
     done = command(
         *words(
             folder, model__teacher_ckpt=teacher_file, quantization__method="ptq",
-            export__onnx="true", export__qdq="true", export__tensorrt="true",
+            export__tensorrt="true",
         )
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -128,63 +137,80 @@ def image_folder() -> Callable[..., Path]:
     return make
 
 
-@dataclass
+@dataclass(frozen=True)
 class Digits:
-    """A small student trained on scikit-learn's digits at 16 pixels, and what it was trained on."""
+    """A small student trained on scikit-learn's digits at 16 pixels, and a run on them."""
 
+    run: Run
     net: torch.nn.Module
-    accuracy: float  # of the net on val_images, in [0, 1]
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    val_images: torch.Tensor
-    val_labels: torch.Tensor
-    steps: int  # batches of 64 in an epoch
+
+    @property
+    def accuracy(self) -> float:
+        return self.evaluate(self.net)
 
     @property
     def calibration(self) -> torch.Tensor:
-        return self.train_images[:256]
+        return torch.cat(self.run.calibration_images(256))
 
-    @torch.no_grad()
     def evaluate(self, net: torch.nn.Module) -> float:
-        right = net.eval()(self.val_images).argmax(1) == self.val_labels
-        return float(right.double().mean())
+        """Accuracy on the 360 test images."""
+        return self.run.evaluate(net).accuracy
 
-    def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Shuffled by epoch; the same epoch gives the same batches."""
-        order = torch.randperm(
-            len(self.train_images), generator=torch.Generator().manual_seed(epoch)
+    @property
+    def test_images(self) -> tuple[torch.Tensor, np.ndarray]:
+        """Normalised, and their labels."""
+        loader = self.run.evaluation_loader("test")
+        parts = [(batch.images.clone(), batch.labels) for batch in loader]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).numpy()
+
+    def change(self, folder: Path, **changes: object) -> Digits:
+        """The same with other settings and a folder of its own."""
+        config = self.run.config | {k.replace("__", "."): v for k, v in changes.items()}
+        csv = MetricsLogger(folder / "t.csv", run_id="t")
+        return replace(self, run=replace(
+            self.run, config=config, folder=folder, log=StageLog(folder), csv=csv
+        ))  # fmt: skip
+
+    def material(self, states: list | None = None, *, teaches: bool = True) -> Material:
+        """What the quantization stage of this run works with; its teacher is the net."""
+        digest = weights_sha256(self.net.state_dict())
+        guide = copy.deepcopy(self.net).eval() if teaches else None
+        return Material(
+            self.calibration,
+            self.evaluate,
+            learn=learner(self.run, guide, digest, [] if states is None else states),
         )
-        for chosen in order.split(64)[: self.steps]:
-            yield self.train_images[chosen], self.train_labels[chosen]
 
 
 @pytest.fixture(scope="session")
-def mpkd_digits() -> Digits:
-    from sklearn.datasets import load_digits
-
+def mpkd_digits(tmp_path_factory) -> Digits:
     from mpkd.model.student import SimpleCNN
 
-    data = load_digits()
-    small = torch.from_numpy((data.images / 16).astype(np.float32))
-    images = small.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].repeat(1, 3, 1, 1)
-    images, labels = (images - 0.3) / 0.37, torch.from_numpy(data.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
+    folder = tmp_path_factory.mktemp("digits")
+    keys = {
+        "dataset.name": "digits", "dataset.image_size": 16, "dataset.workers": 0,
+        "dataset.augment": False, "experiment.batch_size": 64, "experiment.weight_decay": 0.0,
+        "distillation.temperature": 2.0, "distillation.cache_teacher_logits": False,
+        "quantization.learning_rate": 2.0e-3, "quantization.epochs": 1, "logging.log_interval": 0,
+    }  # fmt: skip
+    config = load_config(None, (), overrides=keys)
+    data = load_data(config, folder, data_root=None)
+    csv = MetricsLogger(folder / "t.csv", run_id="t")
+    run = Run(config, data, folder, StageLog(folder), csv, torch.device("cpu"), scale="rehearsal")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = SimpleCNN(10, widths=(16, 16, 64))
-    made = Digits(net, 0.0, images[:1297], labels[:1297], images[1297:], labels[1297:], 20)
-    epochs, threads = 8, torch.get_num_threads()
-    torch.set_num_threads(1)
+    loader, epochs = run.training_loader("fixture"), 8
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=20 * epochs)
+    total = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=total)
     for epoch in range(epochs):
-        for batch, truth in made.batches(epoch):
+        loader.loader.order.set_epoch(epoch)
+        for batch in loader:
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(net.train()(batch), truth).backward()
+            torch.nn.functional.cross_entropy(net.train()(batch.images), batch.labels).backward()
             optimizer.step()
             schedule.step()
-    torch.set_num_threads(threads)
-    made.accuracy = made.evaluate(net)
+    made = Digits(run, net.eval())
     assert made.accuracy > 0.95
     return made

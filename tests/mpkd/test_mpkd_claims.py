@@ -8,13 +8,16 @@ import statistics
 
 import pytest
 
-from mpkd import claim_runs, claims
-from mpkd.claim_arms import ARMS, CLAIMS, DECIDED, EQUAL, FP32, Claim, Pair, arms_of
-from mpkd.claim_report import judge, spread, summarise_claims
-from mpkd.recipes import Setting
+from mpkd import claims
+from mpkd.experiments import bench, claims_run
+from mpkd.experiments.claim_arms import ARMS, CLAIMS, DECIDED, EQUAL, FP32, Claim, Pair, arms_of
+from mpkd.experiments.claim_report import judge, summarise_claims
+from mpkd.experiments.recipes import Setting
+from mpkd.quant.settings import QuantSettings
 from mpkd.utils.common import load_net
 from mpkd.utils.config import load_config
 from shared_core.runs import read_result
+from shared_core.trials import Cell, Trials
 
 T_OF_TWO = 4.302652729911275  # 97.5 % of Student's t with 2 degrees of freedom, from a table
 TINY = {
@@ -27,17 +30,20 @@ TINY = {
 }  # fmt: skip
 
 
-def rows_of(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
-    return {
-        name: [{"test_accuracy": value, "agreement": 1.0} for value in values]
+def trials_of(accuracies: dict[str, list[float]]) -> Trials:
+    cells = [Cell(n, {}, s) for n, values in accuracies.items() for s in range(len(values))]
+    results = {
+        (name, seed): {"test_accuracy": value, "agreement": 1.0}
         for name, values in accuracies.items()
+        for seed, value in enumerate(values)
     }
+    return Trials(tuple(cells), results, 0.0)
 
 
 def one(a: list[float], b: list[float], *, least: float = 0.0, **more) -> dict:
     """The verdict on a single pair."""
-    rows = rows_of(a=a, b=b, **{FP32: [1.0] * len(a)})
-    return judge(rows, Claim("says", "source", (Pair("a", "b", least=least),), **more))
+    trials = trials_of({"a": a, "b": b, FP32: [1.0] * len(a)})
+    return judge(trials, Claim("says", "source", (Pair("a", "b", least=least),), **more))
 
 
 def test_a_paired_difference_is_the_hand_made_one():
@@ -91,7 +97,7 @@ def test_the_closed_share_of_a_gap():
 
 
 def test_the_whole_is_no_more_than_its_parts_and_controls_do_not_count():
-    rows = rows_of(up=[0.8, 0.81, 0.8], down=[0.4, 0.41, 0.4], level=[0.6, 0.6, 0.6])
+    rows = trials_of({"up": [0.8, 0.81, 0.8], "down": [0.4, 0.41, 0.4], "level": [0.6] * 3})
     up, down = Pair("up", "level"), Pair("down", "level")
     assert judge(rows, Claim("", "", (up, down)))["verdict"] == "holds in part"
     assert judge(rows, Claim("", "", (up, Pair("down", "level", claimed=False))))["verdict"] == (
@@ -102,12 +108,14 @@ def test_the_whole_is_no_more_than_its_parts_and_controls_do_not_count():
 
 def test_every_arm_is_a_sound_configuration_and_every_claim_has_its_arms():
     known = load_config()
-    beyond = {"finish", "symmetric", "ranges", "learned", "brecq_steps", "haq_episodes",
-              "compare_uniform"}  # fmt: skip
     for name, arm in ARMS.items():
         assert arm.kind in ("train", "scratch", "quantize"), name
-        for key in arm.changes:
-            assert key in known or key.removeprefix("quantization.") in beyond, (name, key)
+        assert set(arm.changes) <= set(known), name
+        changes = {k: v for k, v in arm.changes.items() if k != "quantization.epochs"}
+        load_config(None, (), overrides=changes)  # every value is of the right type
+    assert {k.partition(".")[2] for k in DECIDED if k.startswith("quantization.")} <= set(
+        QuantSettings.__dataclass_fields__
+    )
     for claim in CLAIMS.values():
         assert set(claim.arms()) <= set(ARMS)
     assert arms_of(["precision"]) == [FP32, "bf16", "fp16"]
@@ -115,50 +123,63 @@ def test_every_arm_is_a_sound_configuration_and_every_claim_has_its_arms():
     assert "quantization.w_bits" in DECIDED
 
 
-def test_a_data_set_takes_the_place_of_the_digits(tmp_path):
-    args, settings = claim_runs.parse(["--data-path", str(tmp_path), "--what", "brecq"])
-    assert settings["dataset.name"] == "cifar10" and args.data_root is None
-    assert settings["dataset.data_dir_cifar10"] == str(tmp_path)
-    assert settings["dataset.max_images"] == 5_000  # the record will say "subset"
-    assert str(args.output).endswith("claims-cifar10")
-    args, settings = claim_runs.parse([])
-    assert settings["dataset.name"] == "digits" and args.what == list(CLAIMS)
+@pytest.fixture
+def asked(monkeypatch):
+    """What the sweep would be asked for."""
+    seen = []
+    monkeypatch.setattr(claims_run, "run_sweep", lambda options, **_: seen.append(options) or 0)
+    return seen
+
+
+def test_a_data_set_takes_the_place_of_the_digits(tmp_path, asked, command):
+    assert command("--data-path", tmp_path, "--what", "brecq", entry=claims.main).code == 0
+    config = asked[0].config
+    assert config["dataset.name"] == "cifar10" and asked[0].data_root is None
+    assert config["dataset.data_dir_cifar10"] == str(tmp_path)
+    assert config["dataset.max_images"] == 5_000  # the record will say "subset"
+    assert str(asked[0].output).endswith("claims-cifar10")
+    assert command(entry=claims.main).code == 0
+    assert asked[1].config["dataset.name"] == "digits" and asked[1].start == "continue"
+    assert asked[1].threads == 1 and asked[1].seeds == (0, 1, 2)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(claim_runs, "CLAIMS_DIGITS", Setting(TINY))
+    monkeypatch.setattr(claims, "CLAIMS_DIGITS", Setting(TINY))
 
 
-@pytest.mark.slow
 def test_trials_are_stopped_and_go_on_and_the_record_is_of_the_files(
     tmp_path, tiny, monkeypatch, command
 ):
     folder = tmp_path / "trials with space"
-    words = ("--output", folder, "--what", "precision", "apprentice", "haq")
-    words = (*words, "--seeds", 0, 1)
-    cell, made = claim_runs.Trials.cell, []
+    words = ("--output", folder, "--what", "precision", "apprentice", "haq", "--seeds", 0, 1)
+    measure, made = bench.Bench.measure, []
 
-    def stopping(self, *which):
+    def stopping(self, cell, work):
         if len(made) == 5:
             raise KeyboardInterrupt
-        made.append(which)
-        return cell(self, *which)
+        made.append((cell.name, cell.seed))
+        return measure(self, cell, work)
 
     with monkeypatch.context() as patch:
-        patch.setattr(claim_runs.Trials, "cell", stopping)
+        patch.setattr(bench.Bench, "measure", stopping)
         assert command(*words, entry=claims.main).code == 130
-    before = json.loads((folder / "stages.json").read_text())
+
+    def cells():
+        return {p.parent.name: p.read_text() for p in folder.glob("cells/*/cell.json")}
+
+    before = cells()
     done = command(*words, entry=claims.main)
     assert done.code == 0, done.err
-    after = json.loads((folder / "stages.json").read_text())
-    assert len(before) == 6 and {k: after[k] for k in before} == before  # nothing made twice
+    after = cells()
+    assert len(before) == 5 and {k: after[k] for k in before} == before  # nothing made twice
     record = read_result(folder / "result.json")
     assert record["scale"] == "rehearsal" and record["data"]["kind"] == "built-in"
     assert record["seeds"] == [0, 1]
     measured = record["measured"]
     for arm, said in measured["arms"].items():
-        runs = [after[f"{arm} | labels | {seed}"]["test_accuracy"] for seed in (0, 1)]
+        name = Cell(arm, {}, 0).folder_name.removesuffix("-s0")
+        runs = [json.loads(after[f"{name}-s{s}"])["result"]["test_accuracy"] for s in (0, 1)]
         assert said["accuracy"]["values"] == runs
         assert said["accuracy"]["std"] == pytest.approx(statistics.stdev(runs))
     assert set(measured["claims"]) == {"precision", "apprentice", "haq"}
@@ -166,25 +187,27 @@ def test_trials_are_stopped_and_go_on_and_the_record_is_of_the_files(
         assert max(measured["arms"][arm]["mean_bits"]["values"]) <= 3.0  # equal cost
     ends = measured["arms"]["QAT W2A4, labels"]["w_bits"][0]
     assert set(ends.values()) == {2, 8}  # the ends have 8
-    _, facts = load_net(folder / "checkpoints" / "fp32-labels-1.pth")
+    assert set(measured["arms"]["QAT W2A4, labels"]["w_levels"][0].values()) == {3, 255}
+    own = folder / "cells" / "fp32-s1" / "run" / "checkpoints"
+    _, facts = load_net(own / "student.pth")
     assert facts["metrics"]["test_accuracy"] == measured["arms"][FP32]["accuracy"]["values"][1]
-    own = folder / "cells" / "scheme-A-W2A4---labels---0" / "checkpoints"
-    assert (own / "teacher.pth").exists()  # scheme A's teacher is not the shared one
+    scheme = folder / "cells" / "scheme-A-W2A4-s0" / "run" / "checkpoints"
+    assert (scheme / "teacher.pth").exists()  # scheme A's teacher is not the shared one
     text = (folder / "report.md").read_text()
     assert "REHEARSAL" in text and "HAQ, PTQ - uniform 3 bits, PTQ" in text
     assert (folder / "claims.png").stat().st_size > 10_000
     assert done.out.splitlines()[-1].startswith("REHEARSAL")
     wider = command(*words[:2], "--what", "precision", "--seeds", 0, 1, entry=claims.main)
     assert wider.code == 0, wider.err  # other claims of the same folder: its cells are used
-    assert json.loads((folder / "stages.json").read_text()) == after
+    assert cells() == after
     other = command(*words, "--set", "experiment.epochs=2", entry=claims.main)
     assert other.code == 1 and "experiment.epochs" in other.err
 
 
 def test_one_seed_has_no_deviation_and_no_interval():
-    names = CLAIMS["precision"].arms()
-    found = summarise_claims({name: rows_of(a=[0.9])["a"] for name in names}, ["precision"])
-    assert found["arms"][FP32]["accuracy"] == spread([0.9])
+    found = summarise_claims(
+        trials_of({name: [0.9] for name in CLAIMS["precision"].arms()}), ["precision"]
+    )
     assert found["arms"][FP32]["accuracy"]["std"] is None
     assert found["claims"]["precision"]["pairs"]["bf16 - fp32"]["interval"] is None
     json.dumps(found, allow_nan=False)
@@ -195,8 +218,9 @@ def test_one_seed_has_no_deviation_and_no_interval():
     [
         (["--what", "magic"], 2, "invalid choice"),
         (["--seeds", "1", "1"], 2, "different numbers"),
-        (["--seeds", "-1"], 2, "different numbers"),
-        (["--threads", "0"], 2, "1 or more"),
+        (["--seeds", "-1"], 2, "--seeds"),
+        (["--threads", "0"], 2, "--threads"),
+        (["--shard", "1/2", "--fresh"], 2, "no --shard"),
         (["--data-path", "none"], 1, "there is nothing"),
         (["--data-root", "none"], 1, "there is nothing"),
         (["--data-root", ".", "--data-path", "."], 2, "expected one of them"),

@@ -86,8 +86,7 @@ def _worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     world = start(device="cpu")
     net = student(norm=False)
-    trainer = make_trainer(Path(folder) / str(rank), net, clip=0.05)
-    trainer.job.world = world
+    trainer = make_trainer(Path(folder) / str(rank), net, clip=0.05, world=world)
     whole = batches_of(4, (16, 16))
     share = [part._replace(images=part.images[rank::2], labels=part.labels[rank::2])
              for part in whole]  # fmt: skip

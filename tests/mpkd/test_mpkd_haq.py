@@ -12,7 +12,6 @@ from torch import nn
 
 from mpkd.quant.budget import BitPlan, bops_budget, layer_options, size_budget
 from mpkd.quant.cost import layer_facts
-from mpkd.quant.ptq import quantize_trained
 from mpkd.quant.search.ddpg import Agent, truncated_normal
 from mpkd.quant.search.haq import (
     STATE_SIZE,
@@ -22,6 +21,7 @@ from mpkd.quant.search.haq import (
     reward_of,
     search_haq,
 )
+from mpkd.quant.search.sensitivity import choose_bits
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -86,7 +86,6 @@ def test_the_noise_is_a_truncated_normal():
         assert kstest(draws, truncnorm(*ends, loc=mean, scale=deviation).cdf).pvalue > 0.001
 
 
-@pytest.mark.slow
 def test_the_agent_learns_what_is_rewarded():
     agent = Agent(STATE_SIZE, warm_up=0, seed=1)
     states = np.zeros((1, STATE_SIZE), dtype=np.float32)
@@ -106,7 +105,6 @@ def weighted_score(plan: BitPlan) -> float:
     return 1 - sum(s * 4.0 ** -plan.w[n] for n, s in (("0", 0.1), ("2", 4.0), ("6", 1.0)))
 
 
-@pytest.mark.slow
 def test_the_search_is_near_the_best_of_all_and_repeats_itself():
     env = environment("size", 3.5, bits=(2, 3, 4, 8))
     scored = []
@@ -131,14 +129,54 @@ def test_the_search_is_near_the_best_of_all_and_repeats_itself():
     assert [e.plan for e in other.episodes] != [e.plan for e in found.episodes[:5]]
 
 
-def test_eight_bits_have_a_reward_of_about_zero(mpkd_digits):
-    assert reward_of(0.71, 0.76) == pytest.approx(-0.5)
-    facts = layer_facts(mpkd_digits.net, 16)
-    eight = {one.name: 8 for one in facts}
-    net8 = quantize_trained(mpkd_digits.net, eight, eight, calibration=mpkd_digits.calibration)
-    assert abs(reward_of(mpkd_digits.evaluate(net8), mpkd_digits.accuracy)) < 0.1
-    two = quantize_trained(mpkd_digits.net, dict.fromkeys(eight, 2), calibration=None)
-    assert reward_of(mpkd_digits.evaluate(two), mpkd_digits.accuracy) < -1
+@pytest.mark.slow
+def test_the_agent_beats_random_search_on_ten_layers():
+    """The mean over planted problems of how far each comes from uniform bits to the best of all."""
+    widths = (3, 8, 8, 16, 16, 32, 32, 64, 64, 64)
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
+    deep = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    facts = layer_facts(deep, 8)
+    w = layer_options(facts, BITS, first_last=None)
+    budget = size_budget(facts, 4.0, w_options=w, a_options=dict.fromkeys(w, (32,)))
+    env, a = Environment(deep, 8, budget), budget.largest().a
+    cost = {n: {b: budget.table[n][b, 32] for b in BITS} for n in budget.names}
+    ways: dict[str, list[float]] = {"agent": [], "random": []}
+    for problem in range(100, 105):
+        rng = np.random.default_rng(problem)
+        planted = dict(zip(budget.names, 10 ** rng.uniform(-1.5, 1, len(facts)), strict=True))
+
+        def score(plan: BitPlan, planted=planted) -> float:
+            return 1 - sum(s * 4.0 ** -plan.w[n] for n, s in planted.items())
+
+        damage = {n: {b: s * 4.0**-b for b in BITS} for n, s in planted.items()}
+        best = score(BitPlan(choose_bits(damage, cost, budget.limit), a))
+        uniform = score(budget.best_uniform()[1])
+        for name, warm_up in (("agent", 20), ("random", 200)):
+            found = search_haq(
+                env, score, float_accuracy=1.0, episodes=200, warm_up=warm_up, seed=problem
+            ).best.accuracy
+            ways[name].append((found - uniform) / (best - uniform))
+    assert np.mean(ways["agent"]) > np.mean(ways["random"]) + 0.1
+    assert min(ways["agent"]) > 0  # never worse than uniform bits
+
+
+def test_the_search_learns_from_what_was_scored(monkeypatch):
+    """After the warm-up, an update a layer and episode, from bits as they were carried out."""
+    learned, observed, scores = [], [], iter(np.linspace(0.5, 0.9, 12))
+    learn, observe = Agent.learn, Agent.observe
+    monkeypatch.setattr(Agent, "learn", lambda self: learned.append(learn(self)))
+    monkeypatch.setattr(
+        Agent, "observe", lambda self, s, a, r: observed.append((a, r)) or observe(self, s, a, r)
+    )
+    env = environment(limit=3.0)
+    found = search_haq(env, lambda plan: next(scores), float_accuracy=0.9, episodes=10, warm_up=4)
+    assert len(learned) == (10 - 4) * len(env.steps) and len(observed) == 10
+    for (actions, reward), episode in zip(observed, found.episodes, strict=True):
+        assert actions == env.carried_out(episode.plan) and reward == episode.reward
+
+
+def test_the_reward_counts_points():
+    assert reward_of(0.71, 0.76) == pytest.approx(-0.5) and reward_of(0.7, 0.7) == 0
 
 
 def test_what_cannot_be_searched_is_refused():

@@ -1,12 +1,11 @@
-"""Inference: one = folder = stdin = HTTP, torch = ONNX Runtime = OpenVINO, and what is refused."""
+"""Inference: this project's words for the core's commands, and what only it opens."""
 
 from __future__ import annotations
 
 import csv
-import http.client
 import io
 import json
-import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,17 +13,19 @@ import pytest
 import torch
 
 from mpkd.dataset.sources import load_data
-from mpkd.inference import infer
-from mpkd.inference.backends import load_classifier
-from mpkd.inference.server import Server, parse_address
+from mpkd.deploy.openers import OPENERS
+from mpkd.inference import infer, server
+from mpkd.inference.infer import parse_address, wanted
+from mpkd.utils.common import load_net
 from mpkd.utils.config import load_config
+from shared_core.deploy.options import ServeOptions
+from shared_core.deploy.predictor import open_model
 from shared_core.runs import UsageError
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory, finished):
     """The run's own test images as files, and a file that is no image."""
-    folder, _ = finished
     keys = {"dataset.name": "digits", "dataset.image_size": 8, "dataset.max_images": 160}
     data = load_data(
         load_config(None, (), overrides=keys), tmp_path_factory.mktemp("data"), data_root=None
@@ -38,7 +39,9 @@ def images(tmp_path_factory, finished):
     return root
 
 
-def test_single_folder_stdin_and_csv_say_the_same(tmp_path, finished, images, command):
+def test_single_folder_stdin_and_csv_say_the_same(
+    tmp_path, monkeypatch, capsys, finished, images, command
+):
     model = finished[0] / "checkpoints" / "student.pth"
     out = tmp_path / "rows.csv"
     done = command(model, "--dir", images, "--csv", out, "--batch", 2, entry=infer.main)
@@ -46,115 +49,86 @@ def test_single_folder_stdin_and_csv_say_the_same(tmp_path, finished, images, co
     with out.open(newline="") as stream:
         rows = {row["path"]: row for row in csv.DictReader(stream)}
     assert len(rows) == 6 and rows[str(images / "odd.jpg")]["error"]
-    done = command(model, "--dir", images, "--json", tmp_path / "r.json", entry=infer.main)
-    many = {row["path"]: row for row in json.loads((tmp_path / "r.json").read_text())}
-    classifier = load_classifier(model)
-    lines = io.StringIO("".join(f"{images}/{n}.png\n" for n in range(5)))
-    said = io.StringIO()
-    assert infer.answer_lines(classifier, lines, said, top=3) == 0
-    for line in said.getvalue().splitlines():
-        one = json.loads(line)
-        assert one["class"] == rows[one["path"]]["class"] == many[one["path"]]["class"]
+    lines = "".join(f"{images}/{n}.png\n" for n in range(5))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    done = command(model, "--stdin", entry=infer.main)
+    assert done.code == 0
+    said = [json.loads(line) for line in done.out.splitlines()]
+    assert len(said) == 5
+    for one in said:
+        assert one["class"] == rows[one["path"]]["class"]
         assert one["probability"] == pytest.approx(float(rows[one["path"]]["probability"]))
         assert one["top"][0]["probability"] >= one["top"][1]["probability"]
     done = command(model, "--image", images / "0.png", "--top", 1, entry=infer.main)
-    assert done.code == 0 and many[str(images / "0.png")]["class"] in done.out
+    assert done.code == 0 and rows[str(images / "0.png")]["class"] in done.out
 
 
-def test_backends_agree(finished, images):
-    folder, _ = finished
-    torch_one = load_classifier(folder / "checkpoints" / "student.pth")
-    onnx_one = load_classifier(folder / "export")
-    assert (torch_one.backend, onnx_one.backend) == ("torch", "onnxruntime")
-    batch = [torch_one.open(str(images / f"{n}.png")) for n in range(5)]
-    wanted = torch_one.probabilities(batch)
-    assert np.allclose(wanted.sum(axis=1), 1)
-    assert np.allclose(onnx_one.probabilities(batch), wanted, atol=1e-5)
-    int8 = load_classifier(folder / "export" / "student_int8.onnx")
-    assert np.abs(int8.probabilities(batch) - wanted).max() < 0.1
-    assert onnx_one.classes == torch_one.classes and onnx_one.image_size == 8
+def test_the_image_is_prepared_as_validation_prepares_it(finished, images):
+    """The probabilities of a file are those of the network on the run's own test image."""
+    checkpoint = finished[0] / "checkpoints" / "student_quantized.pth"
+    found = open_model(checkpoint, openers=OPENERS)
+    pixels = np.stack([cv2.imread(str(images / f"{n}.png"))[:, :, ::-1] for n in range(5)])
+    net, facts = load_net(checkpoint)
+    mean, std = (np.array(facts[key], np.float32) for key in ("mean", "std"))
+    normal = ((pixels / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        wanted = net(torch.from_numpy(normal.copy())).softmax(1).numpy()
+    np.testing.assert_allclose(found.probabilities(np.ascontiguousarray(pixels)), wanted, atol=1e-5)
 
 
-def test_openvino_agrees(tmp_path, finished, images):
-    openvino = pytest.importorskip("openvino")
-    folder = tmp_path / "export"
-    folder.mkdir()
-    source = finished[0] / "export"
-    (folder / "student.json").write_bytes((source / "student.json").read_bytes())
-    model = openvino.convert_model(str(source / "student.onnx"))
-    openvino.save_model(model, str(folder / "student_openvino.xml"), compress_to_fp16=False)
-    found = load_classifier(folder, backend="openvino")
-    wanted = load_classifier(source)
-    batch = [found.open(str(images / f"{n}.png")) for n in range(5)]
-    assert np.allclose(found.probabilities(batch), wanted.probabilities(batch), atol=1e-5)
+@pytest.mark.parametrize(
+    ("backend", "runtime"),
+    [("auto", "onnx"), ("onnxruntime", "onnx"), ("packed", "torch")],
+)
+def test_backends_agree_on_a_folder(finished, images, command, backend, runtime):
+    export = finished[0] / "export"
+    words = (export, "--dir", images, "--backend", backend, "--format", "jsonl")
+    done = command(*words, entry=infer.main)
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    plain = open_model(finished[0] / "checkpoints" / "student_quantized.pth", openers=OPENERS)
+    views = [plain.view(cv2.imread(r["path"])[:, :, ::-1].copy()) for r in rows if "error" not in r]
+    wanted = plain.probabilities(np.stack(views)).max(axis=1)
+    got = [row["probability"] for row in rows if "error" not in row]
+    np.testing.assert_allclose(got, wanted, atol=0.05)
+    assert open_model(
+        export, runtime={"onnxruntime": "onnx"}.get(backend, backend), openers=OPENERS
+    ).runtime == runtime  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server(finished):
-    classifier = load_classifier(finished[0] / "checkpoints" / "student.pth")
-    with Server(("127.0.0.1", 0), classifier, top=2, max_bytes=20_000) as made:
-        thread = threading.Thread(target=made.serve_forever, daemon=True)
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
-
-
-def ask(server, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
-    connection.request(method, path, body=body, headers=headers or {})
-    answer = connection.getresponse()
-    content = json.loads(answer.read())
-    connection.close()
-    return answer.status, content
-
-
-def test_http_gives_the_same_answer(server, images):
-    data = (images / "1.png").read_bytes()
-    status, found = ask(server, "POST", "/predict", data)
-    classifier = server.classifier
-    row = classifier.probabilities([classifier.open(str(images / "1.png"))])[0]
-    assert status == 200 and found == classifier.answer(row, top=2)
-    assert ask(server, "GET", "/health") == (200, {"status": "ok"})
-    assert ask(server, "GET", "/model")[1]["classes"] == list(classifier.classes)
-
-
-def test_http_refuses(server):
-    assert ask(server, "POST", "/predict", b"no image")[0] == 400
-    assert ask(server, "POST", "/predict", b"")[0] == 400
-    assert ask(server, "POST", "/predict", b"x" * 20_001)[0] == 413
-    assert ask(server, "POST", "/elsewhere", b"x")[0] == 404
-    assert ask(server, "GET", "/elsewhere")[0] == 404
-    chunked = {"Transfer-Encoding": "chunked"}
-    assert ask(server, "POST", "/predict", iter([b"x"]), chunked)[0] == 411
-    huge = b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + b"\x00\x01\x00\x00" * 2
-    huge += b"\x08\x02\x00\x00\x00" + b"\x00" * 4
-    assert ask(server, "POST", "/predict", huge)[0] == 400  # 65,536 pixels a side, never decoded
-    assert ask(server, "GET", "/health")[0] == 200
+def test_http_is_the_cores_service(monkeypatch, finished, command):
+    """The words of both commands reach it; what it does is tested with the core."""
+    asked = []
+    monkeypatch.setattr(
+        "shared_core.deploy.service.command.serve",
+        lambda predictor, options: asked.append((predictor, options)) or 0,
+    )
+    model = finished[0] / "export"
+    assert command(model, "--http", "127.0.0.1:0", "--max-mb", 2, entry=infer.main).code == 0
+    assert command(model, "--port", 0, "--max-files", 3, entry=server.main).code == 0
+    (first, one), (_, two) = asked
+    assert first.facts.project == "mpkd"
+    assert one == ServeOptions(host="127.0.0.1", port=0, max_mb=2.0)
+    assert two == ServeOptions(port=0, max_files=3)
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
-        (["none.pth", "--image", "x.png"], 1, "no such model"),
+        (["none.pth", "--image", "x.png"], 1, "none.pth does not exist"),
         (["{model}", "--image", "none.png"], 1, "none.png"),
-        (["{model}", "--dir", "none"], 1, "no such folder"),
-        (["{model}", "--image", "x.png", "--backend", "onnxruntime"], 1, "a file for torch"),
-        (["{model}", "--image", "x.png", "--csv", "x.csv"], 2, "for --dir"),
-        (["{model}", "--dir", ".", "--csv", "x.txt"], 2, "ends in .csv"),
-        (["{model}", "--dir", ".", "--batch", "0"], 2, "1 or more"),
-        (["{model}", "--image", "x.png", "--batch", "2"], 2, "for --dir"),
+        (["{model}", "--image", "x.png", "--backend", "onnxruntime"], 2, "a file for torch"),
+        (["{model}", "--dir", ".", "--batch", "0"], 2, "batch"),
         (["{model}", "--image", "x.png", "--max-mb", "2"], 2, "for --http"),
-        (["{model}", "--dir", ".", "--csv", "x.csv", "--top", "2"], 2, "expected --json"),
-        (["{model}"], 2, "required"),
+        (["{model}"], 2, "nothing to classify"),
         (["{model}", "--http", "8080"], 2, "HOST:PORT"),
+        (["{model}", "--http", "127.0.0.1:0", "--dir", "."], 2, "expected no images"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, finished, command, argv, code, said):
     monkeypatch.chdir(tmp_path)
     model = finished[0] / "checkpoints" / "student.pth"
     done = command(*[word.format(model=model) for word in argv], entry=infer.main)
-    assert done.code == code and said in done.err
+    assert done.code == code and said in done.err, done.err
 
 
 def test_threads_are_torchs_too(finished, images, command):
@@ -168,3 +142,6 @@ def test_addresses():
     for text in ("localhost", ":80", "a:70000", "a:b"):
         with pytest.raises(UsageError):
             parse_address(text)
+    args = infer.build_parser().parse_args(["m", "--stdin"])
+    assert wanted(args, set()).paths == ("-",) and wanted(args, set()).format == "jsonl"
+    assert Path(infer.__file__).name == "infer.py"

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from mpkd.options import parse
 from mpkd.trainer.metrics_logger import read_metrics_csv
 from mpkd.utils.common import load_net
 from shared_core.for_torch.checkpoints import load_checkpoint
-from shared_core.runs import read_result
+from shared_core.runs import RunLock, UsageError, read_result
 
 
 def test_a_whole_run_leaves_everything(finished):
@@ -44,17 +45,94 @@ def test_quantized_student_is_rebuilt_from_its_file(finished):
     with torch.no_grad():
         gap = (net(images) - plain(images)).abs().max() / plain(images).abs().max()
     assert 0 < gap < 0.2  # eight bits: near, and not the same
+    packed, told = load_net(folder / "checkpoints" / "student_packed.safetensors")
+    with torch.no_grad():
+        assert torch.equal(packed(images), net(images))
+    size = (folder / "checkpoints" / "student_packed.safetensors").stat().st_size
+    assert stages["quantize"]["bytes"] == size and told["quantization"] == facts["quantization"]
     assert abs(stages["quantize"]["test_accuracy"] - stages["distil"]["test_accuracy"]) <= 0.05
 
 
-def test_stages_alone_and_what_they_need(tmp_path, words, command, teacher_file):
+def test_stages_alone_and_what_they_need(tmp_path, words, command):
     folder = tmp_path / "run"
     for stage, wanted in (("distil", "no teacher"), ("quantize", "no student"),
                           ("export", "no student"), ("analyze", "no student")):  # fmt: skip
-        done = command(*words(folder, "--stage", stage, "--continue"))
+        done = command(*words(folder, "--stage", stage))
         assert done.code == 2 and wanted in done.err and done.err.count("\n") == 1
+        assert not folder.exists()  # a first run that failed leaves nothing behind
+    assert command(*words(folder, "--stage", "prepare")).code == 0
     done = command(*words(folder, "--stage", "distil", "--continue", distillation__mode="labels"))
     assert done.code == 1 and "distillation.mode=" in done.err  # another run's settings
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path, words, command):
+    folder = tmp_path / "run"
+    assert command(*words(folder, "--stage", "prepare")).code == 0
+    with RunLock(folder):
+        for how in ("--continue", "--fresh", "--resume"):
+            done = command(*words(folder, how))
+            assert done.code == 1 and "in use by process" in done.err, done.err
+    assert (folder / "split.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        (("--epochs", "7"), "experiment.epochs", 7),
+        (("--batch-size", "5"), "experiment.batch_size", 5),
+        (("--lr", "0.5"), "experiment.learning_rate", 0.5),
+        (("--seed", "9"), "experiment.seed", 9),
+        (("--device", "cpu"), "experiment.device", "cpu"),
+        (("--workers", "0"), "dataset.workers", 0),
+        (("--threads", "2"), "experiment.threads", 2),
+        (("--input-size", "24"), "dataset.image_size", 24),
+        (("--amp", "fp16"), "mixed_precision.dtype", "fp16"),
+        (("--init", "t.pth"), "model.teacher_ckpt", "t.pth"),
+        (("--data-path", "photos"), "dataset.data_dir_folder", "photos"),
+        (("--data-path", "photos"), "dataset.name", "folder"),
+        (("--data-path", "CIFAR-10"), "dataset.data_dir_cifar10", "CIFAR-10"),
+        (
+            ("--data-path", "photos", "--set", "dataset.name=imagenet"),
+            "dataset.data_dir_imagenet", "photos",
+        ),
+    ],
+)  # fmt: skip
+def test_common_options_are_keys_of_the_configuration(tmp_path, monkeypatch, option, key, value):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "CIFAR-10"):
+        (tmp_path / name).mkdir()
+    usual, found = (parse(words).config for words in ((), option))
+    assert found[key] == value != usual[key]
+    moved = {name for name in usual if usual[name] != found[name]}
+    beside = {"--amp": {"mixed_precision.enabled"}, "--data-path": {"dataset.name"}}
+    assert moved <= {key, "dataset.data_dir_folder", *beside.get(option[0], ())}
+
+
+def test_one_key_is_said_once(tmp_path):
+    with pytest.raises(UsageError, match="--epochs and --set experiment.epochs: expected one"):
+        parse(["--epochs", "3", "--set", "experiment.epochs=4"])
+    with pytest.raises(FileNotFoundError, match="--data-path"):
+        parse(["--data-path", str(tmp_path / "none")])
+    with pytest.raises(UsageError, match="dataset.name is digits"):
+        parse(["--scale", "rehearsal", "--data-path", str(tmp_path)])
+
+
+def test_a_folder_of_ones_own_with_a_split_of_ones_own(tmp_path, words, command, image_folder):
+    """``--data-path`` and ``--split``: the manifest says who is judged."""
+    images = image_folder(tmp_path / "photos", ("a", "b", "c"), images=12)
+    first = tmp_path / "first"
+    settings = [w for w in words(first, "--stage", "prepare") if w not in ("--scale", "rehearsal")]
+    assert command(*settings, "--data-path", images).code == 0
+    manifest = json.loads((first / "split.json").read_text())
+    given = tmp_path / "given.json"
+    given.write_bytes((first / "split.json").read_bytes())
+    second = [word if word != str(first) else str(tmp_path / "second") for word in settings]
+    extra = image_folder(tmp_path / "more", ("a",), images=14)  # a class that grew meanwhile
+    (extra / "a" / "013.png").rename(images / "a" / "new.png")
+    done = command(*second, "--data-path", images, "--split", given)
+    assert done.code == 0, done.err
+    again = json.loads((tmp_path / "second" / "split.json").read_text())
+    assert again == manifest and "new.png" not in json.dumps(again)
 
 
 @pytest.mark.parametrize(

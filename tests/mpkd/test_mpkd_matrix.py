@@ -8,12 +8,13 @@ import statistics
 import pytest
 import torch
 
-from mpkd import matrix as matrix_module
-from mpkd import reproduce, reproduction
-from mpkd.matrix import PRECISIONS, cell_name, column_settings, columns
-from mpkd.recipes import Setting
+from mpkd import reproduce
+from mpkd.experiments import bench, matrix_run
+from mpkd.experiments.matrix import PRECISIONS, cell_name, column_settings, columns
+from mpkd.experiments.recipes import Setting
 from mpkd.utils.common import load_net
 from shared_core.runs import read_result
+from shared_core.trials import Cell
 
 TINY = {
     "dataset.name": "digits", "dataset.image_size": 8, "dataset.max_images": 160,
@@ -26,66 +27,92 @@ TINY = {
 
 @pytest.fixture
 def tiny(monkeypatch):
-    setting = {key: Setting(TINY, threads=1) for key in reproduction.MATRIX}
-    monkeypatch.setattr(reproduction, "MATRIX", setting)
-    monkeypatch.setattr(reproduction, "TEMPERATURES", (4.0,))
-    monkeypatch.setattr(
-        reproduction, "latencies", lambda run, file: matrix_module.latencies(run, file, repeats=2)
-    )
+    setting = {key: Setting(TINY, threads=1) for key in reproduce.MATRIX}
+    monkeypatch.setattr(reproduce, "MATRIX", setting)
+    monkeypatch.setattr(matrix_run, "TEMPERATURES", (4.0,))
 
 
-@pytest.mark.slow
+def results(folder):
+    """By cell's folder: its result."""
+    return {
+        p.parent.name: json.loads(p.read_text())["result"] for p in folder.glob("cells/*/cell.json")
+    }
+
+
+def place(precision: str, column: str, seed: int) -> str:
+    return Cell(cell_name(precision, column), {}, seed).folder_name
+
+
 def test_a_matrix_is_stopped_resumed_and_reported(tmp_path, tiny, monkeypatch, command):
     folder = tmp_path / "m"
     words = ("cifar10", "--scale", "rehearsal", "--output", folder, "--seeds", 0, 1)
-    cell = matrix_module.Matrix.cell
-    done_cells = []
+    measure, made = bench.Bench.measure, []
 
-    def stopping(self, *which):
-        if len(done_cells) == 9:
+    def stopping(self, cell, work):
+        if len(made) == 9:
             raise KeyboardInterrupt
-        done_cells.append(which)
-        return cell(self, *which)
+        made.append(cell.name)
+        return measure(self, cell, work)
 
     with monkeypatch.context() as patch:
-        patch.setattr(matrix_module.Matrix, "cell", stopping)
+        patch.setattr(bench.Bench, "measure", stopping)
         assert command(*words, entry=reproduce.main).code == 130
-    before = json.loads((folder / "stages.json").read_text())
-    assert sum(" | " in name for name in before) == 9
+    before = results(folder)
+    assert len(before) == 9 and "teacher-s0" in before
     done = command(*words, entry=reproduce.main)
     assert done.code == 1 and "already holds a run" in done.err
     done = command(*words, "--continue", entry=reproduce.main)
     assert done.code == 0, done.err
-    after = json.loads((folder / "stages.json").read_text())
+    after = results(folder)
     assert {k: after[k] for k in before} == before  # no cell was made twice
     record = read_result(folder / "result.json")
     assert record["scale"] == "rehearsal" and record["data"]["kind"] == "built-in"
     table = record["measured"]["table"]
     assert list(table) == list(PRECISIONS) and list(table["fp32"]) == ["labels", "KD T=4"]
     for precision in PRECISIONS:
-        runs = [after[cell_name(precision, "KD T=4", s)]["test_accuracy"] for s in (0, 1)]
+        runs = [after[place(precision, "KD T=4", s)]["test_accuracy"] for s in (0, 1)]
         found = table[precision]["KD T=4"]["test_accuracy"]
         assert found["mean"] == pytest.approx(statistics.fmean(runs))
         assert found["std"] == pytest.approx(statistics.stdev(runs))
     assert table["mixed 3 bits"]["labels"]["mean_bits"]["mean"] <= 3.0
     assert table["int8 PTQ"]["labels"]["mean_bits"]["mean"] == 8.0
     assert table["2 bits"]["labels"]["bytes"]["mean"] < table["int8 PTQ"]["labels"]["bytes"]["mean"]
-    _, facts = load_net(folder / "checkpoints" / "fp32-KD_T4-1.pth")
-    cell_of = after[cell_name("fp32", "KD T=4", 1)]
-    assert facts["metrics"]["test_accuracy"] == cell_of["test_accuracy"]
+    own = folder / "cells" / place("2 bits", "labels", 1) / "run" / "checkpoints"
+    size = (own / "student_packed.safetensors").stat().st_size  # counted on disk
+    assert after[place("2 bits", "labels", 1)]["bytes"] == size
+    own = folder / "cells" / place("fp32", "KD T=4", 1) / "run" / "checkpoints"
+    _, facts = load_net(own / "student.pth")
+    assert facts["metrics"]["test_accuracy"] == after[place("fp32", "KD T=4", 1)]["test_accuracy"]
     text = (folder / "report.md").read_text()
     assert "REHEARSAL" in text and "| fp32 |" in text and "paired by seed" in text
+    assert "ternary" in text
     assert set(record["measured"]["ms"]) == {
         "torch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"
     }  # fmt: skip
     assert done.out.splitlines()[-1].startswith("REHEARSAL")
 
 
+def test_parts_of_a_job_array_make_one_matrix(tmp_path, tiny, command):
+    """Two shards with a folder each, then a third command takes their cells over."""
+    parts = [tmp_path / "one", tmp_path / "two"]
+    words = ("cifar10", "--scale", "rehearsal", "--seeds", 0)
+    for number, folder in enumerate(parts, 1):
+        done = command(*words, "--output", folder, "--shard", f"{number}/2", entry=reproduce.main)
+        assert done.code == 0 and "are not done here" in done.out, done.err
+        assert not (folder / "result.json").exists()
+    done = command(*words, "--output", parts[0], "--merge", parts[1], "--continue",
+                   entry=reproduce.main)  # fmt: skip
+    assert done.code == 0, done.err
+    whole = read_result(parts[0] / "result.json")["measured"]["cells"]
+    alone = [{k: v for k, v in results(f).items() if "-s" in k and " " not in k} for f in parts]
+    assert len(whole) == 14 and len(set(alone[0]) | set(alone[1])) >= 15
+
+
 def test_a_row_that_is_only_emulated_is_left_out_by_name(tmp_path, tiny, monkeypatch, command):
     reason = {"bf16": "this hardware only emulates it"}
     words = ("cifar10", "--scale", "rehearsal", "--output", tmp_path / "m", "--seeds", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(reproduction, "rows_left_out", lambda args, device: reason)
+        patch.setattr(matrix_run, "rows_left_out", lambda **_: reason)
         done = command(*words, entry=reproduce.main)
     assert done.code == 0, done.err
     measured = read_result(tmp_path / "m" / "result.json")["measured"]
@@ -93,25 +120,25 @@ def test_a_row_that_is_only_emulated_is_left_out_by_name(tmp_path, tiny, monkeyp
     assert list(measured["table"]) == [row for row in PRECISIONS if row != "bf16"]
     said = "bf16 was left out: this hardware only emulates it."
     assert said in (tmp_path / "m" / "report.md").read_text()
-    before = json.loads((tmp_path / "m" / "stages.json").read_text())
+    before = results(tmp_path / "m")
     done = command(*words, "--continue", entry=reproduce.main)  # later it is trained after all
     assert done.code == 0, done.err
-    after = json.loads((tmp_path / "m" / "stages.json").read_text())
+    after = results(tmp_path / "m")
     assert {k: after[k] for k in before} == before
-    assert {name.partition(" | ")[0] for name in set(after) - set(before)} == {"bf16"}
+    assert {name.partition("-")[0] for name in set(after) - set(before)} == {"bf16"}
     assert read_result(tmp_path / "m" / "result.json")["measured"]["left_out"] == {}
 
 
-def test_bf16_is_left_out_where_it_is_emulated_and_not_asked_for(tmp_path, monkeypatch):
-    def rows(*words, native):
-        args, _, _ = reproduction.parse(["cifar10", "--data-root", str(tmp_path), *words])
-        monkeypatch.setattr(reproduction, "computes_bf16", lambda device: native)
-        return list(reproduction.rows_left_out(args, torch.device("cpu")))
+def test_bf16_is_left_out_where_it_is_emulated_and_not_asked_for(monkeypatch):
+    def rows(scale="short", *, native, emulate=False):
+        monkeypatch.setattr(matrix_run, "computes_bf16", lambda device: native)
+        device = torch.device("cpu")
+        return list(matrix_run.rows_left_out(emulate=emulate, scale=scale, device=device))
 
-    assert rows("--scale", "short", native=False) == ["bf16"]
-    assert rows("--scale", "short", "--emulate-bf16", native=False) == []
-    assert rows("--scale", "short", native=True) == []
-    assert rows("--scale", "rehearsal", native=False) == []
+    assert rows(native=False) == ["bf16"]
+    assert rows(native=False, emulate=True) == []
+    assert rows(native=True) == []
+    assert rows("rehearsal", native=False) == []
 
 
 def test_columns_and_cells():
@@ -127,8 +154,8 @@ def test_columns_and_cells():
     [
         (["mnist"], 2, "invalid choice"),
         (["cifar10", "--fresh", "--continue"], 2, "expected one of them"),
-        (["cifar10", "--seeds", "1", "1"], 2, "different ones"),
-        (["cifar10", "--threads", "0"], 2, "1 or more"),
+        (["cifar10", "--seeds", "1", "1"], 2, "different numbers"),
+        (["cifar10", "--threads", "0"], 2, "--threads"),
         (["cifar10", "--data-path", "none"], 1, "there is nothing"),
         (["cifar10", "--scale", "rehearsal", "--data-path", "."], 2, "expected no --data-path"),
         (["cifar10", "--scale", "short"], 1, "CIFAR-10 is not at"),
@@ -142,10 +169,12 @@ def test_bad_input(tmp_path, monkeypatch, command, argv, code, said):
     assert done.code == code and said in done.err
 
 
-def test_auto_takes_what_is_there(tmp_path):
-    parse = reproduction.parse
-    assert parse(["cifar10", "--data-root", str(tmp_path)])[0].scale == "rehearsal"
+def test_auto_takes_what_is_there(tmp_path, monkeypatch, command):
+    asked = []
+    monkeypatch.setattr(matrix_run, "run_sweep", lambda options, **_: asked.append(options) or 0)
+    words = ("cifar10", "--data-root", tmp_path)
+    assert command(*words, entry=reproduce.main).code == 0 and asked[0].scale == "rehearsal"
     (tmp_path / "CIFAR10").mkdir()
-    args, config, _ = parse(["cifar10", "--data-root", str(tmp_path)])
-    assert args.scale == "full" and config["dataset.name"] == "cifar10"
-    assert str(args.output).endswith("cifar10-full")
+    assert command(*words, entry=reproduce.main).code == 0 and asked[1].scale == "full"
+    assert asked[1].config["dataset.name"] == "cifar10"
+    assert str(asked[1].output).endswith("cifar10-full")

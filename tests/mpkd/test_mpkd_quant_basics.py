@@ -54,25 +54,60 @@ def test_values_are_torchs_own(bits):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
-def test_gradients_are_those_of_the_paper():
-    grid = Grid(3, signed=True)
-    x = torch.tensor([-9.0, -1.3, 0.2, 0.9, 9.0], dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    fake_quantize(x, scale, None, grid).sum().backward()
-    assert x.grad.tolist() == [0, 1, 1, 1, 0]
-    inside = [v / 0.5 for v in (-1.3, 0.2, 0.9)]
-    wanted = grid.low + grid.high + sum(np.round(v) - v for v in inside)
-    assert scale.grad.item() == pytest.approx(wanted)
+def eq3(x: np.ndarray, s: float, low: int, high: int, z: int = 0):
+    """Values and gradients of LSQ's equations 1 to 3 (of LSQ+ with an offset), in float64."""
+    v = x / s
+    inside, below = (low - z < v) & (v < high - z), v <= low - z
+    held = np.clip(v, low - z, high - z)
+    value = s * np.round(held)
+    dx = inside.astype(np.float64)
+    ds = np.where(inside, np.round(v) - v, np.where(below, low - z, high - z))
+    dz = np.where(inside, 0.0, -s)
+    return value, dx, ds, dz
 
 
-def test_offset_learns_only_outside_the_grid():
-    grid = Grid(2, signed=False)
-    x = torch.tensor([-9.0, 0.4, 9.0], dtype=torch.float64)
-    zero = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    fake_quantize(x, torch.tensor(0.5, dtype=torch.float64), zero, grid).backward(
-        torch.tensor([1.0, 1.0, 3.0], dtype=torch.float64)
-    )
-    assert zero.grad.item() == pytest.approx(-0.5 * (1 + 3))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("signed", "narrow", "zero"),
+    [(True, True, None), (True, False, None), (False, False, None), (False, False, 1)],
+    ids=["weights", "weights of all levels", "inputs", "inputs with an offset"],
+)
+def test_values_and_gradients_are_those_of_the_paper_everywhere(bits, signed, narrow, zero):
+    """On a dense grid that reaches beyond both ends, ends and halves included."""
+    grid, s = Grid(bits, signed=signed, narrow=narrow), 0.25
+    points = np.arange(4 * (grid.low - 2), 4 * (grid.high + 2) + 1) / 4 * s  # quarters of a step
+    points = np.concatenate([points, points + 0.013])
+    x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(s, dtype=torch.float64).expand(len(points)).clone().requires_grad_()
+    offset = None if zero is None else torch.full_like(scale, zero).requires_grad_()
+    found = fake_quantize(x, scale, offset, grid)
+    found.sum().backward()
+    value, dx, ds, dz = eq3(points, s, grid.low, grid.high, zero or 0)
+    np.testing.assert_allclose(found.detach().numpy(), value, atol=1e-12)
+    np.testing.assert_array_equal(x.grad.numpy(), dx)
+    np.testing.assert_allclose(scale.grad.numpy(), ds, atol=1e-9)
+    if offset is not None:
+        np.testing.assert_allclose(offset.grad.numpy(), dz, atol=1e-12)
+
+
+def test_modules_pass_the_papers_gradients_on_with_its_factor():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    quantizer = WeightQuantizer(weight, bits=2, learned=True)
+    quantizer(weight).sum().backward()
+    share = float((weight.grad != 0).double().mean())
+    parts = zip(weight.detach().numpy(), quantizer.scale.detach().numpy(), strict=True)
+    truths = [eq3(row, float(s), -1, 1) for row, s in parts]
+    assert share == pytest.approx(np.mean([dx.mean() for _, dx, _, _ in truths]))
+    wanted = [ds.sum() / np.sqrt(40 * 1) for _, _, ds, _ in truths]
+    np.testing.assert_allclose(quantizer.scale.grad.numpy(), wanted, rtol=1e-6)
+    x = torch.rand(8, 3, 5, 5, dtype=torch.float64)
+    inputs = ActivationQuantizer(bits=2, learned=True).double()
+    inputs.observe(x)
+    inputs.set_range()
+    inputs(x).sum().backward()
+    truth = eq3(x.numpy(), float(inputs.scale.detach()), 0, 3)[2].sum() / np.sqrt(75 * 3)
+    assert float(inputs.scale.grad) == pytest.approx(truth, rel=1e-5)
 
 
 def test_the_searched_range_is_the_best_of_all_that_were_tried():
@@ -110,28 +145,43 @@ def test_weights_take_at_most_so_many_values():
         torch.testing.assert_close(back, shown.detach())
 
 
-def test_inputs_after_relu_have_no_sign_and_others_an_offset():
+def test_inputs_after_relu_have_no_offset_and_others_one():
     after = ActivationQuantizer(bits=4)
-    after.observe(torch.rand(100))
+    after.observe(torch.rand(1, 100))
     after.set_range()
     assert after.grid == Grid(4, signed=False) and float(after.zero_point) == 0
-    both = ActivationQuantizer(bits=4)
-    both.observe(torch.randn(1000))
+    both = ActivationQuantizer(bits=4, learned=True)
+    both.observe(torch.randn(1, 1000))
     both.set_range(method="minmax")
-    assert 0 < float(both.zero_point) < 15
-    even = ActivationQuantizer(bits=4, symmetric=True)
-    even.observe(torch.randn(1000))
-    even.set_range()
-    assert even.grid.signed and float(even.zero_point) == 0
+    assert 0 < both.zero_point.item() < 15
+    with torch.no_grad():
+        both.zero_point.fill_(99.0)  # learned beyond the grid: zero must stay a value
+    assert float(both(torch.zeros(1)).detach()) == 0
     with pytest.raises(ValueError, match="observed"):
         ActivationQuantizer(bits=4).set_range()
+
+
+def test_ranges_come_from_values_all_over_the_map():
+    """Maps of 16 x 16 whose first column is empty: even distances would see that column alone."""
+    torch.manual_seed(0)
+    images = torch.randn(64, 16, 16, 16).abs()
+    images[:, :, :, 0] = 0.0
+    quantizer = ActivationQuantizer(bits=3)
+    quantizer.observe(images)
+    quantizer.set_range()
+    truth, _ = best_scale(images, quantizer.grid, symmetric=True, channels=False)
+    assert float(quantizer.scale.detach()) == pytest.approx(float(truth), rel=0.06)
+    again = ActivationQuantizer(bits=3)
+    again.observe(images)
+    again.set_range()
+    assert torch.equal(again.scale, quantizer.scale)  # the same seed, the same places
 
 
 def test_what_calibration_found_is_in_the_state(tmp_path):
     torch.manual_seed(0)
     first = ActivationQuantizer(bits=4, learned=True)
-    first.observe(torch.randn(100))
-    first.set_range(values_per_image=10)
+    first.observe(torch.randn(10, 10))
+    first.set_range()
     other = ActivationQuantizer(bits=4, learned=True)
     other.load_state_dict(first.state_dict())
     x = 5 * torch.randn(50)  # some lie outside the grid

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpkd import stages
+from mpkd import options, stages
 from mpkd.trainer import trainer as trainer_module
 from mpkd.trainer.metrics_logger import read_metrics_csv
 
@@ -18,19 +18,25 @@ FP16 = {
     "training__lr_warmup_steps": 3, "mixed_precision__growth_interval": 2,
 }  # fmt: skip
 QAT = {"quantization__method": "qat", "quantization__w_bits": 3, "quantization__epochs": 2}
+SDQ = {"quantization__method": "sdq", "quantization__epochs": 2,
+       "quantization__compare_uniform": "false", "quantization__budget": 4.0}  # fmt: skip
+# Settings, and after how many saves each try is stopped.
 MODES = {
-    "teacher_only": {},
-    "bf16": BF16,
-    "fp16 with everything": FP16,
-    "live teacher": {"distillation__cache_teacher_logits": "false"},
-    "labels": {"distillation__mode": "labels", "training__lr_scheduler": "step"},
-    "mixed": {"distillation__mode": "mixed"},
-    "apprentice_a": {"distillation__mode": "apprentice_a", **QAT},
-    "apprentice_b": {"distillation__mode": "apprentice_b", **QAT},
-    "apprentice_c": {"distillation__mode": "apprentice_c", **QAT},
-    "adapters": {"teacher__mode": "lora", "lora__target": "student", "lora__dropout": 0.2},
-    "qat": QAT,
-}
+    "fp16 with everything": (FP16, (2, 1)),
+    "apprentice_a": ({"distillation__mode": "apprentice_a", **QAT}, (2, 2)),
+    "apprentice_c": ({"distillation__mode": "apprentice_c", **QAT}, (2, 2)),
+    "adapters": (
+        {"teacher__mode": "lora", "lora__target": "student", "lora__dropout": 0.2}, (2, 2)
+    ),
+    "qat": ({**QAT, **FP16}, (3, 1, 1)),
+    "teacher_only": ({}, (2, 2)),
+    "bf16": (BF16, (2, 2)),
+    "live teacher": ({"distillation__cache_teacher_logits": "false"}, (2, 2)),
+    "labels": ({"distillation__mode": "labels", "training__lr_scheduler": "step"}, (2, 2)),
+    "mixed": ({"distillation__mode": "mixed"}, (2, 2)),
+    "apprentice_b": ({"distillation__mode": "apprentice_b", **QAT}, (2, 2)),
+    "sdq": (SDQ, (2, 5, 2)),
+}  # fmt: skip
 
 
 class Stopped(Exception):
@@ -39,7 +45,7 @@ class Stopped(Exception):
 
 def interrupt(monkeypatch, after: int) -> None:
     """From now on the process ends right after it wrote its state for the ``after``-th time."""
-    save = trainer_module.SharedState.save
+    save = trainer_module.StageState.save
     saves = []
 
     def saving(self, **counters):
@@ -48,7 +54,7 @@ def interrupt(monkeypatch, after: int) -> None:
         if len(saves) == after:
             raise Stopped
 
-    monkeypatch.setattr(trainer_module.SharedState, "save", saving)
+    monkeypatch.setattr(trainer_module.StageState, "save", saving)
 
 
 def without_seconds(folder):
@@ -61,7 +67,9 @@ def without_seconds(folder):
 def test_interrupted_in_the_middle_of_an_epoch(
     tmp_path, monkeypatch, words, command, teacher_file, digests, mode
 ):
-    changes = {"model__teacher_ckpt": teacher_file, "logging__log_interval": 2} | MODES[mode]
+    more, stops = MODES[mode]
+    changes = {"model__teacher_ckpt": teacher_file, "logging__log_interval": 2} | more
+    monkeypatch.setattr(options, "STAGES", options.STAGES[:4])  # to the quantized student
     if mode == "apprentice_a":
         changes["model__teacher_ckpt"] = ""
     given = stages.settings_from
@@ -72,13 +80,15 @@ def test_interrupted_in_the_middle_of_an_epoch(
     whole, part = tmp_path / "whole", tmp_path / "part"
     done = command(*words(whole, **changes))
     assert done.code == 0, done.err
-    for after in (2, 2):
+    for after in stops:
         with monkeypatch.context() as stopping, pytest.raises(Stopped):
             interrupt(stopping, after)
             command(*words(part, "--continue", **changes))
     done = command(*words(part, "--resume", **changes))
     assert done.code == 0, done.err
-    assert "resumed at epoch" in done.out
+    if mode in ("qat", "sdq"):  # the last stop was within the training with few bits
+        assert "quantize-qat: resumed at epoch 2" in done.out
+    assert "resumed at epoch" in done.out or "trained before" in done.out
     assert digests(part) == digests(whole)
     assert without_seconds(part) == without_seconds(whole)
     assert (part / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -89,7 +99,7 @@ def test_interrupted_in_the_middle_of_an_epoch(
 def test_killed_again_and_again(tmp_path, server, words, teacher_file, digests):
     """kill -9 while states, outputs and checkpoints are being written."""
     changes = {"model__teacher_ckpt": teacher_file, "quantization__method": "ptq"}
-    changes |= {"experiment__epochs": 3}
+    changes |= {"experiment__epochs": 3, "export__onnx": "false"}
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert server.run(words(whole, **changes), out=tmp_path / "whole.txt") == 0
     kills = 0
@@ -116,8 +126,7 @@ def test_killed_again_and_again(tmp_path, server, words, teacher_file, digests):
 
 def test_a_finished_run_repeats_nothing_and_is_not_written_over(finished, words, command):
     folder, _ = finished
-    teacher = {"quantization__method": "ptq", "export__onnx": "true", "export__qdq": "true",
-               "export__tensorrt": "true"}  # fmt: skip
+    teacher = {"quantization__method": "ptq", "export__tensorrt": "true"}
     teacher["model__teacher_ckpt"] = json.loads((folder / "config.json").read_text())[
         "model.teacher_ckpt"
     ]

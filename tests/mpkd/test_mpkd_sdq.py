@@ -1,4 +1,4 @@
-"""SDQ: gates with the right chances and gradients, betas in [0, 1], bits that only fall."""
+"""SDQ: gates with the right chances and gradients, betas in [0, 1], bits that follow the task."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import nn
 from mpkd.quant.budget import layer_options, size_budget
 from mpkd.quant.cost import layer_facts
 from mpkd.quant.fake_quant import Grid, best_scale
-from mpkd.quant.qat import QatLoss, train
-from mpkd.quant.search.sdq import SdqRun, TwoWayLayer, gumbel_gate
-from shared_core.for_torch.run_state import StageState
-from shared_core.runs import StageLog
+from mpkd.quant.search.sdq import START, THRESHOLD, Sdq, TwoWayLayer, gumbel_gate
 
 BITS = (2, 3, 4, 8)
 
@@ -26,20 +23,35 @@ def net() -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def made(mean: float = 3.0, *, steps: int = 12, **more) -> SdqRun:
-    facts = layer_facts(net(), 8)
-    w = layer_options(facts, BITS, first_last=None)
+def made(mean: float = 3.0, *, of: nn.Module | None = None, bits=BITS, seed: int = 0) -> Sdq:
+    of = net() if of is None else of
+    facts = layer_facts(of, 8)
+    w = layer_options(facts, bits, first_last=None)
     budget = size_budget(facts, mean, w_options=w, a_options=dict.fromkeys(w, (32,)))
-    return SdqRun(
-        net(), budget, QatLoss(temperature=2.0), steps=steps, learning_rate=1e-3, teacher=net(),
-        **more,
-    )  # fmt: skip
+    return Sdq(of, budget, seed=seed)
 
 
-def batches(epoch: int):
-    generator = torch.Generator().manual_seed(epoch)
-    for _ in range(6):
-        yield torch.randn(8, 3, 8, 8, generator=generator), None
+def batches(count: int, size: int = 8):
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(count):
+        images = torch.randn(size, 3, 8, 8, generator=generator)
+        yield images, torch.randint(4, (size,), generator=generator)
+
+
+def learn(search: Sdq, steps: int, *, of=(0, 999), truth=None, rate=1e-3, size=8) -> Sdq:
+    """A loop of its own, as plain as can be; ``of`` are the steps that are done."""
+    optimizer = torch.optim.SGD(search.net.parameters(), lr=rate)
+    for step, (images, labels) in enumerate(batches(steps, size)):
+        if not of[0] <= step < of[1]:
+            continue
+        search.before_step(step, steps)
+        wanted = labels if truth is None else truth(images)
+        nn.functional.cross_entropy(search.net.train()(images), wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.after_step()
+        assert all(0 <= beta <= 1 for beta in search.betas().values())
+    return search
 
 
 def test_the_gate_opens_with_probability_beta():
@@ -67,96 +79,115 @@ def test_the_gates_gradient_is_that_of_the_soft_sample():
 
 def test_a_layer_has_one_of_two_numbers_of_bits():
     layer = TwoWayLayer(net()[3], BITS)
+    layer.refresh()
     weight = layer.base.weight.detach()
     assert (layer.upper, layer.lower) == (8, 4)
-    levels = {}
+    errors = {}
     for bits, gate in ((8, 1.0), (4, 0.0)):
         layer.gate = torch.tensor(gate)
         scale = best_scale(
             weight, Grid(bits, signed=True, narrow=True), symmetric=True, channels=True
         )[0]
-        places = layer.sampled().detach() / scale.reshape(-1, 1, 1, 1)
+        shown = layer.sampled().detach()
+        places = shown / scale.reshape(-1, 1, 1, 1)
         torch.testing.assert_close(places, places.round(), rtol=0, atol=1e-3)
-        levels[bits] = float(layer.error().detach())
-        wanted = ((layer.sampled() - weight) ** 2).sum() / (weight**2).sum()
-        assert levels[bits] == pytest.approx(float(wanted.detach()), rel=1e-5)
-    assert levels[4] > 10 * levels[8]
-    assert layer.growth() == pytest.approx(levels[4] - levels[8], rel=1e-4)
+        errors[bits] = float((shown - weight).square().sum() / weight.square().sum())
+    assert layer.growth == pytest.approx(errors[4] - errors[8], rel=1e-4) and layer.growth > 0
     layer.level = 0
     assert layer.lower is None and layer.sampled() is not None
 
 
-@pytest.mark.parametrize("rate", [None, 1.0, 50.0])
-def test_betas_stay_in_range_and_bits_only_fall(rate):
-    run = made(steps=24, beta_rate=rate)
-    for epoch in range(4):
-        for images, _ in batches(epoch):
-            run.step(images)
-            assert all(0 <= beta <= 1 for beta in run.betas().values())
-    plan = run.settle()
-    assert run.budget.cost(plan) <= run.budget.limit
-    steps = [step for step, _ in run.history]
-    assert steps == sorted(steps) and len(run.history) > 3
-    for (_, before), (_, after) in zip(run.history, run.history[1:], strict=False):
+def test_the_expected_cost_falls_at_the_pace_whatever_the_merits_are():
+    """``savings . movement = -pace``, and merits alone move betas apart."""
+    search = made()
+    search.before_step(0, 100)
+    search.merit = torch.tensor([3.0, -1.0, 0.2])
+    moved, saved = search._movement(), torch.tensor(search.savings())
+    excess = 8 / 3.0 - 1
+    assert float(saved @ moved) == pytest.approx(-(START - THRESHOLD) * excess / 50, rel=1e-4)
+    search.merit = torch.tensor([-3.0, 1.0, -0.2])
+    other = search._movement()
+    assert float(saved @ other) == pytest.approx(float(saved @ moved), rel=1e-4)
+    assert not torch.allclose(other, moved)
+    scaled = made()
+    scaled.before_step(0, 100)
+    scaled.merit = torch.tensor([-3.0, 1.0, -0.2]) * 1e-6  # the loss in other units
+    torch.testing.assert_close(scaled._movement(), other)
+
+
+def test_bits_only_fall_and_fit_the_budget_in_time():
+    search = learn(made(), 24)
+    assert search.finished
+    plan = search.settle()
+    assert search.budget.cost(plan) <= search.budget.limit
+    steps = [step for step, _ in search.history]
+    assert steps == sorted(steps) and len(search.history) > 3 and steps[-1] < 24
+    for (_, before), (_, after) in zip(search.history, search.history[1:], strict=False):
         changed = [n for n in before if before[n] != after[n]]
         assert len(changed) == 1
         name = changed[0]
         assert BITS.index(after[name]) == BITS.index(before[name]) - 1  # one candidate at a time
-    if rate is None:
-        assert run.finished and steps[-1] < 24  # the default pace gets there in time
 
 
 @pytest.mark.parametrize("mean", [2.0, 2.5, 6.0, 8.0])
 def test_the_budget_holds_even_without_a_step(mean):
-    run = made(mean)
-    assert run.budget.fits(run.settle())
+    search = made(mean)
+    assert search.budget.fits(search.settle())
     if mean == 8.0:
-        assert run.history == [(0, dict.fromkeys(("0", "3", "6"), 8))]
+        assert search.history == [(0, dict.fromkeys(("0", "3", "6"), 8))]
 
 
-def test_error_and_pressure_pull_in_opposite_directions():
-    held, pushed = made(strength=1e4, pressure=1e-6), made(strength=0.0, pressure=1.0)
-    for run in (held, pushed):
-        run.beta_rate = 1e-3 * (1e-6 if run is held else 1)
-        for images, _ in batches(0):
-            run.step(images)
-    assert max(pushed.betas().values()) < 0.9 <= max(held.betas().values())
+class TwoEyes(nn.Module):
+    """Two branches of equal size: one sees the red channel alone, one the blue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.red, self.blue = (nn.Conv2d(1, 4, 8) for _ in range(2))
+        self.head = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.eye(4).repeat(1, 2))
+            self.head.bias.zero_()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        red, blue = self.red(images[:, :1]), self.blue(images[:, 2:])
+        return self.head(torch.cat([red, blue], dim=1).flatten(1))
+
+
+@pytest.mark.parametrize("seen", ["red", "blue"])
+def test_the_labels_decide_which_layer_keeps_its_bits(seen):
+    """The same network and images; the task alone says which branch matters."""
+    eyes = TwoEyes()
+
+    def truth(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            one = images[:, :1] if seen == "red" else images[:, 2:]
+            return getattr(eyes, seen)(one).flatten(1).argmax(1)
+
+    wins = 0
+    for seed in range(3):
+        with torch.no_grad():
+            search = made(5.0, of=eyes, bits=(2, 4, 8), seed=seed)
+        bits = learn(search, 60, truth=truth, rate=1e-4, size=64).settle().w
+        other = "blue" if seen == "red" else "red"
+        wins += bits[seen] > bits[other]
+    assert wins == 3
 
 
 def test_the_weights_come_back_plain_and_the_student_stays():
-    student = net()
-    run = made()
-    train(run, batches, epochs=2, steps_an_epoch=6)
-    plain = run.trained()
+    student, search = net(), learn(made(), 12)
+    plain = search.trained()
     assert [type(m) for m in plain.modules()] == [type(m) for m in student.modules()]
     assert set(plain.state_dict()) == set(student.state_dict())
     assert not torch.equal(plain[3].weight, student[3].weight)
 
 
-@pytest.mark.parametrize("stop", [4, 9])
-def test_a_stopped_search_goes_on_exactly(tmp_path, stop):
-    def go(folder, stop_after=None):
-        run = made()
-
-        def source(epoch):
-            for index, batch in enumerate(batches(epoch)):
-                if epoch * 6 + index == stop_after:
-                    raise KeyboardInterrupt
-                yield batch
-
-        saved = StageState("sdq", {"run": run}, StageLog(folder))
-        train(run, source, epochs=2, steps_an_epoch=6, saved=saved, save_every=1)
-        return run
-
-    whole = go(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "cut", stop)
-    again = go(tmp_path / "cut")
+def test_a_kept_state_goes_on_exactly():
+    whole, part, again = learn(made(), 16), learn(made(), 16, of=(0, 7)), made()
+    again.net.load_state_dict(part.net.state_dict())
+    again.load_state_dict(part.state_dict())
+    assert not part.finished
+    learn(again, 16, of=(7, 16))
     assert again.history == whole.history and again.betas() == whole.betas()
     one, other = whole.net.state_dict(), again.net.state_dict()
-    assert all(torch.equal(one[k], other[k]) for k in one)
-
-
-def test_a_threshold_that_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="expected between 0 and 0.9"):
-        made(threshold=0.95)
+    assert all(torch.equal(one[name], other[name]) for name in one)

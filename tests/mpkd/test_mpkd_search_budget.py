@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from mpkd.deploy.latency import check_measurable, latency_table, single_layer_graph
 from mpkd.quant.budget import (
     BitPlan,
     Budget,
@@ -18,13 +18,8 @@ from mpkd.quant.budget import (
     layer_options,
     size_budget,
 )
-from mpkd.quant.cost import LayerFacts
-from mpkd.quant.latency import (
-    check_measurable,
-    latency_table,
-    layer_shapes,
-    single_layer_graph,
-)
+from mpkd.quant.cost import LayerFacts, layer_facts, plain_layer
+from shared_core.deploy.session import open_session
 
 FACTS = [LayerFacts("a", 10, 100), LayerFacts("b", 50, 400), LayerFacts("c", 20, 20)]
 NAMES = [one.name for one in FACTS]
@@ -140,13 +135,11 @@ def test_the_timed_graph_is_the_layer():
     torch.manual_seed(0)
     net = small_net()
     seen = {}
-    for shape in layer_shapes(net, 8):
-        layer = shape.layer
+    for shape in layer_facts(net, 8):
+        layer = plain_layer(net, shape.name)
         images = torch.randn(2, *shape.inputs)
-        graph = single_layer_graph(shape, 32, batch_size=2)
-        session = onnxruntime.InferenceSession(
-            graph.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        graph = single_layer_graph(shape, layer, 32, batch_size=2)
+        session = open_session(graph.SerializeToString())
         found = session.run(None, {"x": images.numpy()})[0]
         wanted = layer(images) - layer.bias.reshape(-1, *[1] * (images.dim() - 2))
         np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -11,7 +12,11 @@ from scipy.stats import entropy
 from torch import nn
 
 from mpkd.quant.layers import quantize_net
-from mpkd.quant.search.sensitivity import choose_bits, operation_cost, sensitivities, size_cost
+from mpkd.quant.search.sensitivity import choose_bits, sensitivities
+
+
+def size_cost(weights, bits):
+    return {name: {b: float(count * b) for b in bits} for name, count in weights.items()}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -45,7 +50,6 @@ def test_limits_of_the_budget():
         choose_bits(damage, cost, 39)
     with pytest.raises(ValueError, match="other layers"):
         choose_bits(damage, {"a": cost["a"]}, 100)
-    assert operation_cost({"a": 5}, [4], a_bits=8) == {"a": {4: 160.0}}
 
 
 def test_damage_is_the_divergence_of_the_answers():
@@ -60,10 +64,34 @@ def test_damage_is_the_divergence_of_the_answers():
     assert set(table) == {"0", "4"}
     for row in table.values():
         assert row[2] > row[4] > row[8] >= 0
-    import copy
-
     with torch.no_grad():
         full = torch.softmax(net(images).double(), 1).numpy()
         trial = torch.softmax(quantize_net(copy.deepcopy(net), {"4": 2})(images).double(), 1)
     assert table["4"][2] == pytest.approx(entropy(full, trial.numpy(), axis=1).mean(), rel=1e-4)
     assert isinstance(net[4], nn.Linear)  # the network itself stays
+
+
+def test_bits_follow_planted_sensitivity():
+    """One layer's answer decides everything, the other's nothing: the measured table says so."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    weights = {name: net.get_submodule(name).weight.numel() for name in ("2", "6")}
+    images = torch.rand(32, 3, 10, 10)
+    chosen = {}
+    for important in ("2", "6"):
+        planted = copy.deepcopy(net)
+        with torch.no_grad():
+            if important == "2":  # the head's weights are two levels: 2 bits lose nothing
+                planted[6].weight.copy_(planted[6].weight.sign())
+            else:
+                planted[2].weight.copy_(0.1 * planted[2].weight.sign())
+                planted[6].weight.mul_(4)
+        damage = sensitivities(planted, images, [2, 4, 8], names=("2", "6"))
+        cost = size_cost(weights, [2, 4, 8])
+        for name in damage:  # one unit each, so that the cost does not decide
+            cost[name] = {bits: float(bits) for bits in cost[name]}
+        chosen[important] = choose_bits(damage, cost, 10)
+    assert chosen["2"]["2"] > chosen["2"]["6"] and chosen["6"]["6"] > chosen["6"]["2"]

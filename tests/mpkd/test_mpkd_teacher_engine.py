@@ -11,17 +11,16 @@ from importlib import util
 import pytest
 import torch
 
-from mpkd import run_context, stages
+from mpkd import stages
 from mpkd.dataset.sources import load_data
 from mpkd.deploy.openvino_net import OpenVinoNet
 from mpkd.model.student import SimpleCNN
 from mpkd.model.teacher import build_teacher
-from mpkd.run_context import Run
-from mpkd.trainer import objectives
+from mpkd.run_context import Run, check_engine_device
 from mpkd.trainer import trainer as trainer_module
 from mpkd.trainer.metrics_logger import MetricsLogger
-from mpkd.trainer.objectives import check_engine_device, check_mode
-from mpkd.utils.config import load_config
+from mpkd.utils import config as config_module
+from mpkd.utils.config import check_config, load_config
 from shared_core.runs import StageLog, UsageError
 
 installed = pytest.mark.skipif(util.find_spec("openvino") is None, reason="needs openvino")
@@ -66,7 +65,7 @@ def test_its_logits_are_torchs(name, size):
 REPORTS = """
 import torch
 from mpkd.deploy.openvino_net import convert_openvino
-from mpkd.quant.nncf_int8 import _libraries
+from shared_core.deploy.openvino_file import unreported
 convert_openvino(torch.nn.Conv2d(3, 2, 3), 8)
 {nncf}
 import openvino_telemetry, os
@@ -79,7 +78,7 @@ print(openvino_telemetry.Telemetry().consent, os.environ.get("CI"))
 def test_nothing_is_reported(tmp_path):
     # Where it believes that it runs for a user, OpenVINO makes itself an identity at home and
     # sends its statistics away: with the import and with each conversion.
-    nncf = "_libraries()" if util.find_spec("nncf") else ""
+    nncf = "with unreported(): import nncf" if util.find_spec("nncf") else ""
     keep = {k: v for k, v in os.environ.items() if k not in ("CI", "NNCF_CI")}
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
@@ -117,7 +116,7 @@ def test_a_training_with_it_runs_and_resumes_bit_by_bit(
     class Stopped(Exception):
         pass
 
-    save, saves = trainer_module.SharedState.save, []
+    save, saves = trainer_module.StageState.save, []
 
     def saving(self, **counters):
         save(self, **counters)
@@ -126,7 +125,7 @@ def test_a_training_with_it_runs_and_resumes_bit_by_bit(
             raise Stopped
 
     with monkeypatch.context() as stopping, pytest.raises(Stopped):
-        stopping.setattr(trainer_module.SharedState, "save", saving)
+        stopping.setattr(trainer_module.StageState, "save", saving)
         command(*words(part, **changes))
     done = command(*words(part, "--resume", **changes))
     assert done.code == 0 and "resumed at epoch" in done.out, done.err
@@ -152,11 +151,10 @@ def test_a_run_gets_the_teachers_own_answers(tmp_path, monkeypatch, cached):
     torch.manual_seed(2)
     teacher = SimpleCNN(10, widths=(8, 16)).eval()
     engines = []
-    given = run_context.teacher_engine
+    given = Run.teacher_engine
     monkeypatch.setattr(
-        run_context, "teacher_engine",
-        lambda *a, **k: engines.append(given(*a, **k)) or engines[-1],
-    )  # fmt: skip
+        Run, "teacher_engine", lambda self, net: engines.append(given(self, net)) or engines[-1]
+    )
     source, views = run.teacher_source(teacher, "a" * 64, data.sets["train"])
     assert isinstance(engines[0], OpenVinoNet) and views == (2 if cached else 0)
     batches = list(run.training_loader("t", replayed=views))
@@ -174,12 +172,12 @@ def config(**changes):
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch):
-    monkeypatch.setattr(objectives, "find_spec", lambda _name: object())
-    check_mode(config())
+    monkeypatch.setattr(config_module, "find_spec", lambda _name: object())
+    check_config(config())
     with pytest.raises(UsageError, match="apprentice_a trains its teacher: expected .*=torch"):
-        check_mode(config(distillation__mode="apprentice_a"))
+        check_config(config(distillation__mode="apprentice_a"))
     with pytest.raises(UsageError, match="mode labels has no teacher"):
-        check_mode(config(distillation__mode="labels"))
+        check_config(config(distillation__mode="labels"))
     with pytest.raises(UsageError, match="one of torch, openvino"):
         config(distillation__teacher_engine="onnx")
     check_engine_device(config(), torch.device("cpu"))
@@ -189,11 +187,11 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
 
 
 def test_without_the_package_one_line_says_so(tmp_path, monkeypatch, words, command):
-    monkeypatch.setattr(objectives, "find_spec", lambda _name: None)
+    monkeypatch.setattr(config_module, "find_spec", lambda _name: None)
     done = command(*words(tmp_path / "run", **ENGINE))
     assert done.code == 2 and done.err.count("\n") == 1
     assert "openvino, which is not installed: expected" in done.err and "pip install" in done.err
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ImportError, match=r"not installed: pip install '\./packages/mpkd"):
+    with pytest.raises(ImportError, match=r"not installed.*pip install '\./packages/mpkd"):
         OpenVinoNet(torch.nn.Identity(), image_size=8, threads=1)

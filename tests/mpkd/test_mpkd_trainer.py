@@ -14,10 +14,11 @@ from mpkd.model.student import SimpleCNN
 from mpkd.quant.layers import quantizable, quantize_net
 from mpkd.run_context import Run
 from mpkd.trainer.metrics_logger import COLUMNS, MetricsLogger, read_metrics_csv
-from mpkd.trainer.objectives import LiveTeacher, check_mode, make_objective
+from mpkd.trainer.objectives import LiveTeacher, make_objective
 from mpkd.trainer.settings import Settings, settings_from
 from mpkd.trainer.trainer import Job, Trainer, groups_of
-from mpkd.utils.config import load_config
+from mpkd.utils.common import ALONE
+from mpkd.utils.config import check_config, load_config
 from shared_core.datasets import ImageSet
 from shared_core.for_torch.data import TorchBatch
 from shared_core.for_torch.precision import Precision
@@ -44,13 +45,15 @@ def student(seed: int = 0, *, norm: bool = True) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 12), nn.Tanh(), nn.Linear(12, 10))
 
 
-def make_trainer(folder, net, *, precision="fp32", objective=None, **settings) -> Trainer:
+def make_trainer(
+    folder, net, *, precision="fp32", objective=None, world=ALONE, **settings
+) -> Trainer:
     run = make_run(folder)
     made = Settings(epochs=1, batch_size=16, learning_rate=1e-2, **settings)
     job = Job(
         "t", net, objective or make_objective({"distillation.mode": "labels"}, None),
         run.training_loader("t"), run.evaluation_loader(), made, Precision("cpu", precision),
-        run.log, run.csv,
+        run.log, run.csv, world,
     )  # fmt: skip
     return Trainer(job)
 
@@ -281,17 +284,16 @@ def test_compile_is_asked_for_and_its_failure_is_one_line(tmp_path, monkeypatch)
     [
         ({"dataset.unlabelled": ["x"], "distillation.mode": "mixed"}, "reads labels"),
         ({"distillation.loss": "mse_logits"}, "expected 1"),
+        (
+            {"distillation.loss": "dist", "training.gradient_accumulation_steps": 2},
+            "dist compares the images",
+        ),
+        ({"dataset.split": "split.json"}, "expected dataset.name=folder"),
     ],
 )
 def test_contradictions_are_refused(changes, said):
     with pytest.raises(UsageError, match=said):
-        check_mode(load_config(None, (), overrides=changes))
-
-
-def test_dist_refuses_accumulation():
-    keys = {"distillation.loss": "dist", "training.gradient_accumulation_steps": 2}
-    with pytest.raises(UsageError, match="dist compares the images"):
-        settings_from(load_config(None, (), overrides=keys))
+        check_config(load_config(None, (), overrides=changes))
 
 
 def test_the_csv_is_cut_and_read_back(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpkd.dataset import views
 from mpkd.dataset.data_utils import TRAIN
 from mpkd.dataset.sources import load_data
 from mpkd.model.student import build_student
@@ -23,6 +24,7 @@ from mpkd.trainer.trainer import Job, Trainer
 from mpkd.utils.common import build_net, describe_net
 from mpkd.utils.config import load_config
 from shared_core.datasets import digits
+from shared_core.deploy.facts import ModelFacts
 from shared_core.for_torch.checkpoints import weights_sha256
 from shared_core.for_torch.data import Normalizer, TorchBatch
 from shared_core.runs import StageLog
@@ -127,21 +129,27 @@ class Deployed:
 
     Attributes:
         net: in evaluation mode.
-        calibration: normalised training images ``(N, 3, 224, 224)``.
-        images: normalised images that it was not trained on.
+        facts: what a predictor knows of it.
+        calibration: training images, uint8 ``(N, 224, 224, 3)``.
+        images: those that it was not trained on.
         labels: int64, of ``images``.
     """
 
     net: nn.Module
-    calibration: Tensor
-    images: Tensor
+    facts: ModelFacts
+    calibration: np.ndarray
+    images: np.ndarray
     labels: np.ndarray
 
 
-def tiled(images: np.ndarray, times: int) -> Tensor:
-    """Digits of 32 pixels as a pattern of ``times`` x ``times``, normalised ``(N, 3, S, S)``."""
-    pattern = np.ascontiguousarray(np.tile(images, (1, times, times, 1)))
-    return Normalizer()(pattern).contiguous()
+def tiled(images: np.ndarray, times: int) -> np.ndarray:
+    """Digits of 32 pixels as a pattern of ``times`` x ``times``, uint8 ``(N, S, S, 3)``."""
+    return np.ascontiguousarray(np.tile(images, (1, times, times, 1)))
+
+
+def normal(images: np.ndarray) -> Tensor:
+    """Normalised ``(N, 3, S, S)``."""
+    return Normalizer()(images).contiguous()
 
 
 def mobilenet(
@@ -156,7 +164,7 @@ def mobilenet(
     order = np.random.default_rng(0).permutation(len(pixels))
     pixels, labels = pixels[order], labels[order]
     test = len(pixels) - held_out
-    images = tiled(pixels[:test], 2).to(memory_format=torch.channels_last)
+    images = normal(tiled(pixels[:test], 2)).to(memory_format=torch.channels_last)
     truth = torch.from_numpy(labels[:test])
     torch.manual_seed(0)
     net = build_student("mobilenet_v2", num_classes=10, dropout=0.0)
@@ -172,11 +180,17 @@ def mobilenet(
             schedule.step()
     net.to(memory_format=torch.contiguous_format)
     large = tiled(pixels[:96], SIDE // TILE)
-    settled(net, large)
+    settled(net, normal(large))
+    names = tuple(str(n) for n in range(10))
+    facts = ModelFacts(
+        "mpkd", "mobilenet_v2", names, (SIDE, SIDE), views.eval_view(SIDE).settings(), views.MEAN,
+        views.STD,
+    )  # fmt: skip
     made = Deployed(
-        net, large[:calibration], tiled(pixels[test:], SIDE // TILE), labels[test:]
+        net, facts, large[:calibration], tiled(pixels[test:], SIDE // TILE), labels[test:]
     )  # fmt: skip
     with torch.no_grad():
-        answers = torch.cat([net(part) for part in made.images.split(16)]).argmax(1).numpy()
+        parts = normal(made.images).split(16)
+        answers = torch.cat([net(part) for part in parts]).argmax(1).numpy()
     say(f"MobileNetV2: {(answers == made.labels).mean():.3f} of {held_out} held-out images right")
     return made

@@ -6,9 +6,10 @@ Everything is mpkd's own. One thread, timed by the CPU time of the process, inte
   would be written (torch, fp32, the teacher answers in every step) against stored answers and
   against a teacher in OpenVINO beside a channels-last student. The losses of the first steps,
   from the same weights and images, must be equal;
-- exported network: MobileNetV2 at 224 pixels, in torch against ONNX Runtime and OpenVINO, fp32
-  and int8, in batches of 1 and 16. It is trained before on digits, so that the share of equal
-  answers says something; one digit is repeated 7 x 7 times, for a digit has no 224 pixels.
+- exported network: MobileNetV2 at 224 pixels, from uint8 images to probabilities, in torch against
+  ONNX Runtime and OpenVINO, fp32 and int8, in batches of 1 and 16. It is trained before on digits,
+  so that the share of equal answers says something; one digit is repeated 7 x 7 times, for a digit
+  has no 224 pixels.
 
     python tools/bench/mpkd.py [--quick] [--rounds N] [--json FILE]
 """
@@ -34,22 +35,22 @@ import torch
 from _mpkd_steps import BF16, LIVE, SIDE, STORED, WRITTEN, Deployed, mobilenet, trainings
 from _rows import measure, row, share, skipped
 
-from mpkd.dataset import views
-from mpkd.deploy.export import ABOUT, quiet, write_about
-from mpkd.deploy.openvino_net import convert_openvino, load_openvino
-from mpkd.inference.backends import load_classifier
-from mpkd.quant.nncf_int8 import nncf_int8
-from mpkd.quant.ort_int8 import ort_int8
+from mpkd.deploy.forms import IR, IR_INT8, ONNX_FILE, nncf_form, openvino_form
+from mpkd.deploy.openers import torch_run
+from shared_core.deploy.graph import wrap_network
+from shared_core.deploy.openvino_file import openvino_run
+from shared_core.deploy.quantize import quantize_static
+from shared_core.deploy.session import open_session
 from shared_core.for_torch.export import export_onnx
 from shared_core.runs import environment, write_benchmark
 
 KD_STORED, KD_LIVE = 20.0, 2.4  # goals, as ratios
 INT8 = {1: 4.5, 16: 12.0}  # by batch size
 AGREE = 0.99  # share of images with the same class as in torch
-SAME_LOSS, CLOSE = 1e-5, 1e-4  # relative; CLOSE is of logits
+SAME_LOSS, CLOSE = 1e-5, 1e-4  # relative; of probabilities
 FILES = {
-    "ONNX Runtime fp32": "net.onnx", "ONNX Runtime int8": "net_int8.onnx",
-    "OpenVINO fp32": "net.xml", "OpenVINO int8": "net_int8.xml",
+    "ONNX Runtime fp32": ONNX_FILE, "ONNX Runtime int8": "model.int8.onnx",
+    "OpenVINO fp32": IR, "OpenVINO int8": IR_INT8,
 }  # fmt: skip
 Rows = list[dict[str, Any]]
 
@@ -111,43 +112,45 @@ def compare_steps(folder: Path, rounds: int, *, checked: int, bf16: str | None) 
 def export(made: Deployed, folder: Path) -> dict[str, str]:
     """Write every file whose packages are here; the reason by name for what is not written."""
     left: dict[str, str] = {}
-    facts = {"class_names": [str(n) for n in range(10)], "input_size": [3, SIDE, SIDE],
-             "mean": views.MEAN, "std": views.STD, "split_hash": ""}  # fmt: skip
-    write_about(folder / ABOUT, facts)
-    needs = {"ONNX Runtime": ("onnx", "onnxscript", "onnxruntime"), "OpenVINO": ("openvino",)}
+    runtime = ("onnx", "onnxscript", "onnxruntime")
+    needs = {"ONNX Runtime": runtime, "OpenVINO": (*runtime, "openvino")}
     for name in FILES:
         wanted = needs[name.rpartition(" ")[0]] + (("nncf",) if name == "OpenVINO int8" else ())
         absent = [package for package in wanted if find_spec(package) is None]
         if absent:
             left[name] = f"{absent[0]} is not installed"
-    at = {name: folder / file for name, file in FILES.items()}
-    with quiet():
-        if "ONNX Runtime fp32" not in left:
-            export_onnx(made.net, at["ONNX Runtime fp32"], input_size=(3, SIDE, SIDE))
-            images = made.calibration.numpy()
-            ort_int8(at["ONNX Runtime fp32"], at["ONNX Runtime int8"], images)
-        if "OpenVINO fp32" not in left:
-            model = convert_openvino(made.net, SIDE)
-            load_openvino().save_model(model, str(at["OpenVINO fp32"]), compress_to_fp16=False)
-        if "OpenVINO int8" not in left:
-            nncf_int8(made.net, at["OpenVINO int8"], made.calibration)
+    if "ONNX Runtime fp32" not in left:
+        export_onnx(made.net, folder / "plain.onnx", input_size=(3, SIDE, SIDE), check_batches=())
+        wrapped = wrap_network(folder / "plain.onnx", made.facts)
+        (folder / ONNX_FILE).write_bytes(wrapped.SerializeToString())
+        quantize_static(
+            folder / ONNX_FILE, folder / FILES["ONNX Runtime int8"], [made.calibration]
+        )  # fmt: skip
+    if "OpenVINO fp32" not in left:
+        openvino_form().write(folder)
+    if "OpenVINO int8" not in left:
+        nncf_form(made.calibration).write(folder)
     return left
+
+
+def opened(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A file as a function from uint8 images to probabilities, on one thread."""
+    if path.suffix == ".xml":
+        return openvino_run(path)
+    session = open_session(path)
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
 
 
 def compare_exported(made: Deployed, folder: Path, batches: tuple[int, ...], rounds: int) -> Rows:
     """Answers, then times, of every file against the network in torch.
 
     Raises:
-        ValueError: logits in fp32 differ.
+        ValueError: probabilities in fp32 differ.
     """
     left = export(made, folder)
-    networks = {n: load_classifier(folder / f).logits for n, f in FILES.items() if n not in left}
-
-    @torch.no_grad()
-    def eager(images: np.ndarray) -> np.ndarray:
-        return made.net(torch.from_numpy(images)).numpy()
-
-    data = made.images.numpy()
+    networks = {n: opened(folder / f) for n, f in FILES.items() if n not in left}
+    eager, data = torch_run(made.facts, made.net), made.images
 
     def answers(network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         return np.concatenate([network(data[n : n + 16]) for n in range(0, len(data), 16)])
@@ -159,14 +162,16 @@ def compare_exported(made: Deployed, folder: Path, batches: tuple[int, ...], rou
         worst = float(np.abs(found - expected).max() / np.abs(expected).max())
         same = float((found.argmax(1) == expected.argmax(1)).mean())
         right = float((found.argmax(1) == made.labels).mean())
-        equal[name] = f"logits within {worst:.0e}"
+        equal[name] = f"probabilities within {worst:.0e}"
         if name.endswith("int8"):
-            equal[name] = f"same class {same:.4f} of {len(data)} images, logits within {worst:.2f}"
+            equal[name] = (
+                f"same class {same:.4f} of {len(data)} images, probabilities within {worst:.2f}"
+            )
             detail = f"right {right:.4f}, torch {(expected.argmax(1) == made.labels).mean():.4f}"
             line = f"MobileNetV2: {name}, images of the same class as in torch"
             rows.append(share(line, same, goal=AGREE, equal=f"{len(data)} held-out; {detail}"))
         elif worst > CLOSE:
-            raise ValueError(f"{name}: logits differ by {worst:.1e} relative")
+            raise ValueError(f"{name}: probabilities differ by {worst:.1e} relative")
     for size in batches:
         part = np.ascontiguousarray(data[:size])
         runs = {n: partial(f, part) for n, f in {"torch": eager, **networks}.items()}

@@ -19,10 +19,9 @@ from shared_core.datasets import (
     EpochOrder,
     ImageSet,
     Manifest,
-    digits,
 )
 from shared_core.datasets.finding.fingerprint import content_keys, key_of_bytes
-from shared_core.datasets.finding.scan import is_image_name
+from shared_core.datasets.finding.scan import list_images
 from shared_core.datasets.splitting.manifest import Entry, sorted_entries
 from shared_core.datasets.views.geometry import resize
 from shared_core.for_torch.data import Normalizer, TorchLoader
@@ -30,7 +29,6 @@ from shared_core.runs.seeds import derive_seed
 
 TRAIN, CALIBRATION, TEST = "train", "calibration", "test"
 SPLIT_FILE = "split.json"
-DIGITS_SIDE = 32
 NO_LABEL = 0  # what stands for the label of an image that has none; no loss may read it
 
 
@@ -266,30 +264,21 @@ def with_pixels(images: ImageSet, *, image_size: int, cache: Path | None, thread
     return ImageSet(images.paths, images.labels, images.keys, source=array)
 
 
-def list_images(folders: Sequence[str | Path]) -> list[Path]:
-    """Every image file below the folders, sorted.
+def unlabelled_set(
+    folders: Sequence[str], *, image_size: int, cache: Path | None, threads: int
+) -> ImageSet | None:
+    """Images of folders in any nesting, labels unknown; None without folders.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no image.
     """
-    found: list[Path] = []
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"dataset.unlabelled: {folder} is no folder")
-        inside = sorted(p for p in Path(folder).rglob("*") if is_image_name(p.name) and p.is_file())
-        if not inside:
-            raise FileNotFoundError(f"dataset.unlabelled: no image below {folder}")
-        found += inside
-    return found
-
-
-def unlabelled_set(
-    folders: Sequence[str], *, image_size: int, cache: Path | None, threads: int
-) -> ImageSet | None:
-    """Images of folders in any nesting, labels unknown; None without folders."""
     if not folders:
         return None
-    paths = list_images(folders)
+    found = list_images(folders)
+    if found.bad:
+        path, reason = found.bad[0]
+        raise FileNotFoundError(f"dataset.unlabelled: {path}: {reason}")
+    paths = found.files
     labels = np.full(len(paths), NO_LABEL)
     files = ImageSet(paths, labels, content_keys(paths, threads=max(1, threads)))
     return with_pixels(files, image_size=image_size, cache=cache, threads=threads)
@@ -328,11 +317,6 @@ def without_copies(data: Data) -> Data:
     note = f"{len(extra) - len(kept)} unlabelled images are copies of others and left out"
     left = extra.subset(np.array(kept, dtype=np.int64))
     return replace(data, unlabelled=left, notes=(*data.notes, note))
-
-
-def digit_arrays(size: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """scikit-learn's digits at ``size`` pixels."""
-    return digits(size=size)
 
 
 # -- loaders --------------------------------------------------------------------------------------

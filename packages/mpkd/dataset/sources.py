@@ -12,12 +12,13 @@ import numpy.typing as npt
 from mpkd.dataset import cifar10, data_utils, views
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data
 from mpkd.dataset.imagenet_loader import CLASSES, IMAGES, imagenet_sets
-from shared_core.datasets import ImageSet, find, get, prepare_data, scan
+from shared_core.datasets import ImageSet, digits, find, get, prepare_data, scan
 from shared_core.datasets.finding.fingerprint import content_keys
 from shared_core.datasets.finding.unpack import Limits, unpack
 from shared_core.runs import UsageError
 
 CIFAR_IMAGES = 60_000
+DIGITS_SIDE = 32  # pixels, where none are asked for
 ARCHIVES = ("CIFAR10.zip", "cifar10.zip", "CIFAR-10.zip", "cifar-10-python.tar.gz")
 TEST_SPLIT = 0.2  # of sets without a test part
 SPLIT_SEED = 0  # the split is part of the data: seeds of a run do not move it
@@ -171,8 +172,8 @@ def _cifar10(config: Mapping[str, Any], output: Path, data_root: Path | None) ->
 
 
 def _digits(config: Mapping[str, Any], output: Path, data_root: Path | None) -> Data:
-    size = _small_size(config, data_utils.DIGITS_SIDE)
-    images, labels = data_utils.digit_arrays(size)
+    size = _small_size(config, DIGITS_SIDE)
+    images, labels = digits(size=size)
     names = [f"digits/{n:04d}" for n in range(len(labels))]
     return _from_arrays(
         config, output, name="digits", kind="built-in", size=size, images=images, labels=labels,
@@ -223,6 +224,7 @@ def _prepared(
     prepared = prepare_data(
         output, root=root, scenes=scenes, split_seed=SPLIT_SEED,
         fractions=((TRAIN, 1 - TEST_SPLIT - val), (CALIBRATION, val), (TEST, TEST_SPLIT)),
+        split=config["dataset.split"] or None,
     )  # fmt: skip
     size = int(config["dataset.image_size"] or min(224, prepared.image_side()))
     sets = {part: prepared.image_set(part) for part in (TRAIN, CALIBRATION, TEST)}

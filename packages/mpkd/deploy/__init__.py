@@ -1,1 +1,1 @@
-"""The student for other runtimes: ONNX, int8 with Q/DQ nodes, OpenVINO, TensorRT."""
+"""The student for other runtimes: its grids in ONNX, OpenVINO, TensorRT, and what opens them."""

@@ -1,143 +1,168 @@
-"""The export stage: ONNX in fp32 and int8, OpenVINO, and what a TensorRT build needs."""
+"""The export stage: the student, with its own bits where it has them, as a model folder."""
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import nn
 
-from mpkd.dataset.data_utils import TEST
-from mpkd.deploy.openvino_net import convert_openvino, load_openvino, openvino_model
+from mpkd.deploy import forms
+from mpkd.deploy.openers import OPENVINO_INT8, PACKED, facts_of, torch_run
+from mpkd.deploy.qdq import opset_for, with_own_grids
 from mpkd.deploy.tensorrt_build import build_command
-from mpkd.quant.nncf_int8 import nncf_int8
-from mpkd.quant.ort_int8 import ort_int8, run_onnx
-from mpkd.run_context import Run
-from shared_core.checkpoints import atomic_write
+from mpkd.quant.cost import layer_facts
+from mpkd.quant.layers import quant_layers
+from mpkd.quant.shipped import plain, shipped
+from shared_core.deploy.facts import ModelFacts
+from shared_core.deploy.predictor import OPENVINO
+from shared_core.deploy.write import Calibration, Form, Int8Wish, Written, write_model_folder
+from shared_core.for_torch.cost import count_params
 from shared_core.for_torch.export import export_onnx
 
 KINDS = ("onnx", "qdq", "openvino", "tensorrt")
-FP32, INT8, ABOUT = "student.onnx", "student_int8.onnx", "student.json"
-TRT = "student_tensorrt.onnx"
-IR, IR_INT8 = "student_openvino.xml", "student_openvino_int8.xml"
-CHECK_IMAGES = 512  # test images on which runtimes are compared
+TENSORRT = "tensorrt"
+# Of a float network the answers differ by rounding alone. Of a quantized one a value that lies on
+# the edge of a step may fall to either side, by the whole step, because runtimes add in another
+# order; and ONNX Runtime rounds the biases of its 8-bit kernels.
+FLOAT_CHECK = {"min_same": 0.999, "max_distance": 1e-3}
+GRID_CHECK = {"min_same": 0.99, "max_distance": 0.1}
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the quantizers' advice and deprecation notes, which a user can do nothing about."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+@dataclass(frozen=True)
+class ExportWishes:
+    """``export.*`` of the configuration.
+
+    Attributes:
+        onnx, qdq, openvino, tensorrt: which files.
+        slower_int8: keep an int8 file that is not faster on this machine, for another device.
+        max_accuracy_loss: most that int8 may lose, a fraction.
+    """
+
+    onnx: bool
+    qdq: bool
+    openvino: bool
+    tensorrt: bool
+    slower_int8: bool
+    max_accuracy_loss: float
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is asked for."""
+        return any(getattr(self, kind) for kind in KINDS)
 
 
-def write_about(path: Path, facts: Mapping[str, Any]) -> None:
-    """Classes, size and normalisation beside the exported files, for inference."""
-    kept = {key: facts[key] for key in ("class_names", "input_size", "mean", "std", "split_hash")}
-    text = json.dumps(kept, indent=1) + "\n"
-    atomic_write(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+def export_wishes(config: Mapping[str, Any]) -> ExportWishes:
+    """Read from values by dotted key."""
+    names = ExportWishes.__dataclass_fields__
+    return ExportWishes(**{name: config[f"export.{name}"] for name in names})
 
 
-def export_all(run: Run, student: nn.Module, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what ``export.*`` asks for into ``export/`` and compare answers on test images.
+@dataclass(frozen=True)
+class ExportData:
+    """Images for an export.
 
-    Returns:
-        File names, and for each the share of test images that get the same class as in torch.
+    Attributes:
+        test: uint8 views and labels in batches; every file is asked all of them.
+        calibration: uint8 views of training images.
+    """
+
+    test: Iterable[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
+    calibration: npt.NDArray[np.uint8]
+
+
+def export_student(
+    folder: Path,
+    net: nn.Module,
+    known: Mapping[str, Any],
+    wishes: ExportWishes,
+    data: ExportData,
+    *,
+    packed: Path | None = None,
+    command: str = "",
+) -> Written:
+    """Write the model folder of a student; every file is compared with the network in torch.
+
+    A quantized student is shipped with the grids that it was trained with, and packed: no second
+    quantization takes their place. ``qdq`` then has nothing to do.
+
+    Args:
+        net: the student, quantized or not, on the CPU.
+        known: facts of its checkpoint.
+        packed: the file of its packed weights, of a quantized one.
+        command: as the user typed it.
 
     Raises:
-        ExportError: a runtime's numbers differ from torch's; the int8 file's zero-points are not 0.
+        ExportError: a file that does not answer as the network.
         ImportError: a runtime that is asked for is not installed.
     """
-    folder = run.folder / "export"
-    folder.mkdir(parents=True, exist_ok=True)
-    config, size = run.config, run.data.image_size
-    images, expected = _check_images(run, student)
-    files: dict[str, Any] = {}
-    # Every other file is made from it.
-    found = export_onnx(student.cpu(), folder / FP32, input_size=(3, size, size))
-    write_about(folder / ABOUT, facts)
-    files["onnx"] = {
-        "file": FP32, "max_abs": found.max_abs, "max_rel": found.max_rel,
-        "agreement": _agreement(run_onnx(folder / FP32, images, threads=1), expected),
-    }  # fmt: skip
-    calibration = torch.cat(run.calibration_images()).cpu()
-    if config["export.qdq"]:
-        with quiet():
-            made = ort_int8(folder / FP32, folder / INT8, calibration.numpy())
-        files["qdq"] = {
-            "file": INT8, "layers": made.heavy_quantized, "bytes": made.size_bytes,
-            "agreement": _agreement(run_onnx(folder / INT8, images, threads=1), expected),
-        }  # fmt: skip
-    if config["export.openvino"]:
-        with quiet():
-            files |= _openvino(folder, student.cpu(), calibration, images, expected)
-    if config["export.tensorrt"]:
-        # TensorRT reads biases as floats: a file of its own.
-        with quiet():
-            made = ort_int8(folder / FP32, folder / TRT, calibration.numpy(), quantize_bias=False)
-        command = build_command(TRT, image_size=size)
-        files["tensorrt"] = {
-            "file": TRT, "layers": made.heavy_quantized, "command": command,
-            "agreement": _agreement(run_onnx(folder / TRT, images, threads=1), expected),
-        }  # fmt: skip
-        run.log.say(f"export: build the engine on the device: {command}")
-    for kind, row in files.items():
-        if "agreement" in row:
-            run.log.say(f"export: {kind}: same class as torch on {row['agreement']:.4f} of images")
-    return {"files": files}
+    size, has_bits = int(known["input_size"][1]), bool(quant_layers(net))
+    net = shipped(net) if has_bits else net.eval()
+    bare, facts = plain(net), facts_of(known)
+    costs = {
+        "macs": sum(layer.macs for layer in layer_facts(net, size)),
+        "parameters": count_params(bare),
+    }
+    facts = facts.replaced(costs=costs, provenance={**facts.provenance, "command": command})
+    calibrated = wishes.qdq and not has_bits
+    int8 = Int8Wish(
+        ("yes" if wishes.slower_int8 else "auto") if calibrated else "no",
+        max_accuracy_loss=wishes.max_accuracy_loss,
+    )
+    with TemporaryDirectory() as scratch:
+        source = Path(scratch) / "float.onnx"
+        export_onnx(
+            bare, source, input_size=(3, size, size), check_batches=(), opset=opset_for(net)
+        )
+        return write_model_folder(
+            folder, facts=facts, network=torch_run(facts, net), sources=[_graph(source, net)],
+            forms=_forms(bare, facts, wishes, data, packed, has_bits=has_bits), test=data.test,
+            calibration=Calibration(data.calibration) if calibrated else None, int8=int8,
+            **(GRID_CHECK if has_bits else FLOAT_CHECK),
+        )  # fmt: skip
 
 
-def _check_images(run: Run, student: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Test images as the network sees them, float32 ``(N, 3, S, S)``, and torch's classes."""
-    parts, count = [], 0
-    for batch in run.evaluation_loader(TEST, shared=False):
-        parts.append(batch.images.cpu().contiguous().numpy().copy())
-        count += len(batch.labels)
-        if count >= CHECK_IMAGES:
-            break
-    images = np.concatenate(parts)[:CHECK_IMAGES]
-    with torch.no_grad():
-        device = next(student.parameters()).device
-        logits = student.eval()(torch.from_numpy(images).to(device)).cpu().numpy()
-    return images, logits.argmax(axis=1)
+def _graph(source: Path, net: nn.Module) -> Any:
+    import onnx
+
+    return with_own_grids(onnx.load(str(source)), net)
 
 
-def _agreement(logits: np.ndarray, expected: np.ndarray) -> float:
-    return float((logits.argmax(axis=1) == expected).mean())
+def _forms(
+    bare: nn.Module,
+    facts: ModelFacts,
+    wishes: ExportWishes,
+    data: ExportData,
+    packed: Path | None,
+    *,
+    has_bits: bool,
+) -> dict[str, Form]:
+    made: dict[str, Form] = {}
+    if packed is not None:
+        made[PACKED] = forms.packed_form(packed, facts)
+    if wishes.openvino:
+        made[OPENVINO] = forms.openvino_form()
+        if not has_bits:
+            made[OPENVINO_INT8] = forms.nncf_form(data.calibration)
+    if wishes.tensorrt:
+        made[TENSORRT] = forms.tensorrt_form(bare, facts, data.calibration)
+    return made
 
 
-def _openvino(
-    folder: Path,
-    student: nn.Module,
-    calibration: torch.Tensor,
-    images: np.ndarray,
-    expected: np.ndarray,
-) -> dict[str, Any]:
-    """OpenVINO's files in fp32 and, by NNCF, in int8; with the share of equal classes."""
-    found: dict[str, Any] = {}
-    model = convert_openvino(student, images.shape[-1])
-    load_openvino().save_model(model, str(folder / IR), compress_to_fp16=False)
-    nncf_int8(student, folder / IR_INT8, calibration)
-    for kind, file in (("openvino", IR), ("openvino_int8", IR_INT8)):
-        logits = np.concatenate(list(run_openvino(folder / file, images)))
-        found[kind] = {"file": file, "agreement": _agreement(logits, expected)}
-    return found
-
-
-def run_openvino(path: Path, images: np.ndarray, *, batch: int = 64) -> Iterator[np.ndarray]:
-    """Logits of an OpenVINO file by batches, on one thread of the CPU."""
-    compiled = openvino_model(path)
-    for start in range(0, len(images), batch):
-        yield compiled(images[start : start + batch])[compiled.output(0)]
+def export_lines(written: Written, wishes: ExportWishes, *, has_bits: bool) -> list[str]:
+    """What there is to say of an export, a line each."""
+    lines = list(written.lines)
+    if wishes.qdq and has_bits:
+        lines.append(
+            "  export.qdq: the student has its bits already, model.onnx holds them as Q/DQ nodes"
+        )
+    if wishes.tensorrt:
+        side = written.facts.input_size[0]
+        command = build_command(str(written.folder / forms.TRT), image_size=side)
+        lines.append(f"  build the engine on the device: {command}")
+    return lines

@@ -20,9 +20,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from mpkd.quant.ort_int8 import check_qdq
 from shared_core.checkpoints import atomic_write
-from shared_core.runs import UsageError, run_command
+from shared_core.deploy.quantize import check_symmetric
+from shared_core.runs.command import run_command
+from shared_core.runs.numbers import SIZE
+from shared_core.runs.options import CommandParser
 
 
 def build_command(model: str, *, image_size: int) -> str:
@@ -34,27 +36,33 @@ def build_command(model: str, *, image_size: int) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="tensorrt_build.py", description="Build a TensorRT engine from an int8 Q/DQ ONNX file."
+    p = CommandParser(
+        prog="tensorrt_build.py",
+        description="Build a TensorRT engine from an int8 Q/DQ ONNX file, on the device that will "
+        "run it.",
     )
-    p.add_argument("model", type=Path, help="student_tensorrt.onnx of the export stage")
-    p.add_argument("--image-size", type=int, required=True, help="pixels a side")
-    p.add_argument("--max-batch", type=int, default=16)
-    p.add_argument("--output", type=Path, help="the engine (default: beside the model, .engine)")
-    p.add_argument("--check", action="store_true", help="check the file and stop")
+    add = p.add_argument
+    add("model", type=Path, metavar="MODEL", help="model.tensorrt.onnx of the export stage.")
+    add(
+        "--image-size", type=SIZE, required=True, metavar="PIXELS",
+        help="The side in pixels of the network's images.",
+    )  # fmt: skip
+    add(
+        "--max-batch", type=SIZE, default=16, metavar="N",
+        help="The most images that the engine will take at once.",
+    )  # fmt: skip
+    add(
+        "--output", type=Path, metavar="FILE",
+        help="The engine's file. Without it the model's name with the ending .engine.",
+    )  # fmt: skip
+    add("--check", action="store_true", help="Check the file and stop; any machine can do that.")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then build. Returns the exit code."""
     args = build_parser().parse_args(argv)
-    if args.max_batch < 1 or args.image_size < 1:
-        raise UsageError(
-            f"--max-batch {args.max_batch}, --image-size {args.image_size}: expected 1 or more"
-        )
-    found = check_qdq(args.model)
-    if "int32" in found.kinds:
-        raise ValueError(f"{args.model}: quantized biases, expected the file of export.tensorrt")
+    found = check_symmetric(args.model)
     nodes = found.quantize + found.dequantize
     print(f"{args.model}: {nodes} Q/DQ nodes, all zero points 0", flush=True)
     if args.check:

@@ -1,7 +1,7 @@
 """Block reconstruction: weights to few bits without labels, by learning which way each one rounds.
 
 Rounding to the nearest value minimises the error of every weight, not that of the network. Here
-each weight goes up or down so that the *output* of its block stays what it was:
+each weight goes up or down so that the *output* of its unit stays what it was:
 
     W_q = s * (clip(floor(W / s) + h(V) + z, low, high) - z),   h(V) in [0, 1]
     min over V of  || block(x_q; W_q) - block(x; W) ||^2 + lambda * sum(1 - |2 h - 1|^beta)
@@ -10,8 +10,13 @@ each weight goes up or down so that the *output* of its block stays what it was:
 sigmoid stretched to [-0.1, 1.1] and clipped; ``beta`` falls from 20 to 2, which drives every ``h``
 to 0 or 1. Then the scales of the inputs are learned in the same way (LSQ).
 
+A unit is a residual block. A layer outside of any block is a unit together with the activation and
+the pooling behind it, which is AdaRound's unit: a network without blocks, such as ``simple_cnn``,
+is reconstructed by AdaRound. The error is not weighted by the gradient of the task (equation 10 of
+the paper).
+
 Source: Li et al. 2021, arXiv:2102.05426, equations 6 to 10 and algorithm 1; the rounding variable
-is that of Nagel et al. 2020, arXiv:2004.10568, equations 21 to 24. (The reference list of this
+is that of Nagel et al. 2020, arXiv:2004.10568, equations 21 to 25. (The reference list of this
 project's first README gives another paper's number for it, that of LSQ+.)
 """
 
@@ -23,20 +28,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpkd.quant.fake_quant import fake_quantize, per_channel
-from mpkd.quant.layers import QuantLayer, quant_layers, unquantized
+from mpkd.quant.fake_quant import per_channel
+from mpkd.quant.layers import QuantLayer, quant_layers, trace
 
 ZETA, GAMMA = 1.1, -0.1  # ends of the stretched sigmoid
 BETA_START, BETA_END = 20.0, 2.0
+BLOCKS = ("Block", "Bottleneck", "Residual")
+BEHIND = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.MaxPool2d,
+    nn.AvgPool2d, nn.Dropout,
+)  # fmt: skip
 WARM = 0.2  # share of the steps without the regulariser
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What became of one block.
+    """What became of one unit.
 
     Attributes:
-        name: dotted name of the block.
+        name: of the unit.
         before, after: mean squared error of its output against the original's, rounding to the
             nearest and learned.
     """
@@ -44,6 +54,31 @@ class Reconstruction:
     name: str
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is reconstructed at once.
+
+    Attributes:
+        names: dotted names of modules that compute one after another; the first holds the
+            quantized layers.
+        block: whether it is a residual block.
+    """
+
+    names: tuple[str, ...]
+    block: bool
+
+    @property
+    def name(self) -> str:
+        """Of its first module; says which kind of unit it is."""
+        return f"{'block' if self.block else 'layer'} {self.names[0]}"
+
+    def run(self, net: nn.Module, inputs: Tensor) -> Tensor:
+        """Its output."""
+        for name in self.names:
+            inputs = net.get_submodule(name)(inputs)
+        return inputs
 
 
 class LearnedRounding(nn.Module):
@@ -91,44 +126,61 @@ def beta_at(step: int, steps: int) -> float | None:
     return BETA_END + (BETA_START - BETA_END) * max(0.0, 1 - share)
 
 
-def blocks_of(net: nn.Module) -> list[str]:
-    """Names of the units to reconstruct: residual blocks whole, other quantized layers alone.
+def units_of(net: nn.Module) -> list[Unit]:
+    """Residual blocks whole, every other quantized layer with the activation behind it.
 
-    A module whose class name holds "Block", "Bottleneck" or "Residual" is a unit, the outermost
+    A module whose class name holds "Block", "Bottleneck" or "Residual" is a block, the outermost
     one that is; the units together hold every quantized layer once, in the order of the network.
     """
-    marks = ("Block", "Bottleneck", "Residual")
-    units: list[str] = []
+    tails = _tails(net)
+    units: list[Unit] = []
     for name, module in net.named_modules():
-        if any(name == unit or name.startswith(f"{unit}.") for unit in units):
+        if any(name.startswith(f"{unit.names[0]}.") for unit in units):
             continue
-        marked = any(mark in type(module).__name__ for mark in marks)
-        if isinstance(module, QuantLayer) or (name and marked and quant_layers(module)):
-            units.append(name)
+        marked = any(mark in type(module).__name__ for mark in BLOCKS)
+        if isinstance(module, QuantLayer):
+            units.append(Unit((name, *tails.get(name, ())), block=False))
+        elif name and marked and quant_layers(module):
+            units.append(Unit((name,), block=True))
     return units
 
 
+def _tails(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By quantized layer the activations and poolings that it alone feeds."""
+    modules, found = dict(net.named_modules()), {}
+    for node in trace(net).nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], QuantLayer):
+            continue
+        tail, last = [], node
+        while len(last.users) == 1:
+            last = next(iter(last.users))
+            if last.op != "call_module" or not isinstance(modules[last.target], BEHIND):
+                break
+            tail.append(last.target)
+        found[node.target] = tuple(tail)
+    return found
+
+
 @torch.no_grad()
-def _collect(net: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs of a module over all batches."""
-    inputs, outputs = [], []
+def _collect(net: nn.Module, unit: Unit, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of a unit over all batches."""
+    inputs: list[Tensor] = []
 
-    def note(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        # Copies: an in-place activation that follows would change what is kept.
+    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.append(args[0].detach().clone())
-        outputs.append(output.detach().clone())
 
-    hook = net.get_submodule(name).register_forward_hook(note)
+    hook = net.get_submodule(unit.names[0]).register_forward_pre_hook(note)
     try:
         for images in batches:
             net(images)
     finally:
         hook.remove()
-    return torch.cat(inputs), torch.cat(outputs)
+    return torch.cat(inputs), torch.cat([unit.run(net, part.clone()) for part in inputs])
 
 
 def reconstruct(
     net: nn.Module,
+    original: nn.Module,
     batches: Sequence[Tensor],
     *,
     steps: int = 20_000,
@@ -138,41 +190,41 @@ def reconstruct(
     generator: torch.Generator | None = None,
     report: Callable[[Reconstruction], None] | None = None,
 ) -> list[Reconstruction]:
-    """Learn the rounding of every quantized layer of ``net``, block after block, in place.
+    """Learn the rounding of every quantized layer of ``net``, unit after unit, in place.
 
     Args:
         net: batch norms folded, layers quantized (``quantize_net``), in evaluation mode. Inputs
             must be calibrated when they are quantized.
+        original: the network without quantization, under the same names (``plain(net)``, before):
+            the weights of ``net`` do not stay what they were.
         batches: calibration images ``(N, 3, H, W)``; labels are not needed. 1,024 images in the
             paper.
-        steps: of Adam, for each block.
+        steps: of Adam, for each unit.
         batch_size: images a step.
         learning_rate: of the rounding variables.
-        strength: lambda, relative to the squared error of the block's output summed over its
+        strength: lambda, relative to the squared error of the unit's output summed over its
             channels and averaged over images and positions.
         generator: chooses the images of each step.
-        report: called after each block.
+        report: called after each unit.
 
     Returns:
-        One entry a block, in order.
+        One entry a unit, in order.
 
     Raises:
         ValueError: nothing is quantized, or the network is in training mode.
     """
     if net.training:
         raise ValueError("the network is in training mode, expected evaluation mode")
-    units = blocks_of(net)
+    units = units_of(net)
     if not units:
         raise ValueError("the network has no quantized layer, expected quantize_net before")
     found = []
-    for name in units:
-        unit = net.get_submodule(name)
-        inputs, _ = _collect(net, name, batches)  # of the network quantized so far
-        with unquantized(net):
-            _, targets = _collect(net, name, batches)
+    for unit in units:
+        inputs, _ = _collect(net, unit, batches)  # of the network quantized so far
+        _, targets = _collect(original, unit, batches)
         found.append(
-            _reconstruct_block(
-                name, unit, inputs, targets,
+            _reconstruct_unit(
+                net, unit, inputs, targets,
                 steps=steps, batch_size=batch_size, learning_rate=learning_rate,
                 strength=strength, generator=generator,
             )
@@ -182,18 +234,23 @@ def reconstruct(
     return found
 
 
-def _block_error(unit: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> float:
+def _error(net: nn.Module, unit: Unit, inputs: Tensor, targets: Tensor, batch_size: int) -> float:
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(inputs), batch_size):
             chosen = slice(start, start + batch_size)
-            total += float((unit(inputs[chosen]) - targets[chosen]).square().sum())
+            total += float((unit.run(net, inputs[chosen]) - targets[chosen]).square().sum())
     return total / targets.numel()
 
 
-def _reconstruct_block(
-    name: str,
-    unit: nn.Module,
+def _layers(net: nn.Module, unit: Unit) -> list[QuantLayer]:
+    inside = net.get_submodule(unit.names[0]).modules()
+    return [layer for layer in inside if isinstance(layer, QuantLayer)]
+
+
+def _reconstruct_unit(
+    net: nn.Module,
+    unit: Unit,
     inputs: Tensor,
     targets: Tensor,
     *,
@@ -203,9 +260,8 @@ def _reconstruct_block(
     strength: float,
     generator: torch.Generator | None,
 ) -> Reconstruction:
-    layers = [layer for layer in unit.modules() if isinstance(layer, QuantLayer)]
-    layers = [layer for layer in layers if layer.weight_quantizer is not None]
-    before = _block_error(unit, inputs, targets, batch_size)
+    layers = [layer for layer in _layers(net, unit) if layer.weight_quantizer is not None]
+    before = _error(net, unit, inputs, targets, batch_size)
     roundings = [LearnedRounding(layer) for layer in layers]
     originals = [layer.base.weight for layer in layers]
     for layer, rounding in zip(layers, roundings, strict=True):
@@ -214,7 +270,7 @@ def _reconstruct_block(
     for step in range(steps):
         index = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator)
         # Summed over the channels, averaged over images and positions, as in the published code.
-        error = (unit(inputs[index]) - targets[index]).square().sum(dim=1).mean()
+        error = (unit.run(net, inputs[index]) - targets[index]).square().sum(dim=1).mean()
         beta = beta_at(step, steps)
         if beta is not None:
             error = error + strength * sum(r.regulariser(beta) for r in roundings)
@@ -225,7 +281,7 @@ def _reconstruct_block(
         del layer.quantized_weight  # type: ignore[method-assign]  # back to the class's own
         with torch.no_grad():
             weight.copy_(rounding.weight(hard=True))
-    return Reconstruction(name, before, _block_error(unit, inputs, targets, batch_size))
+    return Reconstruction(unit.name, before, _error(net, unit, inputs, targets, batch_size))
 
 
 def _use(layer: QuantLayer, weight: Callable[[], Tensor]) -> None:
@@ -233,23 +289,9 @@ def _use(layer: QuantLayer, weight: Callable[[], Tensor]) -> None:
     layer.quantized_weight = weight  # type: ignore[method-assign]  # for the time of learning
 
 
-def is_on_grid(layer: QuantLayer) -> bool:
-    """Whether the stored weight is what the quantizer makes of it: rounding again moves nothing."""
-    weight = layer.base.weight.detach()
-    quantizer = layer.weight_quantizer
-    if quantizer is None:
-        return False
-    shown = fake_quantize(
-        weight,
-        per_channel(quantizer.scale.detach(), weight),
-        per_channel(quantizer.zero_point, weight),
-        quantizer.grid,
-    )
-    return bool(torch.allclose(shown, weight, rtol=0, atol=1e-5 * float(quantizer.scale.max())))
-
-
 def learn_input_scales(
     net: nn.Module,
+    original: nn.Module,
     batches: Sequence[Tensor],
     *,
     steps: int = 5_000,
@@ -257,28 +299,23 @@ def learn_input_scales(
     learning_rate: float = 4e-4,
     generator: torch.Generator | None = None,
 ) -> list[Reconstruction]:
-    """Learn the scales of the inputs block after block, the weights standing, in place.
+    """Learn the scales of the inputs unit after unit, the weights standing, in place.
 
     Args:
-        net: as for :func:`reconstruct`, which comes first; input quantizers calibrated.
-        steps, batch_size, learning_rate: of Adam with a cosine schedule, for each block.
+        net, original: as for :func:`reconstruct`, which comes first; inputs calibrated.
+        steps, batch_size, learning_rate: of Adam with a cosine schedule, for each unit.
 
     Source: Li et al. 2021, arXiv:2102.05426, section 4.1 and published code.
     """
     found = []
-    for name in blocks_of(net):
-        unit = net.get_submodule(name)
-        scales = [
-            layer.input_quantizer.scale
-            for layer in unit.modules()
-            if isinstance(layer, QuantLayer) and layer.input_quantizer is not None
-        ]
+    for unit in units_of(net):
+        quantizers = [layer.input_quantizer for layer in _layers(net, unit)]
+        scales = [quantizer.scale for quantizer in quantizers if quantizer is not None]
         if not scales:
             continue
-        inputs, _ = _collect(net, name, batches)
-        with unquantized(net):
-            _, targets = _collect(net, name, batches)
-        before = _block_error(unit, inputs, targets, batch_size)
+        inputs, _ = _collect(net, unit, batches)
+        _, targets = _collect(original, unit, batches)
+        before = _error(net, unit, inputs, targets, batch_size)
         learned = [scale.requires_grad for scale in scales]
         for scale in scales:
             scale.requires_grad_(True)
@@ -286,12 +323,13 @@ def learn_input_scales(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             index = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator)
-            error = (unit(inputs[index]) - targets[index]).abs().pow(2.4).sum(dim=1).mean()
+            missed = unit.run(net, inputs[index]) - targets[index]
             optimizer.zero_grad()
-            error.backward()
+            missed.abs().pow(2.4).sum(dim=1).mean().backward()
             optimizer.step()
             schedule.step()
         for scale, wanted in zip(scales, learned, strict=True):
             scale.requires_grad_(wanted)
-        found.append(Reconstruction(name, before, _block_error(unit, inputs, targets, batch_size)))
+        after = _error(net, unit, inputs, targets, batch_size)
+        found.append(Reconstruction(unit.name, before, after))
     return found

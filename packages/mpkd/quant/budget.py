@@ -285,7 +285,7 @@ def latency_budget(
 
     Args:
         latencies: measured seconds by layer and weight bits, 8 among them
-            (:func:`mpkd.quant.latency.latency_table`).
+            (:func:`mpkd.deploy.layer_latency.latency_table`).
     """
     table = {
         name: {(w, a): latencies[name][w] for w in w_options[name] for a in a_options[name]}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mpkd.quant.layers import FLOAT, QuantLayer
+from mpkd.quant.layers import FLOAT, QuantLayer, quant_layers, quantizable
 
 
 @dataclass(frozen=True)
@@ -19,45 +20,50 @@ class LayerFacts:
         name: dotted.
         weights: number of weights, without the bias.
         macs: multiply-accumulates for one image.
+        inputs, outputs: shapes without the batch, ``(C, H, W)`` or ``(C,)``.
     """
 
     name: str
     weights: int
     macs: int
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
+def plain_layer(net: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
+    """The convolution or linear layer of a dotted name, also where it is quantized."""
+    module = net.get_submodule(name)
+    return module.base if isinstance(module, QuantLayer) else module  # type: ignore[return-value]
+
+
+@torch.no_grad()
 def layer_facts(net: nn.Module, image_size: int) -> list[LayerFacts]:
-    """Weights and MACs of every convolution and linear layer, in the order of the network.
+    """Every convolution and linear layer (quantized or not) in the order in which they compute.
 
     Args:
         image_size: side in pixels of a square image.
     """
     found: dict[str, LayerFacts] = {}
-    hooks = []
+    inner = {f"{n}.base" for n in quant_layers(net)}
+    names = [n for n in (*quant_layers(net), *quantizable(net)) if n not in inner]
 
-    def note(name: str, layer: nn.Module, output: torch.Tensor) -> None:
-        weight = layer.weight
-        places = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
-        before = found.get(name)
-        macs = weight.numel() * places + (before.macs if before else 0)
-        found[name] = LayerFacts(name, weight.numel(), macs)
+    def note(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+        layer = plain_layer(net, name)
+        count = layer.weight.numel()
+        places = math.prod(outputs[1:] if isinstance(layer, nn.Conv2d) else outputs[:-1])
+        before = found[name].macs if name in found else 0
+        found[name] = LayerFacts(name, count, before + count * places, inputs, outputs)
 
-    inner = {n + ".base" for n, m in net.named_modules() if isinstance(m, QuantLayer)}
-    for name, module in net.named_modules():
-        if isinstance(module, QuantLayer):
-            hooks.append(
-                module.register_forward_hook(lambda m, _i, out, name=name: note(name, m.base, out))
-            )
-        elif isinstance(module, (nn.Conv2d, nn.Linear)) and name not in inner:
-            hooks.append(
-                module.register_forward_hook(lambda m, _i, out, name=name: note(name, m, out))
-            )
+    hooks = [
+        net.get_submodule(name).register_forward_hook(
+            lambda _m, given, out, name=name: note(name, tuple(given[0].shape[1:]),
+                                                   tuple(out.shape[1:]))
+        )
+        for name in names
+    ]  # fmt: skip
     training = net.training
-    net.eval()
     try:
-        with torch.no_grad():
-            parameter = next(net.parameters())
-            net(parameter.new_zeros(1, 3, image_size, image_size))
+        net.eval()(next(net.parameters()).new_zeros(1, 3, image_size, image_size))
     finally:
         net.train(training)
         for hook in hooks:
@@ -94,15 +100,7 @@ def size_bytes(net: nn.Module, facts: list[LayerFacts], w_bits: Mapping[str, int
     A quantized layer also stores one 32-bit scale for each output channel.
     """
     quantized = [layer for layer in facts if w_bits.get(layer.name, FLOAT) != FLOAT]
-    rest = sum(p.numel() for p in net.parameters()) - sum(layer.weights for layer in facts)
-    scales = 0
-    modules = dict(net.named_modules())
-    for layer in quantized:
-        module = modules[layer.name]
-        base = module.base if isinstance(module, QuantLayer) else module
-        scales += base.weight.shape[0]
-    if any(isinstance(module, QuantLayer) for module in modules.values()):
-        rest -= sum(
-            p.numel() for n, p in net.named_parameters() if "_quantizer." in n
-        )  # counted as scales
+    plain = sum(p.numel() for n, p in net.named_parameters() if "_quantizer." not in n)
+    rest = plain - sum(layer.weights for layer in facts)
+    scales = sum(plain_layer(net, layer.name).weight.shape[0] for layer in quantized)
     return (weight_bits(facts, w_bits) + 32 * (rest + scales) + 7) // 8

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 16
@@ -50,6 +51,11 @@ class Grid:
         """The highest integer."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
+    @property
+    def levels(self) -> int:
+        """How many values there are: ``2 ** bits``, one less on a narrow grid (ternary at 2)."""
+        return self.high - self.low + 1
+
 
 def round_through(x: Tensor) -> Tensor:
     """``round(x)`` (half to even) with the gradient of ``x``.
@@ -65,10 +71,12 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
-    """``x`` on the grid, in the units of ``x``.
+    """``x`` on the grid, in the units of ``x``: ``s * round(clip(x / s, low - z, high - z))``.
 
-    The gradient is that of LSQ: 1 for ``x`` within the grid and 0 outside; for the scale
-    ``round(x / s) - x / s`` within, the grid's end (less ``z``) outside; for the offset 0 within.
+    First clipped, then rounded: clipping passes no gradient at its ends, and rounding first would
+    put every value of the outer half steps there. The gradient is that of LSQ: 1 for ``x``
+    strictly within the grid and 0 outside; for the scale ``round(x / s) - x / s`` within, the
+    grid's end (less ``z``) outside; for the offset 0 within and ``-s`` outside.
 
     Args:
         x: float, any shape.
@@ -80,9 +88,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
     """
     scaled = x / scale
     if zero_point is None:
-        return round_through(scaled).clamp(grid.low, grid.high) * scale
+        return round_through(F.hardtanh(scaled, grid.low, grid.high)) * scale
     offset = round_through(zero_point)
-    return ((round_through(scaled) + offset).clamp(grid.low, grid.high) - offset) * scale
+    low, high = grid.low - offset, grid.high - offset
+    # torch.clamp would give an end that is a tensor half of the gradient of what lies on it.
+    held = torch.where(scaled <= low, low, torch.where(scaled >= high, high, scaled))
+    return round_through(held) * scale
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:

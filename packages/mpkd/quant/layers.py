@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mpkd.quant.fake_quant import per_channel
 from mpkd.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 FLOAT = 32  # "bits" of a part that is left as it is
@@ -21,7 +25,7 @@ class QuantLayer(nn.Module):
     Args:
         base: ``nn.Conv2d`` or ``nn.Linear``; its parameters go on being trained.
         w_bits, a_bits: 2 to 16, or 32 for none.
-        symmetric: weights (and signed inputs) without an offset.
+        symmetric: weights without an offset.
         method: how ranges are found, ``mse`` or ``minmax``.
         learned: scales are trained (LSQ for weights, LSQ+ for inputs).
     """
@@ -48,9 +52,7 @@ class QuantLayer(nn.Module):
             )
         )
         self.input_quantizer = (
-            None
-            if a_bits == FLOAT
-            else ActivationQuantizer(bits=a_bits, symmetric=False, learned=learned)
+            None if a_bits == FLOAT else ActivationQuantizer(bits=a_bits, learned=learned)
         )
         self.enabled = True
 
@@ -75,6 +77,21 @@ class QuantLayer(nn.Module):
         if self.input_quantizer is not None and self.enabled:
             x = self.input_quantizer(x)
         return self.apply_weight(x, self.quantized_weight())
+
+    @torch.no_grad()
+    def fold(self, norm: nn.BatchNorm2d) -> None:
+        """Take the batch norm that follows into weight, bias and grid."""
+        base, quantizer = self.base, self.weight_quantizer
+        factor = (norm.running_var + norm.eps).rsqrt()
+        factor = factor if norm.weight is None else factor * norm.weight
+        before = 0.0 if base.bias is None else base.bias
+        bias = (before - norm.running_mean) * factor
+        bias = bias if norm.bias is None else bias + norm.bias
+        weight = base.weight if quantizer is None else quantizer(base.weight)
+        base.weight = nn.Parameter(weight * per_channel(factor, weight))
+        base.bias = nn.Parameter(bias)
+        if quantizer is not None:
+            quantizer.stretch(factor)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer with another weight of the same shape."""
@@ -126,12 +143,8 @@ def quantize_net(
         if name not in known:
             raise ValueError(f"no layer {name!r} to quantize, expected one of {sorted(known)}")
     for name, bits in w_bits.items():
-        parent, _, leaf = name.rpartition(".")
-        owner = net.get_submodule(parent)
-        layer = QuantLayer(
-            getattr(owner, leaf), w_bits=bits, a_bits=(a_bits or {}).get(name, FLOAT), **options
-        )
-        setattr(owner, leaf, layer)
+        base, inputs = net.get_submodule(name), (a_bits or {}).get(name, FLOAT)
+        put(net, name, QuantLayer(base, w_bits=bits, a_bits=inputs, **options))
     return net
 
 
@@ -168,51 +181,67 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor], *, method: str = "mse")
 
 
 @contextmanager
-def unquantized(net: nn.Module, names: Iterable[str] | None = None) -> Any:
-    """Within it the layers (``names``, or all) compute as if not quantized."""
-    layers = quant_layers(net)
-    chosen = [layers[name] for name in (layers if names is None else names)]
-    before = [layer.enabled for layer in chosen]
-    for layer in chosen:
+def unquantized(net: nn.Module) -> Iterator[nn.Module]:
+    """Within it all layers compute as if not quantized."""
+    layers = quant_layers(net).values()
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
         layer.enabled = False
     try:
         yield net
     finally:
-        for layer, enabled in zip(chosen, before, strict=True):
+        for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+class _Tracer(torch.fx.Tracer):
+    """Does not look into quantized layers."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QuantLayer) or super().is_leaf_module(module, name)
+
+
+def trace(net: nn.Module) -> torch.fx.Graph:
+    """The network's graph, a quantized layer as one node.
+
+    Raises:
+        ValueError: the network cannot be traced.
+    """
+    try:
+        return _Tracer().trace(net)
+    except Exception as error:  # a tracer meets whatever a network's own code raises
+        raise ValueError(f"{type(net).__name__} cannot be traced: {error}") from None
 
 
 def fold_batch_norms(net: nn.Module) -> nn.Module:
     """A copy of ``net`` in evaluation mode, each batch norm folded into the convolution before it.
 
+    The convolution may be quantized: then its weights go onto their grid first, and the grid is
+    stretched by the norm's factor, so that the whole numbers stay (but for the sign).
+
     Raises:
         ValueError: the network cannot be traced.
     """
-    import copy
-
-    from torch.fx import symbolic_trace
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
     net = copy.deepcopy(net).eval()
-    try:
-        graph = symbolic_trace(net).graph
-    except Exception as error:  # a tracer meets whatever a network's own code raises
-        raise ValueError(f"{type(net).__name__} cannot be traced: {error}") from None
     modules = dict(net.named_modules())
-    for node in graph.nodes:
+    for node in trace(net).nodes:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
         source = node.args[0]
-        if source.op != "call_module" or not isinstance(modules[source.target], nn.Conv2d):
-            continue
-        if len(source.users) > 1:
+        if source.op != "call_module" or len(source.users) > 1:
             continue  # someone else needs the convolution's own output
-        fused = fuse_conv_bn_eval(modules[source.target], modules[node.target])
-        _replace(net, source.target, fused)
-        _replace(net, node.target, nn.Identity())
+        layer, norm = modules[source.target], modules[node.target]
+        if isinstance(layer, QuantLayer) and isinstance(layer.base, nn.Conv2d):
+            layer.fold(norm)
+        elif isinstance(layer, nn.Conv2d):
+            put(net, source.target, fuse_conv_bn_eval(layer, norm))
+        else:
+            continue
+        put(net, node.target, nn.Identity())
     return net
 
 
-def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+def put(net: nn.Module, name: str, module: nn.Module) -> None:
+    """``module`` in the place of the one of a dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(net.get_submodule(parent), leaf, module)

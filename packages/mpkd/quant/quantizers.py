@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from mpkd.quant.fake_quant import (
 )
 
 METHODS = ("minmax", "mse")
+KEPT = 4096  # values of an input that are remembered of a batch
 
 
 def _check_method(method: str) -> None:
@@ -31,7 +34,8 @@ class WeightQuantizer(nn.Module):
     Args:
         weight: ``(out, ...)``; sets the scales.
         bits: 2 to 16.
-        symmetric: offset 0 and a symmetric grid (what TensorRT wants), else an offset as well.
+        symmetric: offset 0 and a symmetric grid (what TensorRT wants; ternary at 2 bits), else an
+            offset as well.
         method: ``mse`` searches the range of the least error, ``minmax`` takes all values.
         learned: the scales get gradients (LSQ).
     """
@@ -65,6 +69,11 @@ class WeightQuantizer(nn.Module):
         """Bits a weight."""
         return self.grid.bits
 
+    def learning_units(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """What learns here with the size that a step of it is relative to."""
+        if self.scale.requires_grad:
+            yield self.scale, float(self.scale.detach().abs().mean())
+
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` on the grid, same shape."""
         scale = self.scale.clamp(min=SMALLEST_SCALE)
@@ -74,65 +83,94 @@ class WeightQuantizer(nn.Module):
         return fake_quantize(weight, per_channel(scale, weight), zero, self.grid)
 
     @torch.no_grad()
+    def stretch(self, factor: Tensor) -> None:
+        """Make the grid fit weights times ``factor`` ``(out,)``, of either sign."""
+        self.scale.mul_(factor.abs()).clamp_(min=SMALLEST_SCALE)
+        mirrored = self.grid.low + self.grid.high - self.zero_point
+        self.zero_point.copy_(torch.where(factor < 0, mirrored, self.zero_point))
+
+    @torch.no_grad()
     def integers(self, weight: Tensor) -> Tensor:
         """The integers that would be stored, int32, same shape."""
-        scale, zero = per_channel(self.scale, weight), per_channel(self.zero_point, weight)
-        found = (weight / scale).round() + zero
+        scale = per_channel(self.scale.clamp(min=SMALLEST_SCALE), weight)
+        found = (weight / scale).round() + per_channel(self.zero_point, weight)
         return found.clamp(self.grid.low, self.grid.high).to(torch.int32)
 
 
 class ActivationQuantizer(nn.Module):
-    """A layer's input on one grid; its range comes from calibration images.
+    """A layer's input on one unsigned grid; its range comes from calibration images.
 
     Call ``observe`` on calibration batches, then ``set_range``. Where no value was below zero the
-    grid has no sign and the offset is 0; else there is an offset (LSQ+), or a symmetric grid.
+    offset is 0; else there is one (LSQ+), a whole number on the grid, so that zero stays exact.
 
     Args:
         bits: 2 to 16.
-        symmetric: never an offset.
         learned: scale (and offset) get gradients.
     """
 
-    def __init__(self, *, bits: int, symmetric: bool = False, learned: bool = False) -> None:
+    def __init__(self, *, bits: int, learned: bool = False) -> None:
         super().__init__()
-        self.symmetric, self.learned = symmetric, learned
-        self._bits = Grid(bits, signed=False).bits
+        self.grid, self.learned = Grid(bits, signed=False), learned
         self.scale = nn.Parameter(torch.tensor(1.0), requires_grad=learned)
         self.zero_point = nn.Parameter(torch.tensor(0.0), requires_grad=learned)
-        # Buffers, so that a resumed training goes on with what calibration found.
+        # Buffers, so that a resumed training goes on with what calibration found. What decides
+        # the way through ``forward`` is kept as plain values too: an exporter cannot branch on
+        # what a tensor holds.
         self.register_buffer("ready", torch.tensor(False))
-        self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("offset", torch.tensor(False))
         self.register_buffer("factor", torch.tensor(1.0))
         self._seen: list[Tensor] = []
-        self._grid = Grid(bits, signed=False)
+        self._values = 1  # of an image
+        self._read_buffers()
+
+    def _read_buffers(self) -> None:
+        self.is_ready, self.has_offset = bool(self.ready), bool(self.offset)
+        self._factor = float(self.factor)
+        if self.learned and self.is_ready:  # without an offset there is nothing to learn of it
+            self.zero_point.requires_grad_(self.has_offset)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_buffers()
 
     @property
     def bits(self) -> int:
         """Bits an activation."""
-        return self._bits
+        return self.grid.bits
 
-    @property
-    def grid(self) -> Grid:
-        """Signed where a symmetric grid has to hold negative values."""
-        signed = bool(self.signed)
-        if self._grid.signed != signed:
-            self._grid = Grid(self._bits, signed=signed, narrow=signed)
-        return self._grid
+    def learning_units(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """What learns here with the size that a step of it is relative to; an offset's is the grid.
 
-    def observe(self, x: Tensor, *, keep: int = 4096) -> None:
-        """Remember ``x``'s extremes and up to ``keep`` values of it, evenly spread."""
+        Moving the scale by a share moves the grid's end by as many steps as the offset then does.
+        """
+        if self.scale.requires_grad:
+            yield self.scale, float(self.scale.detach().abs())
+        if self.zero_point.requires_grad:
+            yield self.zero_point, float(self.grid.levels - 1)
+
+    def observe(self, x: Tensor) -> None:
+        """Remember ``x``'s extremes and up to ``KEPT`` of its values, chosen at random by a seed.
+
+        Values in even distances would be those of the same few pixels in every image: such a
+        distance is mostly a multiple of a map's side.
+        """
+        self._values = x[0].numel()
         flat = x.detach().float().reshape(-1)
-        step = max(1, flat.numel() // keep)
-        self._seen.append(torch.cat([flat[::step], flat.amin()[None], flat.amax()[None]]))
+        chosen = flat
+        if len(flat) > KEPT:
+            generator = torch.Generator().manual_seed(len(self._seen))
+            rows = torch.randint(len(flat), (KEPT,), generator=generator)
+            chosen = flat[rows.to(flat.device)]
+        self._seen.append(torch.cat([chosen, flat.amin()[None], flat.amax()[None]]))
 
     @torch.no_grad()
-    def set_range(self, *, method: str = "mse", values_per_image: int | None = None) -> None:
-        """Set scale and offset from what was observed.
+    def set_range(self, *, method: str = "mse") -> None:
+        """Set scale and offset from what was observed, and LSQ's factor of their gradients.
+
+        That factor is ``1 / sqrt(n * high)`` for ``n`` values of an image.
 
         Args:
             method: ``mse`` or ``minmax``.
-            values_per_image: for LSQ's gradient scale ``1 / sqrt(n * high)``.
 
         Raises:
             ValueError: nothing was observed.
@@ -142,27 +180,29 @@ class ActivationQuantizer(nn.Module):
             raise ValueError("no activations were observed, expected calibration images first")
         seen = torch.cat(self._seen)
         self._seen = []
-        negative = bool((seen < 0).any())
-        self.signed.fill_(negative and self.symmetric)
-        symmetric = self.symmetric or not negative
+        symmetric = not bool((seen < 0).any())
         if method == "mse":
             scale, zero = best_scale(seen, self.grid, symmetric=symmetric, channels=False)
         else:
-            scale, zero = scale_from_range(seen.amin(), seen.amax(), self.grid, symmetric=symmetric)
+            ends = seen.amin(), seen.amax()
+            scale, zero = scale_from_range(*ends, self.grid, symmetric=symmetric)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
         self.ready.fill_(True)
-        count = values_per_image or seen.numel()
-        self.factor.fill_(1.0 / math.sqrt(count * self.grid.high))
         self.offset.fill_(not symmetric)
+        self.factor.fill_(1.0 / math.sqrt(self._values * self.grid.high))
+        self._read_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid; before ``set_range`` ``x`` as it is."""
-        if not self.ready:
+        if not self.is_ready:
             return x
         scale = self.scale.clamp(min=SMALLEST_SCALE)
-        zero = self.zero_point if self.offset else None
+        zero = None
+        if self.has_offset:
+            held = self.zero_point.clamp(self.grid.low, self.grid.high)
+            zero = self.zero_point + (held - self.zero_point).detach()
         if self.learned:
-            scale = scale_gradient(scale, float(self.factor))
-            zero = None if zero is None else scale_gradient(zero, float(self.factor))
+            scale = scale_gradient(scale, self._factor)
+            zero = None if zero is None else scale_gradient(zero, self._factor)
         return fake_quantize(x, scale, zero, self.grid)

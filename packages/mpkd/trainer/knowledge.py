@@ -48,8 +48,8 @@ def store_outputs(
     device: torch.device,
     threads: int,
     precision: Precision,
-) -> KnowledgeStore:
-    """Fill a store with the teacher's logits for ``views`` views of every image, and open it.
+) -> None:
+    """Fill a store with the teacher's logits for ``views`` views of every image.
 
     Args:
         folder: of the store; one of another teacher or view is replaced.
@@ -57,9 +57,6 @@ def store_outputs(
         teacher_hash: sha256 of its weights.
         seed: decides the views; the student's loader must have the same.
         precision: what the teacher computes in.
-
-    Returns:
-        The store, open for reading, with every image's every view.
     """  # fmt: skip
     teacher.eval()
     loader = training_loader(
@@ -89,7 +86,6 @@ def store_outputs(
                 with precision.autocast():
                     logits = teacher(batch.images)
                 store.put(wanted, batch.view_id, logits.float().cpu().numpy())
-    return KnowledgeStore.open(folder, **about)
 
 
 def _writable(folder: Path, about: dict[str, Any], *, dtype: str, samples: int) -> KnowledgeStore:

@@ -7,23 +7,16 @@ An objective is called with the batch and the student's logits. The teacher's lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpkd.deploy.openvino_net import INSTALL, OpenVinoNet
 from mpkd.trainer.distillation_loss import DistillationLoss, MixedLoss, apprentice_loss
 from shared_core.for_torch.data import TorchBatch
 from shared_core.knowledge import KnowledgeStore
-from shared_core.runs import UsageError
 
-NEEDS_TEACHER = ("teacher_only", "mixed", "apprentice_a", "apprentice_b", "apprentice_c")
-NEEDS_LABELS = ("labels", "mixed", "apprentice_a", "apprentice_b", "apprentice_c")
-
-# (batch, student logits) -> (loss, teacher logits or None)
-Objective = Callable[[TorchBatch, Tensor], tuple[Tensor, Tensor | None]]
+Objective = Callable[[TorchBatch, Tensor], Tensor]  # (batch, student logits) -> loss
 TeacherSource = Callable[[TorchBatch], Tensor]
 
 
@@ -56,86 +49,19 @@ class LiveTeacher:
             return self.teacher(batch.images).float()
 
 
-def teacher_engine(
-    config: Mapping[str, Any], teacher: nn.Module, *, image_size: int, device: torch.device
-) -> nn.Module:
-    """What computes the teacher's logits by ``distillation.teacher_engine``: itself, or a twin.
-
-    The twin uses as many threads as torch, and bf16 where torch would compute in it.
-    """
-    if config["distillation.teacher_engine"] == "torch":
-        return teacher
-    check_engine_device(config, device)
-    bf16 = config["mixed_precision.enabled"] and config["mixed_precision.dtype"] == "bf16"
-    return OpenVinoNet(
-        teacher, image_size=image_size, threads=torch.get_num_threads(),
-        precision="bf16" if bf16 else "f32",
-    )  # fmt: skip
-
-
-def check_engine_device(config: Mapping[str, Any], device: torch.device) -> None:
-    """Refuse an engine that does not compute where the run does.
-
-    Raises:
-        UsageError: OpenVINO on another device than the CPU.
-    """
-    if config["distillation.teacher_engine"] == "openvino" and device.type != "cpu":
-        raise UsageError(
-            f"distillation.teacher_engine openvino computes on the CPU, this run on {device}: "
-            "expected experiment.device=cpu, or distillation.teacher_engine=torch"
-        )
-
-
 class LearningTeacher:
-    """A teacher that is trained beside the student: its logits carry gradients."""
+    """A teacher that is trained beside the student: its logits carry gradients.
+
+    Attributes:
+        teacher: the network.
+        logits: its answer to the batch at hand; whoever computes the student's sets it.
+    """
 
     def __init__(self, teacher: nn.Module) -> None:
-        self.teacher = teacher
+        self.teacher, self.logits = teacher, torch.empty(0)
 
     def __call__(self, batch: TorchBatch) -> Tensor:
-        return self.teacher(batch.images)
-
-
-def check_mode(config: Mapping[str, Any]) -> None:
-    """Refuse settings that the mode contradicts.
-
-    Raises:
-        UsageError: names both.
-    """
-    mode = config["distillation.mode"]
-    if config["dataset.unlabelled"] and mode in NEEDS_LABELS:
-        raise UsageError(
-            f"dataset.unlabelled: mode {mode} reads labels, which these images have not; expected "
-            "distillation.mode=teacher_only"
-        )
-    if mode == "apprentice_a" and config["model.teacher_ckpt"]:
-        raise UsageError(
-            "model.teacher_ckpt: mode apprentice_a trains its teacher from scratch; expected none, "
-            "or distillation.mode=apprentice_b"
-        )
-    if config["distillation.teacher_engine"] == "openvino":
-        _check_openvino(mode)
-    if mode != "labels" and not mode.startswith("apprentice"):
-        temperature, loss = config["distillation.temperature"], config["distillation.loss"]
-        if loss == "mse_logits" and temperature != 1:
-            raise UsageError(
-                f"distillation.temperature is {temperature}: mse_logits compares logits as they "
-                "are, expected 1"
-            )
-
-
-def _check_openvino(mode: str) -> None:
-    if mode not in NEEDS_TEACHER or mode == "apprentice_a":
-        why = "trains its teacher" if mode == "apprentice_a" else "has no teacher"
-        raise UsageError(
-            f"distillation.teacher_engine openvino answers for a fixed teacher, mode {mode} {why}: "
-            "expected distillation.teacher_engine=torch"
-        )
-    if find_spec("openvino") is None:
-        raise UsageError(
-            "distillation.teacher_engine is openvino, which is not installed: expected "
-            f"distillation.teacher_engine=torch, or {INSTALL}"
-        )
+        return self.logits
 
 
 def make_objective(config: Mapping[str, Any], teacher: TeacherSource | None) -> Objective:
@@ -143,39 +69,24 @@ def make_objective(config: Mapping[str, Any], teacher: TeacherSource | None) -> 
 
     ``teacher_only`` never touches ``batch.labels``; a test trains with permuted labels and
     compares the weights bit by bit.
+
+    Raises:
+        ValueError: no teacher, and the mode has one.
     """
     mode = config["distillation.mode"]
     if mode == "labels":
-
-        def labels_only(batch: TorchBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            return nn.functional.cross_entropy(logits.float(), batch.labels), None
-
-        return labels_only
+        return lambda batch, logits: nn.functional.cross_entropy(logits.float(), batch.labels)
     if teacher is None:
         raise ValueError(f"mode {mode} has no teacher, expected one")
     if mode.startswith("apprentice"):
-        joint = mode == "apprentice_a"
-
-        def apprentice(batch: TorchBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            wanted = teacher(batch)
-            loss = apprentice_loss(logits, wanted, batch.labels, train_teacher=joint)
-            return loss, wanted.detach()
-
-        return apprentice
+        learns = isinstance(teacher, LearningTeacher)
+        return lambda batch, logits: apprentice_loss(
+            logits, teacher(batch), batch.labels, train_teacher=learns
+        )
     measure = DistillationLoss(
         config["distillation.loss"], temperature=config["distillation.temperature"]
     )
     if mode == "mixed":
         mixture = MixedLoss(measure, alpha=config["distillation.alpha"])
-
-        def mixed(batch: TorchBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            wanted = teacher(batch)
-            return mixture(logits, wanted, batch.labels), wanted
-
-        return mixed
-
-    def teacher_only(batch: TorchBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        wanted = teacher(batch)
-        return measure(logits, wanted), wanted
-
-    return teacher_only
+        return lambda batch, logits: mixture(logits, teacher(batch), batch.labels)
+    return lambda batch, logits: measure(logits, teacher(batch))

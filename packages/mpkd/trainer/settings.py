@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from shared_core.for_torch.precision import Precision
-from shared_core.runs import UsageError
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,7 @@ class Settings:
 
 
 def settings_from(config: Mapping[str, Any], **changes: Any) -> Settings:
-    """The student's settings; ``changes`` are those of another training (the teacher's).
-
-    Raises:
-        UsageError: knobs that contradict each other.
-    """
+    """The student's settings; ``changes`` are those of another training (the teacher's)."""
     made = Settings(
         epochs=config["experiment.epochs"],
         batch_size=config["experiment.batch_size"],
@@ -93,13 +88,20 @@ def settings_from(config: Mapping[str, Any], **changes: Any) -> Settings:
         compile=config["training.compile"],
         log_interval=int(config["logging.log_interval"]),
     )
-    made = replace(made, **changes)
-    if made.accumulation > 1 and config["distillation.loss"] == "dist":
-        raise UsageError(
-            "distillation.loss dist compares the images of a batch with each other: expected "
-            f"training.gradient_accumulation_steps=1, got {made.accumulation}"
-        )
-    return made
+    return replace(made, **changes)
+
+
+def bits_settings(config: Mapping[str, Any], *, epochs: int | None = None) -> Settings:
+    """Settings of a trained network that learns on with few bits, for ``quantization.epochs``.
+
+    It warms up for the same share of its steps as the student did.
+    """
+    chosen = config["quantization.epochs"] if epochs is None else epochs
+    share = chosen / config["experiment.epochs"]
+    return settings_from(
+        config, epochs=chosen, learning_rate=config["quantization.learning_rate"],
+        warmup_steps=round(min(1.0, share) * config["training.lr_warmup_steps"]),
+    )  # fmt: skip
 
 
 def precision_from(config: Mapping[str, Any], device: torch.device) -> Precision:
@@ -114,23 +116,26 @@ def precision_from(config: Mapping[str, Any], device: torch.device) -> Precision
 
 
 def parameter_groups(*nets: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and filters, not biases, norms and scales.
+    """Decay matrices and filters, not biases, norms, scales and offsets.
 
-    The scales of quantisers are groups of their own whose learning rate is ``relative`` to their
-    size: Adam moves every number by about the rate, and those of 8 bits are smaller than that.
+    What a module names in ``learning_units`` (scales and offsets of quantisers) are groups of their
+    own whose learning rate is ``relative`` to their size: Adam moves every number by about the
+    rate, and the scales of 8 bits are smaller than that.
     """
-    decay, plain, scales = [], [], []
+    units: dict[nn.Parameter, float] = {}
     for net in nets:
-        for name, parameter in net.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if name.endswith("_quantizer.scale"):
-                size = float(parameter.detach().abs().mean())
-                scales.append({"params": [parameter], "weight_decay": 0.0, "relative": size})
-            else:
-                (plain if parameter.ndim <= 1 else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}]
-    return [*groups, *([{"params": plain, "weight_decay": 0.0}] if plain else []), *scales]
+        for module in net.modules():
+            find = getattr(module, "learning_units", None)
+            units.update(find() if find is not None else ())
+    free = [p for net in nets for p in net.parameters() if p.requires_grad and p not in units]
+    decay, rest = [p for p in free if p.ndim > 1], [p for p in free if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": weight_decay}]
+    if rest:
+        groups.append({"params": rest, "weight_decay": 0.0})
+    return groups + [
+        {"params": [parameter], "weight_decay": 0.0, "relative": unit}
+        for parameter, unit in units.items()
+    ]
 
 
 def compiled(net: nn.Module, *, wanted: bool, example: torch.Tensor) -> nn.Module:

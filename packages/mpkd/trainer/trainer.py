@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpkd.model.lora import freeze_norm_statistics
+from mpkd.quant.companion import Companion
 from mpkd.trainer.metrics_logger import MetricsLogger
-from mpkd.trainer.objectives import Objective
+from mpkd.trainer.objectives import LearningTeacher, Objective
 from mpkd.trainer.settings import Settings, compiled, parameter_groups
 from mpkd.utils.common import ALONE, Evaluation, evaluate
-from shared_core.for_torch.checkpoints import load_run_state, save_run_state
 from shared_core.for_torch.data import TorchBatch, TorchLoader
-from shared_core.for_torch.distributed import World, gather_objects
+from shared_core.for_torch.distributed import World, gather_objects, wrap
 from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.precision import Precision
 from shared_core.for_torch.run_state import Best, StageState
-from shared_core.for_torch.seeds import capture_rng
 from shared_core.runs import StageLog, progress
 
+NOTHING_YET: dict[str, float] = {
+    "loss": 0.0, "right": 0, "seen": 0, "grad_norm": 0.0, "normed": 0, "steps": 0,
+}  # fmt: skip
 
-@dataclass
+
+@dataclass(frozen=True)
 class Job:
     """One training, and what it reports to.
 
@@ -39,11 +43,13 @@ class Job:
         loader: training batches.
         validation: images that choose the best epoch, in order.
         settings, precision, log, csv, world: how, and where it is written down.
-        helper: what is trained beside the net and is not part of it (a learning teacher).
+        helper: a teacher that is trained beside the net.
+        companion: what else learns with the net, and adds to its loss.
         reference: a teacher's logits for the validation images, for the agreement.
         frozen_norms: batch-norm statistics stay as they are (adapters).
         labelled: whether every training image has a label; without, no training accuracy.
-        score: what the best epoch has the most of; accuracy on the validation images by default.
+        score: what the best epoch has the most of; None keeps the last epoch.
+        follows: the state of an earlier training of the same stage: what that wrote stays.
     """
 
     stage: str
@@ -56,71 +62,24 @@ class Job:
     log: StageLog
     csv: MetricsLogger
     world: World = ALONE
-    helper: nn.Module | None = None
+    helper: LearningTeacher | None = None
+    companion: Companion | None = None
     reference: npt.NDArray[np.float32] | None = None
     frozen_norms: bool = False
     labelled: bool = True
-    score: Callable[[Evaluation], float] | None = None
-
-    def validation_size(self) -> int:
-        """Images of the validation set, over all processes."""
-        return len(self.validation.loader.image_set)
+    score: Callable[[Evaluation], float] | None = lambda found: found.accuracy
+    follows: StageState | None = None
 
 
-class SharedState(StageState):
-    """A stage's state with the CSV's position, written once for all processes of a run."""
+class _Both(nn.Module):
+    """Student and learning teacher in one forward, so that one wrapper averages the gradients."""
 
-    def __init__(self, job: Job, parts: dict[str, Any]) -> None:
-        super().__init__(job.stage, parts, job.log)
-        self.world, self.csv = job.world, job.csv
+    def __init__(self, net: nn.Module, helper: LearningTeacher) -> None:
+        super().__init__()
+        self.net, self.teacher = net, helper.teacher
 
-    def restore(self) -> bool:
-        """Go on from the saved state if there is one."""
-        if not self.path.exists():
-            return False
-        self.counters = load_run_state(self.path, self.parts, rank=self.world.rank)
-        position, csv = self.counters.pop("log_position"), self.counters.pop("csv_position")
-        if self.world.is_main:
-            self.log.metrics.cut(position)
-            self.csv.cut(csv)
-        self._seconds, self._since = self.counters.pop("seconds"), time.monotonic()
-        return True
-
-    def save(self, **counters: Any) -> None:
-        """Write everything; the random states of all processes, the rest of the main one."""
-        rng = gather_objects(capture_rng(), self.world)
-        self.counters = counters
-        if self.world.is_main:
-            where = {
-                "log_position": self.log.metrics.position(),
-                "csv_position": self.csv.position(),
-                "seconds": self.seconds,
-            }
-            save_run_state(self.path, self.parts, counters={**counters, **where}, rng=rng)
-
-    def remove(self) -> None:
-        """The stage is finished and its result is elsewhere."""
-        if self.world.is_main:
-            super().remove()
-
-
-def average_gradients(nets: Sequence[nn.Module], world: World) -> None:
-    """Every gradient becomes the mean over the processes; called once a step.
-
-    A hook on each parameter would average every batch of an accumulated step.
-    """
-    for net in nets:
-        for parameter in net.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(world.world_size)
-
-
-def share_buffers(nets: Sequence[nn.Module]) -> None:
-    """Every process gets the main one's batch-norm statistics, as in DistributedDataParallel."""
-    for net in nets:
-        for buffer in net.buffers():
-            dist.broadcast(buffer, src=0)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(images), self.teacher(images)
 
 
 def groups_of(batches: Iterator[TorchBatch], size: int) -> Iterator[list[TorchBatch]]:
@@ -135,6 +94,17 @@ def groups_of(batches: Iterator[TorchBatch], size: int) -> Iterator[list[TorchBa
         yield group
 
 
+@torch.no_grad()
+def same_everywhere(tensors: Sequence[Tensor]) -> None:
+    """The main process' values in every process, each kind of number in one message."""
+    for kind in sorted({str(t.dtype) for t in tensors}):
+        own = [t for t in tensors if str(t.dtype) == kind]
+        flat = torch.cat([t.reshape(-1) for t in own])
+        dist.broadcast(flat, src=0)
+        for tensor, values in zip(own, flat.split([t.numel() for t in own]), strict=True):
+            tensor.copy_(values.reshape(tensor.shape))
+
+
 class Trainer:
     """Trains ``job.net``; :meth:`run` goes on where an earlier process stopped.
 
@@ -146,7 +116,7 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.job = job
         s = job.settings
-        self.nets = [job.net] if job.helper is None else [job.net, job.helper]
+        self.nets = [job.net] if job.helper is None else [job.net, job.helper.teacher]
         if s.channels_last:
             for net in self.nets:
                 net.to(memory_format=torch.channels_last)
@@ -159,134 +129,169 @@ class Trainer:
             "best": self.best, "order": job.loader,
         }  # fmt: skip
         if job.helper is not None:
-            parts["helper"] = job.helper
+            parts["helper"] = job.helper.teacher
         if self.ema is not None:
             parts["ema"] = self.ema
-        self.state = SharedState(job, parts)
-        self.forward: nn.Module = job.net
+        if job.companion is not None:
+            parts["companion"] = job.companion
+        self.state = StageState(job.stage, parts, job.log, world=job.world, files={"csv": job.csv})
+        self._forward: nn.Module | None = None
+        self._total = s.total_steps(len(job.loader))
+        self._step, self._epoch, self._sums = 0, 0, dict(NOTHING_YET)
+        self._saved = time.monotonic()
 
     # -- one step ---------------------------------------------------------------------------------
+
+    @property
+    def forward(self) -> nn.Module:
+        """The network as a step calls it: compiled, and averaging gradients over the processes."""
+        if self._forward is None:
+            job = self.job
+            view, device = job.loader.loader.view, job.loader.normalizer.device
+            example = torch.zeros(2, 3, *view.size, device=device)
+            net = compiled(job.net, wanted=job.settings.compile, example=example)
+            both = net if job.helper is None else _Both(net, job.helper)
+            self._forward = wrap(both, job.world)
+        return self._forward
 
     def step(self, batches: Sequence[TorchBatch], rate: float) -> dict[str, float]:
         """One optimizer step on the images of ``batches`` together.
 
         The loss of each batch counts by its share of the images, so that the gradient is that of
-        one batch that holds them all, also when the last one is smaller.
+        one batch that holds them all, also when the last one is smaller. Gradients travel between
+        processes once a step, with those of the last batch.
 
         Returns:
-            Sums over the images: ``loss``, ``right``, ``seen``; and ``grad_norm`` (nan without
-            clipping).
+            Sums over the images: ``loss``, ``right``, ``seen``; ``grad_norm``, and in ``normed``
+            whether there is one: not without clipping, nor in a step that overflowed.
         """
         job, s = self.job, self.job.settings
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("relative", 1.0)
+        if job.companion is not None:
+            job.companion.before_step(self._step, self._total)
         total = sum(len(batch.labels) for batch in batches)
-        loss_sum, right, norm = 0.0, 0, None
+        loss_sum, right = 0.0, 0
         for number, batch in enumerate(batches):
-            images = batch.images if s.channels_last else batch.images.contiguous()
-            batch = batch._replace(images=images)
-            with job.precision.autocast():
-                logits = self.forward(images)
-                loss, _ = job.objective(batch, logits)
-            share = len(batch.labels) / total
             last = number + 1 == len(batches)
-            if last and job.world.world_size > 1:
-                job.precision.backward_step(loss * share, self.optimizer, update=False)
-                average_gradients(self.nets, job.world)
-                # The gradients are whole: the step is one on a loss that adds nothing to them.
+            with nullcontext() if last else self._alone():
+                loss, logits = self._loss(batch)
+                share = len(batch.labels) / total
                 done = job.precision.backward_step(
-                    self._no_loss(), self.optimizer, clip=s.clip or None
+                    loss[-1] * share, self.optimizer, clip=s.clip or None, update=last
                 )
-                share_buffers(self.nets)
-            else:
-                done = job.precision.backward_step(
-                    loss * share, self.optimizer, clip=s.clip or None, update=last
-                )
-            norm = done.grad_norm
-            loss_sum += float(loss.detach()) * len(batch.labels)
+            loss_sum += float(loss[0].detach()) * len(batch.labels)
             right += int((logits.detach().argmax(dim=1) == batch.labels).sum())
+        if job.companion is not None:
+            if job.world.world_size > 1:
+                for tensor in job.companion.tensors():
+                    if tensor.grad is not None:
+                        dist.all_reduce(tensor.grad, op=dist.ReduceOp.SUM)
+                        tensor.grad.div_(job.world.world_size)
+            job.companion.after_step()
         if self.ema is not None and done.stepped:
             self.ema.update(job.net)
-        return {"loss": loss_sum, "right": right, "seen": total, "grad_norm": norm or 0.0}
+        norm = done.grad_norm if done.stepped else None
+        found = {"loss": loss_sum, "right": right, "seen": total}
+        return {**found, "grad_norm": norm or 0.0, "normed": int(norm is not None)}
 
-    def _no_loss(self) -> Tensor:
-        first = next(p for net in self.nets for p in net.parameters() if p.requires_grad)
-        return (first * 0).sum()
+    def _loss(self, batch: TorchBatch) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The objective, the same with what the companion adds to it, and the logits."""
+        job = self.job
+        if not job.settings.channels_last:
+            batch = batch._replace(images=batch.images.contiguous())
+        with job.precision.autocast():
+            logits = self.forward(batch.images)
+            if job.helper is not None:
+                logits, job.helper.logits = logits
+            loss = job.objective(batch, logits)
+            term = None if job.companion is None else job.companion.term(job.net)
+        return (loss, loss if term is None else loss + term), logits
 
-    def _train_mode(self) -> None:
-        for net in self.nets:
-            net.train()
-            if self.job.frozen_norms:
-                freeze_norm_statistics(net)
+    def _alone(self) -> AbstractContextManager[None]:
+        """Within it gradients are only gathered, not yet averaged over the processes."""
+        wrapped = isinstance(self.forward, nn.parallel.DistributedDataParallel)
+        return self.forward.no_sync() if wrapped else nullcontext()
 
     # -- the whole --------------------------------------------------------------------------------
 
     def run(self) -> Best:
         """Train to the end. Returns the weights of the best epoch."""
         job, s = self.job, self.job.settings
-        batches = len(job.loader)
-        per_epoch = -(-batches // s.accumulation)
-        total = s.total_steps(batches)
-        step, epoch = 0, 0
-        sums = {"loss": 0.0, "right": 0, "seen": 0, "grad_norm": 0.0, "steps": 0}
-        if self.state.restore():
-            step, epoch = self.state.counters["step"], self.state.counters["epoch"]
-            sums = self.state.counters["sums"]
-            job.log.say(f"{job.stage}: resumed at epoch {epoch + 1}, step {step}")
-        else:  # lines that a killed try of this stage wrote are dropped
+        self._begin()
+        while self._epoch < s.epochs and self._step < self._total:
+            for net in self.nets:
+                net.train()
+                if job.frozen_norms:
+                    freeze_norm_statistics(net)
+            rate = self._steps_of_epoch()
+            job.loader.loader.order.set_epoch(self._epoch + 1)  # also when the last step came early
+            self._end_epoch(rate)
+            self._epoch, self._sums = self._epoch + 1, dict(NOTHING_YET)
+            self._save()
+        return self.best
+
+    def _begin(self) -> None:
+        """Go on from the saved state, or drop what a killed try of this stage wrote."""
+        job = self.job
+        if self.state.restore(rewind=False):
+            self._step, self._epoch = self.state.counters["step"], self.state.counters["epoch"]
+            self._sums = self.state.counters["sums"]
+            if self._epoch >= job.settings.epochs or self._step >= self._total:
+                job.log.say(f"{job.stage}: trained before")  # what follows it wrote the rest
+            else:
+                self.state.rewind()
+                where = f"resumed at epoch {self._epoch + 1}, step {self._step}"
+                job.log.say(f"{job.stage}: {where}")
+        elif job.follows is not None:
+            job.follows.rewind()
+        else:
             job.log.begin()
             before = (int(done.get("csv_position", 0)) for done in job.log.stages.values())
             job.csv.cut(max(before, default=0))
-        if s.compile:
-            example = torch.zeros(
-                2, 3, *job.loader.loader.view.size, device=job.loader.normalizer.device
-            )
-            self.forward = compiled(job.net, wanted=True, example=example)
-        saved = time.monotonic()
-        while epoch < s.epochs and step < total:
-            self._train_mode()
-            done = job.loader.loader.order.position // s.batch_size // s.accumulation
-            label = f"{job.stage} epoch {epoch + 1}/{s.epochs}"
-            groups = groups_of(iter(job.loader), s.accumulation)
-            for group in progress(groups, total=per_epoch, label=label, done=done):
-                rate = s.rate(step, total=total, steps_per_epoch=per_epoch)
-                for name, value in self.step(group, rate).items():
-                    sums[name] += value
-                sums["steps"] += 1
-                step += 1
-                if step >= total:
-                    break
-                due = s.log_interval and step % s.log_interval == 0
-                if due and sums["steps"] < per_epoch:
-                    self._line(step, rate, sums)
-                    if self._agreed(time.monotonic() - saved >= s.save_seconds):
-                        self.state.save(step=step, epoch=epoch, sums=sums)
-                        saved = time.monotonic()
-            job.loader.loader.order.set_epoch(epoch + 1)  # also when the last step came early
-            self._end_epoch(epoch, step, rate, sums)
-            epoch += 1
-            sums = {"loss": 0.0, "right": 0, "seen": 0, "grad_norm": 0.0, "steps": 0}
-            self.state.save(step=step, epoch=epoch, sums=sums)
-            saved = time.monotonic()
-        return self.best
+        self._saved = time.monotonic()
+
+    def _steps_of_epoch(self) -> float:
+        """The steps that are left of this epoch; the last one's learning rate."""
+        job, s = self.job, self.job.settings
+        per_epoch = -(-len(job.loader) // s.accumulation)
+        done = job.loader.loader.order.position // s.batch_size // s.accumulation
+        label, rate = f"{job.stage} epoch {self._epoch + 1}/{s.epochs}", 0.0
+        groups = groups_of(iter(job.loader), s.accumulation)
+        for group in progress(groups, total=per_epoch, label=label, done=done):
+            rate = s.rate(self._step, total=self._total, steps_per_epoch=per_epoch)
+            for name, value in self.step(group, rate).items():
+                self._sums[name] += value
+            self._sums["steps"] += 1
+            self._step += 1
+            if self._step >= self._total:
+                break
+            due = s.log_interval and self._step % s.log_interval == 0
+            if due and self._sums["steps"] < per_epoch:
+                values = {"loss": self._sums["loss"] / self._sums["seen"], "lr": rate}
+                job.log.write(job.stage, "train", self._step, values)
+                if self._agreed(time.monotonic() - self._saved >= s.save_seconds):
+                    self._save()
+        return rate
+
+    def _save(self) -> None:
+        self.state.save(step=self._step, epoch=self._epoch, sums=self._sums)
+        self._saved = time.monotonic()
 
     def _agreed(self, mine: bool) -> bool:
         """The main process' answer, in every process: all save, or none does."""
         return gather_objects(mine, self.job.world)[0]
 
-    def _line(self, step: int, rate: float, sums: dict[str, Any]) -> None:
-        values = {"loss": sums["loss"] / sums["seen"], "lr": rate}
-        self.job.log.write(self.job.stage, "train", step, values)
-
-    def _end_epoch(self, epoch: int, step: int, rate: float, sums: dict[str, Any]) -> None:
-        job = self.job
-        if self.ema is not None:
-            with self.ema.applied(job.net):
-                found = self._validate()
-                self._offer(found, epoch)
-        else:
-            found = self._validate()
-            self._offer(found, epoch)
+    def _end_epoch(self, rate: float) -> None:
+        """Validate, keep the best, write the epoch down."""
+        job, sums = self.job, self._sums
+        if job.world.world_size > 1:  # statistics of batch norms are each process' own
+            averages = [] if self.ema is None else list(self.ema.weights.values())
+            same_everywhere([b for net in self.nets for b in net.buffers()] + averages)
+        with nullcontext() if self.ema is None else self.ema.applied(job.net):
+            found = evaluate(job.net, job.validation, precision=job.precision, world=job.world)
+            score = self._epoch if job.score is None else job.score(found)
+            self.best.offer(job.net, score, self._epoch + 1)
         agreement = None if job.reference is None else found.agreement(job.reference)
         scale = job.precision.scaler.get_scale() if job.precision.dtype == "fp16" else None
         seen = max(1, sums["seen"])
@@ -294,25 +299,14 @@ class Trainer:
             "train_loss": sums["loss"] / seen, "lr": rate,
             "train_acc": sums["right"] / seen if job.labelled else None,
             "val_loss": found.loss, "val_acc": found.accuracy, "agreement": agreement,
-            "grad_norm": sums["grad_norm"] / max(1, sums["steps"]) if job.settings.clip else None,
+            "grad_norm": sums["grad_norm"] / sums["normed"] if sums["normed"] else None,
             "loss_scale": scale, "skipped_steps": job.precision.skipped_steps,
         }  # fmt: skip
-        job.log.write(job.stage, "val", epoch + 1, values)
-        row = {"stage": job.stage, "epoch": epoch + 1, "step": step, **values}
+        job.log.write(job.stage, "val", self._epoch + 1, values)
+        row = {"stage": job.stage, "epoch": self._epoch + 1, "step": self._step, **values}
         job.csv.write({**row, "seconds": round(self.state.seconds, 3)})
         same = "" if agreement is None else f", agreement {agreement:.4f}"
         job.log.say(
-            f"{job.stage}: epoch {epoch + 1}/{job.settings.epochs}, "
+            f"{job.stage}: epoch {self._epoch + 1}/{job.settings.epochs}, "
             f"loss {values['train_loss']:.4f}, validation {found.accuracy:.4f}{same}"
         )
-
-    def _validate(self) -> Evaluation:
-        job = self.job
-        return evaluate(
-            job.net, job.validation, precision=job.precision, world=job.world,
-            total=job.validation_size(),
-        )  # fmt: skip
-
-    def _offer(self, found: Evaluation, epoch: int) -> None:
-        score = found.accuracy if self.job.score is None else self.job.score(found)
-        self.best.offer(self.job.net, score, epoch + 1)

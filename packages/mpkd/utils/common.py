@@ -17,7 +17,9 @@ from mpkd.dataset import views
 from mpkd.model.student import build_student
 from mpkd.model.teacher import build_teacher
 from mpkd.quant.layers import FLOAT, fold_batch_norms, quant_layers, quantize_net
+from mpkd.quant.packed import packed_arrays, unpack_into
 from shared_core import checkpoints
+from shared_core.checkpoints import CheckpointError
 from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_checkpoint
 from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.distributed import World, gather_samples
@@ -63,15 +65,13 @@ def evaluate(
     *,
     precision: Precision | None = None,
     world: World = ALONE,
-    total: int | None = None,
 ) -> Evaluation:
     """Answers in evaluation mode; the network's mode is put back.
 
     Args:
         loader: every image once, in order; process r of W has images r, r + W, ...
         precision: None computes in fp32.
-        total: images of all processes together, when there are several.
-    """  # fmt: skip
+    """
     training = net.training
     net.eval()
     precision = precision or Precision(loader.normalizer.device, "fp32")
@@ -86,7 +86,7 @@ def evaluate(
     all_logits, all_labels = torch.cat(logits), torch.cat(labels)
     if world.world_size > 1:
         rows = torch.cat(indices).to(all_logits.device)
-        count = int(total or 0)
+        count = len(loader.loader.image_set)
         all_logits = gather_samples(all_logits, rows, world, total=count)
         all_labels = gather_samples(all_labels, rows, world, total=count)
     return Evaluation(all_logits.cpu().numpy(), all_labels.cpu().numpy())
@@ -132,15 +132,14 @@ def describe_quantization(net: nn.Module) -> dict[str, Any] | None:
     layers = quant_layers(net)
     if not layers:
         return None
-    first = next(iter(layers.values()))
     norms = nn.modules.batchnorm._BatchNorm
-    folded = not any(isinstance(module, norms) for module in net.modules())
-    symmetric = first.weight_quantizer.symmetric if first.weight_quantizer else True
+    weights = {n: q.weight_quantizer for n, q in layers.items() if q.weight_quantizer is not None}
     return {
-        "folded": folded,
-        "symmetric": symmetric,
+        "folded": not any(isinstance(module, norms) for module in net.modules()),
+        "symmetric": all(one.symmetric for one in weights.values()),
         "w_bits": {name: layer.w_bits for name, layer in layers.items()},
         "a_bits": {name: layer.a_bits for name, layer in layers.items()},
+        "w_levels": {name: one.grid.levels for name, one in weights.items()},
     }
 
 
@@ -177,6 +176,21 @@ def save_net(
     return save_checkpoint(path, weights, facts)
 
 
+def save_packed(path: str | Path, net: nn.Module, facts: Mapping[str, Any]) -> int:
+    """Write a shipped network with its weights packed to their bits; the file's size in bytes.
+
+    Args:
+        facts: of the student that it was made from; the run's configuration is left out.
+    """
+    arrays = packed_arrays(net)
+    kept = {
+        **facts, "framework": "numpy", "config": {}, "metrics": {}, "packed": True,
+        "quantization": describe_quantization(net),
+    }  # fmt: skip
+    checkpoints.neutral.write(path, arrays, kept)
+    return Path(path).stat().st_size
+
+
 def load_net(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a file of this project, in evaluation mode, and the file's facts.
 
@@ -188,5 +202,14 @@ def load_net(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     net = build_net(facts["net"], num_classes=len(facts["class_names"]))
     if facts.get("quantization"):
         net = rebuild_quantized(net, facts["quantization"])
-    fit_into(net, weights, path=path)
+    if not facts.get("packed"):
+        # Earlier versions wrote a flag that never was set.
+        kept = {k: v for k, v in weights.items() if not k.endswith("input_quantizer.signed")}
+        fit_into(net, kept, path=path)
+        return net.eval(), facts
+    try:
+        unpack_into(net, weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: its packed weights do not fit: {reason}") from error
     return net.eval(), facts

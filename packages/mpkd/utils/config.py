@@ -1,7 +1,8 @@
 """The configuration: config.yaml, what the command line sets, and the refusal of anything else.
 
 The file that lies in this package is complete: it lists every key with its default, and its values
-say which type each key has. Any other file names only what it changes.
+say which type each key has. Any other file names only what it changes. Nothing heavy is loaded
+here, so that contradictions are told before torch is.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shared_core.runs import UsageError
+from shared_core.runs.command import UsageError
+
+NEEDS_TEACHER = ("teacher_only", "mixed", "apprentice_a", "apprentice_b", "apprentice_c")
+NEEDS_LABELS = ("labels", "mixed", "apprentice_a", "apprentice_b", "apprentice_c")
+INSTALL_OPENVINO = "pip install './packages/mpkd[openvino]'"
 
 DEFAULT_FILE = Path(__file__).resolve().parents[1] / "config.yaml"
 
@@ -33,6 +39,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "none", "ptq", "qat", "brecq", "uniform", "sensitivity", "haq", "sdq", "mixquant",
     ),
     "quantization.budget_kind": ("size", "bops", "latency"),
+    "quantization.finish": ("auto", "ptq", "brecq", "qat"),
+    "quantization.ranges": ("mse", "minmax"),
 }  # fmt: skip
 
 # Lowest and highest value, both allowed.
@@ -71,6 +79,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "quantization.calib_samples": (1, math.inf),
     "quantization.epochs": (1, 100_000),
     "quantization.learning_rate": (1e-12, 1e3),
+    "quantization.bin_strength": (0, 1e3),
+    "quantization.brecq_steps": (1, 10**9),
+    "quantization.brecq_learning_rate": (0, 1e3),
+    "quantization.haq_episodes": (1, 10**9),
+    "quantization.sdq_epochs": (0, 100_000),
+    "export.max_accuracy_loss": (0, 1),
     "logging.log_interval": (0, math.inf),
 }
 
@@ -92,6 +106,7 @@ def load_config(
     settings: Sequence[str] = (),
     *,
     overrides: Mapping[str, Any] | None = None,
+    last: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Defaults, then the file, then ``overrides``, then ``settings``.
 
@@ -99,6 +114,7 @@ def load_config(
         path: a YAML file; None = the defaults alone.
         settings: ``section.key=value`` as on the command line; the value is read as YAML.
         overrides: values by dotted key, of a recipe.
+        last: values by dotted key, over everything else.
 
     Returns:
         Values by dotted key, every one of the right type.
@@ -122,6 +138,7 @@ def load_config(
         if not equals:
             raise UsageError(f"--set {text}: expected section.key=value")
         config[_known_key(key.strip(), known, "--set")] = _parse(value, text)
+    config.update(last or {})
     for key, value in config.items():
         config[key] = _checked(key, value, known[key])
     return config
@@ -207,3 +224,65 @@ def _number_hint(value: Any) -> str:
     if not exponent or not math.isfinite(number):
         return ""
     return f": YAML reads {value} as text, write {float(mantissa)}e{int(exponent):+d}"
+
+
+# -- what does not go together --------------------------------------------------------------------
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UsageError: names both.
+    """
+    mode, method = config["distillation.mode"], config["quantization.method"]
+    if config["dataset.unlabelled"] and mode in NEEDS_LABELS:
+        raise UsageError(
+            f"dataset.unlabelled: mode {mode} reads labels, which these images have not; expected "
+            "distillation.mode=teacher_only"
+        )
+    if mode == "apprentice_a" and config["model.teacher_ckpt"]:
+        raise UsageError(
+            "model.teacher_ckpt: mode apprentice_a trains its teacher from scratch; expected none, "
+            "or distillation.mode=apprentice_b"
+        )
+    if mode == "apprentice_c" and method not in ("none", "qat"):
+        raise UsageError(
+            f"quantization.method is {method}: mode apprentice_c gives its student the bits while "
+            "it learns, expected qat or none"
+        )
+    if config["distillation.teacher_engine"] == "openvino":
+        _check_openvino(mode)
+    loss = config["distillation.loss"]
+    if loss == "mse_logits" and mode in ("teacher_only", "mixed"):
+        temperature = config["distillation.temperature"]
+        if temperature != 1:
+            raise UsageError(
+                f"distillation.temperature is {temperature}: mse_logits compares logits as they "
+                "are, expected 1"
+            )
+    gathered = config["training.gradient_accumulation_steps"]
+    if gathered > 1 and loss == "dist":
+        raise UsageError(
+            "distillation.loss dist compares the images of a batch with each other: expected "
+            f"training.gradient_accumulation_steps=1, got {gathered}"
+        )
+    if config["dataset.split"] and config["dataset.name"] != "folder":
+        raise UsageError(
+            f"dataset.split: dataset.name is {config['dataset.name']}, which has a split of its "
+            "own; expected dataset.name=folder"
+        )
+
+
+def _check_openvino(mode: str) -> None:
+    if mode not in NEEDS_TEACHER or mode == "apprentice_a":
+        why = "trains its teacher" if mode == "apprentice_a" else "has no teacher"
+        raise UsageError(
+            f"distillation.teacher_engine openvino answers for a fixed teacher, mode {mode} {why}: "
+            "expected distillation.teacher_engine=torch"
+        )
+    if find_spec("openvino") is None:
+        raise UsageError(
+            "distillation.teacher_engine is openvino, which is not installed: expected "
+            f"distillation.teacher_engine=torch, or {INSTALL_OPENVINO}"
+        )

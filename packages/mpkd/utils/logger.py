@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from shared_core.checkpoints import atomic_write
 from shared_core.runs import StageLog
@@ -30,10 +28,14 @@ class Logger(StageLog):
     Args:
         folder: the run's.
         name: of the experiment; part of the run's id.
+        silent: say and write nothing: for all processes of a run but the main one.
     """
 
-    def __init__(self, folder: str | Path, *, name: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str | Path, *, name: str, silent: bool = False) -> None:
+        super().__init__(folder, silent=silent)
+        if silent:
+            self.run_id = ""
+            return
         self.run_id = run_id(folder, name=name)
         self.file = self.folder / "logs" / f"{self.run_id}.log"
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,26 +43,8 @@ class Logger(StageLog):
     def say(self, text: str) -> None:
         """One line for the user and for the file, there with the time."""
         super().say(text)
+        if self.silent:
+            return
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(f"{stamp} {text}\n")
-
-
-class QuietLogger(StageLog):
-    """The log of a process that does not write: it only knows which stages are done."""
-
-    run_id = ""
-
-    def say(self, text: str) -> None:
-        """Nothing: the main process says it."""
-
-    def write(self, stage: str, split: str, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def begin(self) -> None:
-        """Nothing."""
-
-    def finish(self, stage: str, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Remember it for the stages that follow."""
-        self.stages[stage] = dict(result)
-        return self.stages[stage]

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from mpkd.quant.budget import BitPlan, Budget
-from mpkd.quant.latency import layer_shapes
+from mpkd.quant.cost import layer_facts, plain_layer
 from mpkd.quant.search.ddpg import Agent
 
 REWARD_SCALE = 0.1  # for a percentage point of accuracy
@@ -102,10 +102,10 @@ class Environment:
 
     def _features(self, net: nn.Module, image_size: int) -> np.ndarray:
         """``(steps, 10)``, columns from 0 to 1; the ninth, the last action, is filled in later."""
-        shapes = {shape.name: shape for shape in layer_shapes(net, image_size)}
+        facts = {one.name: one for one in layer_facts(net, image_size)}
         rows = []
         for name, part in self.steps:
-            layer = shapes[name].layer
+            layer = plain_layer(net, name)
             conv = isinstance(layer, nn.Conv2d)
             depthwise = conv and layer.groups > 1 and layer.groups == layer.in_channels
             rows.append([
@@ -115,8 +115,8 @@ class Environment:
                 layer.stride[0] if conv else 0,
                 layer.kernel_size[0] if conv else 1,
                 layer.weight.numel(),
-                int(np.prod(shapes[name].inputs)),
-                list(shapes).index(name),
+                int(np.prod(facts[name].inputs)),
+                list(facts).index(name),
                 0.0,
                 float(part == "a"),
             ])  # fmt: skip

@@ -2,18 +2,24 @@
 
 Every layer has a candidate ``b_i`` and a parameter ``beta`` in [0, 1]. In each step its weights
 have ``b_i`` bits with probability ``beta`` and the next lower candidate ``b_(i-1)`` else: a sample
-of a two-way Gumbel softmax, hard forwards and soft backwards. The loss is
-
-    task + strength * quantization error + pressure * expected cost / limit
-
-with the error relative to the energy of the weights, and a pressure that grows fivefold on the way.
-``beta`` goes up where few bits hurt and down elsewhere. Below a threshold the layer falls to
+of a two-way Gumbel softmax, hard forwards and soft backwards. Below a threshold the layer falls to
 ``b_(i-1)`` and begins anew with a fresh ``beta``; bits never rise. As soon as the bits fit the
 budget the search ends. When its steps run out before, the layers fall for which an error of
 quantization buys the most cost.
 
-The last term of the loss and the end at the budget are ours: the paper states no budget. Phase 2
-is :class:`mpkd.quant.qat.QatRun` with the bits fixed, the bin regulariser and the teacher.
+What moves ``beta``. The merit of a layer's bits is how fast the loss of the task falls with its
+``beta`` (a moving average of the gradient), and how much error a fall would add. The budget says
+how fast the expected cost must fall, the merits say who pays: with savings ``c`` (what the next
+fall of each layer saves)
+
+    step = pace * (-c / |c|^2 + TASK * m / (|m| |c|)),   m = merits without their part along c
+
+so that ``c . step = -pace`` whatever the merits are, and no term outweighs the other whatever the
+units of the loss. (The paper states no budget: pace and end are ours. A fixed price of the cost
+beside the loss, which we had before, was hundreds of times as strong as the task, and every task
+got the same bits.)
+
+Phase 2 is quantization-aware training with the bits fixed, the bin regulariser and the teacher.
 
 Source: Huang et al. 2022, arXiv:2206.04459, section 3.2.
 """
@@ -21,7 +27,7 @@ Source: Huang et al. 2022, arXiv:2206.04459, section 3.2.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +35,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpkd.quant.budget import BitPlan, Budget
+from mpkd.quant.companion import Companion
 from mpkd.quant.fake_quant import Grid, best_scale, fake_quantize, per_channel
-from mpkd.quant.layers import FLOAT
-from mpkd.quant.qat import QatLoss, QatRun
+from mpkd.quant.layers import FLOAT, put
 
 START = 0.9  # of a fresh beta
+THRESHOLD = 0.3  # below it a layer falls
+TEMPERATURE = 1.0  # of the Gumbel softmax
 EDGE = 1e-4  # betas are kept this far from 0 and 1 inside the logarithms
-GROWTH = 5.0  # of the pressure, from the first step to the last
+TASK = 2.0  # how far the merits move the betas apart, in units of what the budget moves them
+ERROR = 0.5  # share of the quantization error in the merits, beside the task's 1
+MEMORY = 0.9  # of the moving average of the task's gradient, a step
 REFRESH = 50  # steps between searches for the best scales
 
 
@@ -66,6 +76,7 @@ class TwoWayLayer(nn.Module):
         self.level = len(options) - 1
         self.gate: Tensor | None = None  # of this step; None = the upper candidate
         self.scales: dict[int, Tensor] = {}
+        self.growth = 0.0  # what a fall adds to the squared error, relative to that of the weights
 
     @property
     def upper(self) -> int:
@@ -77,12 +88,17 @@ class TwoWayLayer(nn.Module):
         """The next lower one; None at the last."""
         return self.options[self.level - 1] if self.level else None
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Search the best scales for the weights as they are now."""
-        weight = self.base.weight.detach()
-        for bits in {self.upper, self.lower} - {None, FLOAT}:
+        """Search the best scales for the weights as they are now, and what a fall costs them."""
+        weight = self.base.weight
+        chosen = [bits for bits in (self.upper, self.lower) if bits is not None]
+        for bits in {*chosen} - {FLOAT}:
             grid = Grid(bits, signed=True, narrow=True)
             self.scales[bits] = best_scale(weight, grid, symmetric=True, channels=True)[0]
+        errors = [float((self.at(bits) - weight).square().sum()) for bits in chosen]
+        energy = max(float(weight.square().sum()), 1e-12)
+        self.growth = (errors[1] - errors[0]) / energy if len(errors) > 1 else 0.0
 
     def at(self, bits: int) -> Tensor:
         """The weight with ``bits``."""
@@ -101,18 +117,6 @@ class TwoWayLayer(nn.Module):
             return upper
         return self.gate * upper + (1 - self.gate) * self.at(self.lower)
 
-    def error(self) -> Tensor:
-        """Quantization error of this step's weight, relative to the weight's energy."""
-        weight = self.base.weight.detach()
-        return (self.sampled() - weight).square().sum() / weight.square().sum().clamp(min=1e-12)
-
-    @torch.no_grad()
-    def growth(self) -> float:
-        """How much a fall adds to the relative quantization error."""
-        weight, energy = self.base.weight, self.base.weight.square().sum().clamp(min=1e-12)
-        errors = [(self.at(b) - weight).square().sum() for b in (self.lower, self.upper)]
-        return float((errors[0] - errors[1]) / energy)
-
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
         weight = self.sampled()
@@ -121,75 +125,34 @@ class TwoWayLayer(nn.Module):
         return self.base._conv_forward(x, weight, self.base.bias)
 
 
-class SdqRun:
+class Sdq(Companion):
     """Phase 1: weights and betas learn together until the bits fit the budget.
 
     Args:
-        net: trained, not quantized; a copy is trained.
+        net: trained, not quantized; a copy of it is trained, :attr:`net`.
         budget: choices and limit.
-        loss: of the student, see :class:`QatLoss`.
-        steps: of the search at most.
-        learning_rate: of the weights.
-        beta_rate: how far one step moves the beta of the layer with the most to save, under the
-            first pressure alone; other betas move in proportion to their gradients. None = so fast
-            that this layer can go through all its candidates in half of the steps.
-        strength: of the quantization error.
-        pressure: of the expected cost relative to the limit.
-        threshold: below it a layer falls.
-        temperature: of the Gumbel softmax.
         seed: of the samples; no global generator is touched.
-        teacher: images to logits.
-        weight_decay: of the weights.
 
     Attributes:
+        net: what is to be trained with this companion.
         history: number of the step and bits by layer, at the start and after each fall.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        budget: Budget,
-        loss: QatLoss,
-        *,
-        steps: int,
-        learning_rate: float,
-        beta_rate: float | None = None,
-        strength: float = 1.0,
-        pressure: float = 1.0,
-        threshold: float = 0.3,
-        temperature: float = 1.0,
-        seed: int = 0,
-        teacher: nn.Module | None = None,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if not 0 < threshold < START:
-            raise ValueError(f"threshold is {threshold}, expected between 0 and {START}")
-        self.budget, self.threshold, self.temperature = budget, threshold, temperature
-        self.strength, self.pressure = strength, pressure
-        self.net = copy.deepcopy(net)
+    def __init__(self, net: nn.Module, budget: Budget, *, seed: int = 0) -> None:
+        self.budget, self.net = budget, copy.deepcopy(net)
         self.layers: dict[str, TwoWayLayer] = {}
         for name in budget.names:
-            parent, _, leaf = name.rpartition(".")
-            owner = self.net.get_submodule(parent)
-            layer = TwoWayLayer(getattr(owner, leaf), budget.w_options[name])
-            setattr(owner, leaf, layer)
+            layer = TwoWayLayer(self.net.get_submodule(name), budget.w_options[name])
+            put(self.net, name, layer)
             self.layers[name] = layer
         place = next(self.net.parameters()).device
         self.beta = torch.full((len(self.layers),), START, device=place, requires_grad=True)
-        falls = max(layer.level for layer in self.layers.values())
-        whole = (START - threshold) * falls / max(1.0, 0.5 * steps)
-        self.beta_rate = whole if beta_rate is None else beta_rate
+        self.merit = torch.zeros(len(self.layers), device=place)
         self.generator = torch.Generator().manual_seed(seed)
-        self.inner = QatRun(
-            self.net, loss, steps=steps, learning_rate=learning_rate, teacher=teacher,
-            weight_decay=weight_decay, extra=self._extra,
-        )  # fmt: skip
+        # What is too much at the start, as a share of the limit.
+        self._excess = max(0.0, budget.cost(self.plan()) / budget.limit - 1)
+        self._done, self._pace = 0, 0.0
         self.history: list[tuple[int, dict[str, int]]] = [(0, self.bits())]
-
-    @property
-    def done(self) -> int:
-        """Steps so far."""
-        return self.inner.done
 
     @property
     def finished(self) -> bool:
@@ -210,60 +173,64 @@ class SdqRun:
 
     def savings(self) -> list[float]:
         """What the next fall of each layer saves, as a share of the limit; 0 at the last one."""
-        a = self.budget.largest().a
+        a, table = self.budget.largest().a, self.budget.table
         return [
             0.0
             if layer.lower is None
-            else (
-                self.budget.table[name][layer.upper, a[name]]
-                - self.budget.table[name][layer.lower, a[name]]
-            )
+            else (table[name][layer.upper, a[name]] - table[name][layer.lower, a[name]])
             / self.budget.limit
             for name, layer in self.layers.items()
         ]
 
-    def _extra(self, _net: nn.Module) -> Tensor:
-        """Quantization error and expected cost (that of the lower candidates is a constant)."""
-        if self.finished:
-            return self.beta.new_zeros(())
-        error = torch.stack([layer.error() for layer in self.layers.values()]).sum()
-        cost = (self.beta * self.beta.new_tensor(self.savings())).sum()
-        grown = self.pressure * (1 + (GROWTH - 1) * self.inner.done / self.inner.steps)
-        return self.strength * error + grown * cost
+    # -- what happens around a step ---------------------------------------------------------------
 
-    def step(
-        self, images: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None
-    ) -> dict[str, float]:
-        """One update of weights and betas; layers whose beta is small fall.
+    def tensors(self) -> Sequence[Tensor]:
+        """The betas."""
+        return (self.beta,)
 
-        Once the bits fit the budget only the weights go on learning.
-        """
-        if self.inner.done % REFRESH == 0:
+    def before_step(self, step: int, total: int) -> None:
+        """Draw which bits every layer has in this step; once all fit the budget, the upper ones."""
+        self._done = step
+        # So fast that the bits fit the budget after half of the steps.
+        self._pace = (START - THRESHOLD) * self._excess / max(1.0, 0.5 * total)
+        if step % REFRESH == 0:
             for layer in self.layers.values():
                 layer.refresh()
         if self.finished:
-            return self.inner.step(images, labels, teacher_logits)
+            return
         noise = torch.rand(len(self.layers), generator=self.generator).clamp(1e-6, 1 - 1e-6)
-        gates = gumbel_gate(self.beta, noise.to(self.beta.device), temperature=self.temperature)
+        gates = gumbel_gate(self.beta, noise.to(self.beta.device), temperature=TEMPERATURE)
         for gate, layer in zip(gates, self.layers.values(), strict=True):
             layer.gate = gate
-        self.beta.grad = None
-        try:
-            found = self.inner.step(images, labels, teacher_logits)
-        finally:
-            for layer in self.layers.values():
-                layer.gate = None
-        unit = self.pressure * max(self.savings())
-        with torch.no_grad():
-            self.beta -= self.beta_rate * self.beta.grad / max(unit, 1e-12)
-            self.beta.clamp_(0, 1)
-        for index in torch.argsort(self.beta.detach()).tolist():  # the least first
-            if self.finished or not float(self.beta[index].detach()) < self.threshold:
-                break
-            self._fall(index)
-        return found
 
     @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the betas; layers whose beta is small fall."""
+        gradient, self.beta.grad = self.beta.grad, None
+        for layer in self.layers.values():
+            layer.gate = None
+        self._done += 1
+        if gradient is None or not bool(torch.isfinite(gradient).all()) or self.finished:
+            return
+        self.merit.lerp_(-_unit(gradient), 1 - MEMORY)
+        self.beta += self._movement()
+        self.beta.clamp_(0, 1)
+        for index in torch.argsort(self.beta).tolist():  # the least first
+            if self.finished or not float(self.beta[index]) < THRESHOLD:
+                break
+            self._fall(index)
+
+    def _movement(self) -> Tensor:
+        """How far each beta moves; see the module."""
+        saved = self.beta.new_tensor(self.savings())
+        falls = saved > 0
+        size = saved.norm()
+        error = self.beta.new_tensor([layer.growth for layer in self.layers.values()])
+        merit = _unit(self.merit * falls) + ERROR * _unit(error * falls)
+        merit = (merit - saved * (merit @ saved) / size.square().clamp(min=1e-30)) * falls
+        towards = -saved / size.clamp(min=1e-15) + TASK * _unit(merit)
+        return self._pace / size.clamp(min=1e-15) * towards
+
     def _fall(self, index: int) -> None:
         """The layer goes to its next lower candidate and begins anew."""
         layer = list(self.layers.values())[index]
@@ -271,36 +238,40 @@ class SdqRun:
             return
         layer.level -= 1
         layer.refresh()
-        self.beta[index] = START
-        self.history.append((self.inner.done, self.bits()))
+        self.beta[index], self.merit[index] = START, 0.0
+        self.history.append((self._done, self.bits()))
 
+    # -- afterwards -------------------------------------------------------------------------------
+
+    @torch.no_grad()
     def settle(self) -> BitPlan:
         """The bits, within the budget whatever happened before."""
         layers = list(self.layers.values())
+        for layer in layers:
+            layer.refresh()
         while not self.finished:
             saved = self.savings()
             movable = [i for i, layer in enumerate(layers) if layer.level and saved[i] > 0]
             if not movable:
                 break
-            price = {i: layers[i].growth() / saved[i] for i in movable}
-            self._fall(min(movable, key=price.__getitem__))
+            self._fall(min(movable, key=lambda i: layers[i].growth / saved[i]))
         return self.budget.check(self.budget.bring_within(self.plan()))
 
     def trained(self) -> nn.Module:
         """The network with the weights learned so far, plain again."""
-        plain = copy.deepcopy(self.net)
+        made = copy.deepcopy(self.net)
         for name in self.layers:
-            parent, _, leaf = name.rpartition(".")
-            setattr(plain.get_submodule(parent), leaf, plain.get_submodule(name).base)
-        return plain.eval()
+            put(made, name, made.get_submodule(name).base)
+        return made.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs to go on exactly."""
         return {
-            "inner": self.inner.state_dict(),
             "beta": self.beta.detach().clone(),
+            "merit": self.merit.clone(),
             "generator": self.generator.get_state(),
             "levels": [layer.level for layer in self.layers.values()],
+            "growths": [layer.growth for layer in self.layers.values()],
             "scales": [
                 {str(bits): scale for bits, scale in layer.scales.items()}
                 for layer in self.layers.values()
@@ -310,15 +281,20 @@ class SdqRun:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
-        self.inner.load_state_dict(state["inner"])
         with torch.no_grad():
             self.beta.copy_(state["beta"])
+            self.merit.copy_(state["merit"])
         self.generator.set_state(state["generator"])
-        rows = zip(self.layers.values(), state["levels"], state["scales"], strict=True)
-        for layer, level, scales in rows:
-            layer.level = int(level)
-            layer.scales = {int(bits): scale for bits, scale in scales.items()}
+        kept = (state["levels"], state["growths"], state["scales"])
+        for layer, level, growth, scales in zip(self.layers.values(), *kept, strict=True):
+            layer.level, layer.growth = int(level), float(growth)
+            layer.scales = {int(bits): scale.to(self.beta.device) for bits, scale in scales.items()}
         self.history = [
             (int(step), dict(zip(self.layers, map(int, bits), strict=True)))
             for step, bits in state["history"]
         ]
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """``vector`` at length 1; nothing stays nothing."""
+    return vector / vector.norm().clamp(min=1e-30)

@@ -7,6 +7,7 @@ than the same bits everywhere. Compare both on the calibration images before you
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpkd.quant.layers import FLOAT, quantizable, quantize_net
+from mpkd.quant.layers import quantizable, quantize_net
 
 Table = dict[str, dict[int, float]]
 
@@ -39,8 +40,6 @@ def sensitivities(
     Returns:
         Mean over the images of ``KL(full || quantized)`` in nats, by layer and bits.
     """
-    import copy
-
     wanted = F.log_softmax(net(images).float(), dim=1)
     table: Table = {}
     for name in names or quantizable(net):
@@ -105,19 +104,3 @@ def choose_bits(
     if spent > budget * (1 + 1e-9):
         raise ValueError(f"the solver's choice costs {spent:g}, expected at most {budget:g}")
     return chosen
-
-
-def size_cost(weights: Mapping[str, int], candidates: Sequence[int]) -> Table:
-    """Bits of each layer's weights for each number of bits.
-
-    Args:
-        weights: number of weights by layer.
-    """
-    return {name: {b: float(count * b) for b in candidates} for name, count in weights.items()}
-
-
-def operation_cost(
-    macs: Mapping[str, int], candidates: Sequence[int], *, a_bits: int = FLOAT
-) -> Table:
-    """MACs times weight bits times input bits of each layer, for each number of weight bits."""
-    return {name: {b: float(n * b * a_bits) for b in candidates} for name, n in macs.items()}

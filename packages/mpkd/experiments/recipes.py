@@ -16,6 +16,8 @@ SHORT: dict[str, Any] = {
     "teacher.epochs": 4,
     "distillation.views": 3,
     "quantization.calib_samples": 256,
+    "quantization.brecq_steps": 1_000,
+    "quantization.haq_episodes": 60,
 }
 
 # COMMAND  python packages/mpkd/main.py --scale rehearsal
@@ -31,6 +33,8 @@ REHEARSAL: dict[str, Any] = {
     "distillation.views": 3,
     "quantization.calib_samples": 128,
     "quantization.epochs": 2,
+    "quantization.brecq_steps": 150,
+    "quantization.haq_episodes": 10,
     "logging.log_interval": 0,
 }
 

@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mpkd.analysis import plots
-from mpkd.claim_arms import CLAIMS, EQUAL, FP32, Claim, Pair
-from shared_core.metrics import paired_difference, summarize
+from mpkd.experiments.claim_arms import CLAIMS, EQUAL, FP32, Claim, Pair
 from shared_core.runs import Report
+from shared_core.trials import Difference, Trials, compare, spread, verdict
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+ACCURACY = "test_accuracy"
 SMALLEST_GAP = 0.005  # a gap below half a point is none: its closed share would be noise
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample deviation, number of seeds, and the values in the seeds' order."""
-    return {**asdict(summarize(values)), "values": list(values)}
-
-
-def accuracies(rows: Rows, arm: str) -> list[float]:
-    """Test accuracy of an arm, one value a seed."""
-    return [float(row["test_accuracy"]) for row in rows[arm]]
-
-
-def summarise_claims(rows: Rows, claims: Sequence[str]) -> dict[str, Any]:
+def summarise_claims(trials: Trials, claims: Sequence[str]) -> dict[str, Any]:
     """All numbers by arm, and by claim what they say.
 
     Args:
-        rows: by arm, one row a seed, all in the same order: ``test_accuracy``, ``agreement``,
-            ``mean_bits`` where there are bits.
-        claims: keys of :data:`mpkd.claim_arms.CLAIMS`.
+        trials: results with ``test_accuracy``, ``agreement``, and ``mean_bits`` and ``w_bits``
+            where there are bits.
+        claims: keys of :data:`mpkd.experiments.claim_arms.CLAIMS`.
     """
     arms: dict[str, Any] = {}
-    for name, found in rows.items():
+    for name in trials.names:
+        rows = trials.rows(name)
         arms[name] = {
-            "accuracy": spread(accuracies(rows, name)),
-            "agreement": spread([float(row["agreement"]) for row in found]),
+            "accuracy": spread(trials.values(name, ACCURACY)),
+            "agreement": spread(trials.values(name, "agreement")),
         }
-        if "mean_bits" in found[0]:
-            arms[name]["mean_bits"] = spread([float(row["mean_bits"]) for row in found])
-        if "w_bits" in found[0]:
-            arms[name]["w_bits"] = [dict(row["w_bits"]) for row in found]
-    return {"arms": arms, "claims": {name: judge(rows, CLAIMS[name]) for name in claims}}
+        if "w_bits" in rows[0]:
+            arms[name]["mean_bits"] = spread(trials.values(name, "mean_bits"))
+            arms[name]["w_bits"] = [dict(row["w_bits"]) for row in rows]
+            arms[name]["w_levels"] = [dict(row["w_levels"]) for row in rows]
+    return {"arms": arms, "claims": {name: judge(trials, CLAIMS[name]) for name in claims}}
 
 
-def judge(rows: Rows, claim: Claim) -> dict[str, Any]:
+def judge(trials: Trials, claim: Claim) -> dict[str, Any]:
     """The paired differences of a claim, a verdict on each, and one for the whole."""
-    pairs = {f"{pair.a} - {pair.b}": _compare(rows, pair, claim) for pair in claim.pairs}
+    pairs = {f"{pair.a} - {pair.b}": _compared(trials, pair, claim) for pair in claim.pairs}
     verdicts = [
         pairs[f"{pair.a} - {pair.b}"]["verdict"] for pair in claim.pairs if pair.claimed
     ]  # fmt: skip
@@ -71,51 +61,38 @@ def judge(rows: Rows, claim: Claim) -> dict[str, Any]:
     }
 
 
-def _compare(rows: Rows, pair: Pair, claim: Claim) -> dict[str, Any]:
-    a, b = accuracies(rows, pair.a), accuracies(rows, pair.b)
-    values = [x - y for x, y in zip(a, b, strict=True)]
-    gap = asdict(paired_difference(a, b)) if len(a) > 1 else None
-    mean = summarize(values).mean
-    found: dict[str, Any] = {"mean": mean, "values": values, "interval": gap}
-    said = f"{100 * mean:+.1f} points"
-    if gap is not None:
-        said += (
-            f" (95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, "
-            f"{gap['wins']} of {gap['n']} seeds)"
-        )
+def _compared(trials: Trials, pair: Pair, claim: Claim) -> dict[str, Any]:
+    gap = compare(trials, pair.a, pair.b, ACCURACY)
+    plain = gap.plain()
+    found: dict[str, Any] = {
+        "mean": gap.mean, "values": list(gap.values),
+        "interval": None if gap.interval is None
+        else {key: plain[key] for key in ("mean", "std", "low", "high", "wins", "n")},
+    }  # fmt: skip
+    said = gap.text
     if claim.gap:
-        full, low = (summarize(accuracies(rows, name)).mean for name in (FP32, pair.b))
-        share = (summarize(a).mean - low) / (full - low) if full - low > SMALLEST_GAP else None
+        full, low, own = (
+            spread(trials.values(n, ACCURACY))["mean"] for n in (FP32, pair.b, pair.a)
+        )
+        share = (own - low) / (full - low) if full - low > SMALLEST_GAP else None
         found |= {"gap": full - low, "closed": share}
         said += f", gap to fp32 {100 * (full - low):.1f} points" + (
             "" if share is None else f", of which {100 * share:.0f} % are closed"
         )
-    found["verdict"] = _verdict(found, pair, claim)
+    found["verdict"] = _verdict(gap, found, pair, claim)
     found["text"] = f"{said}: {found['verdict']}" if pair.claimed else f"{said} (control)"
     return found
 
 
-def _verdict(found: Mapping[str, Any], pair: Pair, claim: Claim) -> str:
-    """``holds`` and ``contradicted`` need an interval that lies on one side; else ``not shown``."""
-    gap = found["interval"]
-    if gap is None:
-        return "one seed only"
-    if claim.equal:
-        if -EQUAL <= gap["low"] and gap["high"] <= EQUAL:
-            return "holds"
-        outside = gap["low"] > EQUAL or gap["high"] < -EQUAL
-        return "contradicted" if outside else "not shown"
-    if claim.gap and found["closed"] is None:
-        return "no gap to close"
-    if not any(found["values"]):
-        return "no difference"
-    if gap["high"] < 0:
-        return "contradicted"
-    if gap["low"] <= 0:
-        return "not shown"
-    if found["mean"] < pair.least or (claim.gap and found["closed"] <= 0.5):
-        return "less than claimed"
-    return "holds"
+def _verdict(gap: Difference, found: Mapping[str, Any], pair: Pair, claim: Claim) -> str:
+    """The core's verdict, and what is particular to the closing of a gap."""
+    word = verdict(gap, least=pair.least, equal_within=EQUAL if claim.equal else None)
+    if claim.gap and gap.interval is not None:
+        if found["closed"] is None:
+            return "no gap to close"
+        if word == "holds" and found["closed"] <= 0.5:
+            return "less than claimed"
+    return word
 
 
 def draw_claims(folder: Path, claims: Mapping[str, Any]) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpkd.quant.companion import Companion
 from mpkd.quant.fake_quant import per_channel
 from mpkd.quant.layers import QuantLayer, quant_layers
 
@@ -36,13 +37,19 @@ def bin_term(layer: QuantLayer) -> Tensor:
     return ((mean - wanted).square() + variance)[used].mean()
 
 
-def bin_regulariser(net: nn.Module, *, strength: float = 0.1) -> Tensor:
-    """``strength`` times the mean of :func:`bin_term` over the layers with quantized weights.
+class BinPull(Companion):
+    """Adds ``strength`` times the mean of :func:`bin_term` over the quantized layers to the loss.
 
-    Raises:
-        ValueError: there is none.
+    Args:
+        strength: 0.1 in the paper; 0 adds nothing.
     """
-    layers = [one for one in quant_layers(net).values() if one.weight_quantizer is not None]
-    if not layers:
-        raise ValueError("the network has no quantized layer, expected quantize_net before")
-    return strength * torch.stack([bin_term(layer) for layer in layers]).mean()
+
+    def __init__(self, strength: float = 0.1) -> None:
+        self.strength = strength
+
+    def term(self, net: nn.Module) -> Tensor | None:
+        """The regulariser of the weights as they are now."""
+        layers = [one for one in quant_layers(net).values() if one.weight_quantizer is not None]
+        if not layers or not self.strength:
+            return None
+        return self.strength * torch.stack([bin_term(layer) for layer in layers]).mean()

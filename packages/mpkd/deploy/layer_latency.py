@@ -9,64 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mpkd.quant.layers import FLOAT, QuantLayer, quantizable
+from mpkd.quant.cost import LayerFacts, layer_facts, plain_layer
+from mpkd.quant.layers import FLOAT
+from shared_core.deploy.session import open_session
 
 KERNELS = (8, FLOAT)  # bits that ONNX Runtime computes with on a CPU
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What a layer is given and gives, for one image.
-
-    Attributes:
-        name: dotted.
-        layer: the convolution or linear layer.
-        inputs, outputs: shapes without the batch, ``(C, H, W)`` or ``(C,)``.
-    """
-
-    name: str
-    layer: nn.Conv2d | nn.Linear
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-@torch.no_grad()
-def layer_shapes(net: nn.Module, image_size: int) -> list[LayerShape]:
-    """Shapes of every convolution and linear layer (quantized or not), in the order of the network.
-
-    Args:
-        image_size: side in pixels of a square image.
-    """
-    found: dict[str, LayerShape] = {}
-    hooks = []
-    inner = {f"{n}.base" for n, m in net.named_modules() if isinstance(m, QuantLayer)}
-    chosen = {n: m for n, m in net.named_modules() if isinstance(m, QuantLayer)}
-    chosen |= {n: net.get_submodule(n) for n in quantizable(net) if n not in inner}
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        base = module.base if isinstance(module, QuantLayer) else module
-        found[name] = LayerShape(name, base, tuple(args[0].shape[1:]), tuple(output.shape[1:]))
-
-    for name, module in chosen.items():
-        hooks.append(
-            module.register_forward_hook(lambda m, i, out, name=name: note(name, m, i, out))
-        )
-    training = net.training
-    net.eval()
-    try:
-        net(next(net.parameters()).new_zeros(1, 3, image_size, image_size))
-    finally:
-        net.train(training)
-        for hook in hooks:
-            hook.remove()
-    return [found[n] for n, _ in net.named_modules() if n in found]
 
 
 def check_measurable(candidates: Sequence[int], device: torch.device | str) -> None:
@@ -121,23 +74,16 @@ def latency_table(
 
     Needs the packages onnx and onnxruntime.
     """
-    import onnxruntime
-
     check_measurable(candidates, device)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
     table = {}
-    for shape in layer_shapes(net, image_size):
-        runs = {}
+    for facts in layer_facts(net, image_size):
+        runs, layer = {}, plain_layer(net, facts.name)
         for bits in sorted({8, *candidates}):
-            graph = single_layer_graph(shape, bits, batch_size=batch_size)
-            session = onnxruntime.InferenceSession(
-                graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            graph = single_layer_graph(facts, layer, bits, batch_size=batch_size)
+            session = open_session(graph.SerializeToString(), threads=threads)
             kind = np.int8 if bits == 8 else np.float32
-            runs[bits] = (session, {"x": np.ones((batch_size, *shape.inputs), dtype=kind)})
-        table[shape.name] = _median_seconds(runs, repeats)
+            runs[bits] = (session, {"x": np.ones((batch_size, *facts.inputs), dtype=kind)})
+        table[facts.name] = _median_seconds(runs, repeats)
     return table
 
 
@@ -154,11 +100,13 @@ def _median_seconds(
     return {bits: float(np.median(values)) for bits, values in seconds.items()}
 
 
-def single_layer_graph(shape: LayerShape, bits: int, *, batch_size: int) -> Any:
+def single_layer_graph(
+    facts: LayerFacts, layer: nn.Conv2d | nn.Linear, bits: int, *, batch_size: int
+) -> Any:
     """An ONNX model of one layer: ``x`` to ``y``, both int8 at 8 bits, else both float."""
     from onnx import TensorProto, helper, numpy_helper
 
-    weight = shape.layer.weight.detach().cpu().numpy().astype(np.float32)
+    weight = layer.weight.detach().cpu().numpy().astype(np.float32)
     bias = np.zeros(weight.shape[0], dtype=np.float32)
     whole = bits == 8
     nodes, constants = [], {"bias": bias}
@@ -178,14 +126,13 @@ def single_layer_graph(shape: LayerShape, bits: int, *, batch_size: int) -> Any:
     else:
         constants["weight"] = weight
     source, target = ("x_float", "y_float") if whole else ("x", "y")
-    if isinstance(shape.layer, nn.Conv2d):
-        conv = shape.layer
+    if isinstance(layer, nn.Conv2d):
         # Above and below, left and right alike: what torch's padding means for these kernels.
-        pads = [0, 0] if conv.padding == "valid" else list(_padding(conv))
+        pads = [0, 0] if layer.padding == "valid" else list(_padding(layer))
         nodes.append(
             helper.make_node(
-                "Conv", [source, "weight", "bias"], [target], kernel_shape=list(conv.kernel_size),
-                strides=list(conv.stride), dilations=list(conv.dilation), group=conv.groups,
+                "Conv", [source, "weight", "bias"], [target], kernel_shape=list(layer.kernel_size),
+                strides=list(layer.stride), dilations=list(layer.dilation), group=layer.groups,
                 pads=[*pads, *pads],
             )
         )  # fmt: skip
@@ -197,8 +144,8 @@ def single_layer_graph(shape: LayerShape, bits: int, *, batch_size: int) -> Any:
     graph = helper.make_graph(
         nodes,
         "layer",
-        [helper.make_tensor_value_info("x", kind, [batch_size, *shape.inputs])],
-        [helper.make_tensor_value_info("y", kind, [batch_size, *shape.outputs])],
+        [helper.make_tensor_value_info("x", kind, [batch_size, *facts.inputs])],
+        [helper.make_tensor_value_info("y", kind, [batch_size, *facts.outputs])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(

@@ -1,0 +1,1 @@
+"""Sweeps: the matrix of precision x distillation, the papers' claims tried small, their recipes."""

@@ -1,0 +1,144 @@
+"""What a matrix leaves for a reader: means over seeds, paired differences, plots, a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpkd.analysis import plots
+from mpkd.experiments.matrix import LABELS, PRECISIONS, QUANTIZED, cell_name
+from shared_core.runs import Report
+from shared_core.trials import Trials, compare, spread
+
+METRICS = ("test_accuracy", "agreement", "bytes", "mean_bits")
+
+
+def rows_of(trials: Trials) -> list[str]:
+    """The precisions that were tried, in their order."""
+    tried = {name.partition(" | ")[0] for name in trials.names}
+    return [precision for precision in PRECISIONS if precision in tried]
+
+
+def summary(trials: Trials, columns: Sequence[str]) -> dict[str, Any]:
+    """Mean and deviation of each cell, and the paired differences that the matrix is made for."""
+    table: dict[str, Any] = {}
+    for precision in rows_of(trials):
+        table[precision] = {
+            column: {
+                metric: {k: v for k, v in spread(trials.values(cell_name(precision, column),
+                                                               metric)).items() if k != "values"}
+                for metric in METRICS
+            }
+            for column in columns
+        }  # fmt: skip
+    return {"table": table, "differences": differences(trials, columns)}
+
+
+def differences(trials: Trials, columns: Sequence[str]) -> dict[str, Any]:
+    """``a - b`` in test accuracy, paired by seed: teacher against labels, few bits against fp32."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for precision in rows_of(trials):
+        for column in columns:
+            own = cell_name(precision, column)
+            if column != LABELS:
+                pairs[f"{precision}: {column} - labels"] = (own, cell_name(precision, LABELS))
+            if precision != "fp32":
+                pairs[f"{column}: {precision} - fp32"] = (own, cell_name("fp32", column))
+    found = {name: compare(trials, *pair, "test_accuracy") for name, pair in pairs.items()}
+    return {
+        name: {key: value for key, value in one.plain().items() if key != "values"}
+        for name, one in found.items()
+        if one.interval is not None
+    }
+
+
+def _pm(value: Mapping[str, Any]) -> str:
+    std = value["std"]
+    return f"{100 * value['mean']:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def write_report(folder: Path, record: Mapping[str, Any], *, line: str) -> None:
+    """Draw the plots and write ``report.md`` and ``report.html``."""
+    measured, environment = record["measured"], record["environment"]
+    report = Report("mpkd: precision x distillation")
+    (report.note if record["data"]["kind"] == "built-in" else report.text)(line)
+    report.text(
+        f"Measured on {environment['gpu'] or environment['cpu']} with torch "
+        f"{environment['packages'].get('torch')}, seeds {', '.join(map(str, record['seeds']))}, "
+        f"{record['wall_seconds'] / 60:.1f} minutes. Command: {record['command']}"
+    )
+    _accuracies(report, folder, measured)
+    _sizes(report, folder, measured, first=record["seeds"][0])
+    if measured["differences"]:
+        report.heading("Differences in points, paired by seed")
+        report.table(
+            ["difference", "mean", "95 % interval", "seeds won"],
+            [
+                [name, 100 * d["mean"], f"{100 * d['low']:.1f} to {100 * d['high']:.1f}",
+                 f"{d['wins']} of {d['n']}"]
+                for name, d in measured["differences"].items()
+            ],
+        )  # fmt: skip
+    report.heading("Time of one image, milliseconds")
+    report.table(["runtime, batch 1, 1 thread", "ms"], [list(i) for i in measured["ms"].items()])
+    report.text("Weights of fewer than 8 bits have no kernels on this processor: no time for them.")
+    cells = measured["cells"].values()
+    if notes := sorted({note for cell in cells for note in cell.get("notes", ())}):
+        report.heading("Notes")
+        for note in notes:
+            report.text(note)
+    report.write(folder)
+
+
+def _accuracies(report: Report, folder: Path, measured: Mapping[str, Any]) -> None:
+    """The table and the plot of test accuracy, and the table of agreement."""
+    table, columns, teacher = measured["table"], measured["columns"], measured["teacher"]
+    rows = list(table)
+    report.heading("Test accuracy, percent")
+    report.text(
+        f"Teacher {teacher['name']}: {100 * teacher['test_accuracy']:.1f} with "
+        f"{teacher['parameters']:,} parameters. Student: {measured['student_parameters']:,}. Mean "
+        "and sample deviation over the seeds; KD columns never see a label."
+    )
+    report.table(
+        ["precision", *columns, "KiB on disk", "bits a weight"],
+        [
+            [p, *(_pm(table[p][c]["test_accuracy"]) for c in columns),
+             table[p][LABELS]["bytes"]["mean"] / 1024, table[p][LABELS]["mean_bits"]["mean"]]
+            for p in rows
+        ],
+    )  # fmt: skip
+    for row, reason in measured.get("left_out", {}).items():
+        report.text(f"{row} was left out: {reason}.")
+    series = {
+        c: [(table[p][c]["test_accuracy"]["mean"], table[p][c]["test_accuracy"]["std"] or 0.0)
+            for p in rows]
+        for c in columns
+    }  # fmt: skip
+    figure = plots.bars(folder / "matrix.png", rows, series, ylabel="test accuracy, percent")
+    report.figure(figure, "Every cell; whiskers are one sample deviation.")
+    report.heading("Agreement with the teacher, percent of the test images")
+    report.table(
+        ["precision", *columns],
+        [[p, *(_pm(table[p][c]["agreement"]) for c in columns)] for p in rows],
+    )
+
+
+def _sizes(report: Report, folder: Path, measured: Mapping[str, Any], *, first: int) -> None:
+    """Accuracy against size, and the bits of each layer."""
+    table, teacher = measured["table"], measured["teacher"]
+    points = [("teacher", 4 * teacher["parameters"] / 1024, teacher["test_accuracy"])]
+    best = max(
+        measured["columns"], key=lambda c: table["fp32"][c]["test_accuracy"]["mean"]
+    )  # fmt: skip
+    points += [
+        (p, row[best]["bytes"]["mean"] / 1024, row[best]["test_accuracy"]["mean"])
+        for p, row in table.items()
+        if p != "bf16"  # its weights are kept in fp32
+    ]
+    figure = plots.pareto(folder / "pareto.png", points, xlabel=f"KiB on disk ({best})")
+    report.figure(figure, "Accuracy against size; hollow points are beaten.")
+    cells = measured["cells"]
+    bits = {f"{p}, {best}": cells[f"{cell_name(p, best)} | {first}"]["w_bits"] for p in QUANTIZED}
+    report.figure(plots.bit_bars(folder / "bits.png", bits), "Bits of each layer, first seed.")
