@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = [path for path in options.paths if Path(path).is_dir()]
 
     def line(answer: Any) -> str:
-        (name, best), *rest = answer.ranked
+        (_, best), *rest = answer.ranked
         others = ", ".join(f"{label} {p:.4f}" for label, p in rest)
-        said = f"[{answer.name}] --> Predicted: {name}, Confidence: {best:.4f}"
+        said = f"[{answer.name}] --> Predicted: {answer.label}, Confidence: {best:.4f}"
         return said + (f" ({others})" if others else "")
 
     def end(summary: Summary) -> str:

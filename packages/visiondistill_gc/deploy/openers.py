@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 
 from shared_core.deploy.facts import ONNX, ModelFacts, read_facts
 from shared_core.deploy.options import ModelOptions
-from shared_core.deploy.predictor import NetworkPredictor, Predictor, activate, open_asked
+from shared_core.deploy.predictor import (
+    NetworkPredictor,
+    Predictor,
+    activate,
+    open_asked,
+    whole_files,
+)
 from shared_core.runs import UsageError
 from visiondistill_gc.utils.paddle_inference import check_gpu, import_paddle, paddle_inference
 from visiondistill_gc.utils.transforms import eval_view
@@ -111,6 +117,7 @@ def open_paddle(path: Path, *, runtime: str, threads: int, device: str) -> Predi
     usual = facts.default == PADDLE or (facts.default == ONNX and not find_spec("onnxruntime"))
     if PADDLE not in facts.files or (runtime == "auto" and not usual):
         return None
+    whole_files(path, facts, PADDLE)
     network = paddle_inference(path / PREFIX, threads=threads, gpu=_place(device) != "cpu")
     return NetworkPredictor(facts, network, runtime=PADDLE, name=str(path))
 

@@ -41,12 +41,8 @@ def paddle_inference(prefix: str | Path, *, threads: int = 1, gpu: bool = False)
 
     Raises:
         UsageError: ``gpu`` where there is none.
-        FileNotFoundError: a file is missing.
-        ValueError: damaged.
+        ValueError: damaged, or not there.
     """
-    for path in (Path(f"{prefix}.json"), Path(f"{prefix}.pdiparams")):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, expected a network for Paddle Inference")
     inference = import_paddle().inference
     config = inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
     config.disable_glog_info()
