@@ -7,10 +7,16 @@ from torch import nn
 
 from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.deploy.facts import ModelFacts
-from shared_core.deploy.session import open_session
+from shared_core.deploy.predictor import Outputs
+from shared_core.deploy.session import open_session as open_onnx
+from shared_core.for_torch.distributed import World
 from shared_core.for_torch.export import ExportError
+from torch_cls_zoo.applications import convert
 from torch_cls_zoo.applications.export_files import export_all
 from torch_cls_zoo.applications.model_facts import model_facts
+from torch_cls_zoo.applications.session import open_session
+from torch_cls_zoo.config import parse
+from torch_cls_zoo.dataloader.folders import part
 
 SIZE = (48, 33)
 
@@ -50,7 +56,7 @@ def test_all_three_give_the_numbers_of_the_network(written) -> None:
         model.train()
         jit = torch.jit.load(str(folder / "jit_timm_net.pt"))(images).numpy()
         exported = torch.export.load(str(folder / "timm_net.pt2")).module()(images).numpy()
-    session = open_session(folder / "timm_net.onnx")
+    session = open_onnx(folder / "timm_net.onnx")
     onnx = session.run(None, {"image": images.numpy()})[0]
     for got in (jit, exported, onnx):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -94,3 +100,43 @@ def test_what_cannot_be_written_is_one_line(tmp_path) -> None:
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="export format 'coreml'"):
         export_all(Refusing(), tmp_path, arch="x", facts=_small(), formats=["coreml"])
+
+
+@pytest.fixture(scope="module")
+def session(zoo_best, zoo_data, tmp_path_factory):
+    """The finished training's network, as ``--jit`` opens it."""
+    words = ["--jit", "--data", zoo_data, "--resume", zoo_best, "--no-cuda", "--int8", "no",
+             "--output", tmp_path_factory.mktemp("session")]  # fmt: skip
+    config = parse([str(word) for word in words])
+    return open_session(config, World(0, 1, 0, torch.device("cpu")))
+
+
+def test_int8_is_calibrated_on_validation_and_judged_on_test(session) -> None:
+    def views_of(split: str) -> dict[bytes, int]:
+        found = part(session.data, split)
+        view = LetterboxView(session.settings.size)
+        return {view(found.images.image(n)).tobytes(): int(found.images.labels[n])
+                for n in range(len(found))}  # fmt: skip
+
+    given = convert.calibration_of(session)
+    assert {i.tobytes(): int(k) for i, k in zip(given.images, given.labels, strict=True)} == (
+        views_of("val")
+    )
+    test = [(i.tobytes(), int(k)) for images, labels in convert.views(session, "test")
+            for i, k in zip(images, labels, strict=True)]  # fmt: skip
+    assert dict(test) == views_of("test") and len(test) == 15
+
+
+def test_a_file_that_answers_otherwise_ends_the_export(session, monkeypatch) -> None:
+    real = convert.open_model
+
+    def swapped(path, **how):
+        predictor = real(path, **how)
+        asked = predictor.outputs
+        predictor.outputs = lambda images: Outputs(asked(images).values[:, ::-1], None)
+        return predictor
+
+    monkeypatch.setattr(convert, "open_model", swapped)
+    with pytest.raises(ExportError, match="does not answer as its network"):
+        convert.convert(session)
+    assert not (session.output / "model").exists()

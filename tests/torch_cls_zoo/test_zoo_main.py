@@ -6,12 +6,15 @@ import csv
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
+from shared_core.deploy.predictor import open_model
 from shared_core.for_torch.checkpoints import load_checkpoint
 from shared_core.runs import check_record, read_metrics, read_result
+from shared_core.runs.lock import RunLock
 
 ARCH = "test_resnet"
 
@@ -149,7 +152,12 @@ def test_jit_and_onnx_give_the_network_s_numbers(zoo_best, zoo_data, zoo_command
     net = build_model(ARCH, num_classes=3, image_size=(24, 24)).model.eval()
     net.load_state_dict(weights)
     images = torch.randn(2, 3, 24, 24)
+    opened = open_model(tmp_path / "j" / "model", runtime="onnx")
+    view = opened.view(cv2.imread(str(zoo_data / "test" / "red" / "00.png"))[..., ::-1])[None]
+    pixels = opened.facts.normalise(view)
     with torch.no_grad():
+        want = net(torch.from_numpy(pixels)).softmax(1).numpy()
+        np.testing.assert_allclose(opened.probabilities(view), want, atol=1e-4)
         loaded = torch.jit.load(str(tmp_path / "j" / "checkpoints" / f"jit_{ARCH}.pt"))
         torch.testing.assert_close(loaded(images), net(images), atol=1e-5, rtol=1e-4)
 
@@ -228,3 +236,15 @@ def test_images_damaged_after_the_check_are_counted_and_listed(
     assert "1 unreadable" in done.out
     assert (run / "unreadable.txt").read_text() == "test/blue/01.png\n"
     assert read_result(run / "result.json")["measured"]["test"]["images"] == 14
+
+
+def test_a_folder_that_is_worked_in_is_entered_by_nobody_else(
+    zoo_words, zoo_best, zoo_data, zoo_command, tmp_path
+):
+    run = tmp_path / "run"
+    use = ["-e", "--data", zoo_data, "--resume", zoo_best, "--no-cuda", "--output", run]
+    with RunLock(run):
+        for words in (zoo_words(run), zoo_words(run, "--fresh"), use):
+            done = zoo_command(*words)
+            assert done.code == 1 and "is in use by process" in done.err
+    assert not [path for path in run.iterdir() if path.name != ".lock"]

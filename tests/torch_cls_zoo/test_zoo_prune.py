@@ -10,7 +10,7 @@ from torch import nn
 from command_tools import run_main
 from shared_core.checkpoints import CheckpointError, make_facts
 from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_checkpoint
-from shared_core.runs import run_command
+from shared_core.runs import read_result, run_command
 from torch_cls_zoo import prune as prune_command
 from torch_cls_zoo.models import build_model
 from torch_cls_zoo.optim import build_optimizer
@@ -105,6 +105,16 @@ def test_the_reach_is_how_far_scales_really_go_without_a_gradient() -> None:
     assert "at most 0.0003" in slimming_note(slimming_reach([1e-4], 6000, 5e-4), 5e-4)
 
 
+def test_a_training_says_whether_slimming_gets_anywhere(zoo_words, zoo_command, tmp_path) -> None:
+    done = zoo_command(*zoo_words(tmp_path / "run", "--sparsity"))
+    assert done.code == 0, done.err
+    assert "expected 0.1 or more of scales near 1" in done.out and "batch-norm scales: " in done.out
+    told = read_result(tmp_path / "run" / "result.json")["measured"]["training"]
+    assert told["batch_norm_scales"]["gammas"] > 100
+    far = zoo_command(*zoo_words(tmp_path / "far", "--sparsity", "--slim", 100))
+    assert "expected 0.1 or more" not in far.out and "batch-norm scales: " in far.out
+
+
 ARCHS = [
     "resnet18", "mobilenet_v2", "mobilenetv3_small", "densenet121", "shufflenet_v2_x0_5",
     "googlenet", "efficientnet_b0", "resnest50_fast_1s1x64d", "regnet_y_400mf",
@@ -112,7 +122,9 @@ ARCHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[pytest.mark.slow] if a == "vgg11_bn" else []) for a in ARCHS]
+)
 def test_the_cut_network_is_the_masked_one_and_smaller(arch) -> None:
     model = _random(arch)
     before = {name: value.clone() for name, value in model.state_dict().items()}
