@@ -303,16 +303,21 @@ def test_a_file_that_gives_other_answers_is_no_export(model, tmp_path, monkeypat
     assert issubclass(ExportError, ValueError)
 
 
-def test_damaged_folders_are_refused_in_one_line(exported, tmp_path):
+def test_a_file_that_was_swapped_or_is_missing_is_refused_in_one_line(exported, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(exported[0], copy)
-    (copy / "student.pdiparams").write_bytes(b"garbage")
-    words = ("--image_path", exported[0], "--runtime", "paddle")
-    done = tools.call(inference, "--model_path", copy, *words)
-    assert done.code == 1 and done.err.startswith("error: ") and "student.pdiparams" in done.err
+    words = ("--model_path", copy, "--image_path", exported[0], "--runtime", "paddle")
+    forms.paddle_form(tools.make_net(seed=1), read_facts(copy)).write(copy)  # sound, but another
+    done = tools.call(inference, *words)
+    assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert "is damaged or another file" in done.err
     (copy / "student.pdiparams").unlink()
-    done = tools.call(inference, "--model_path", copy, *words)
+    done = tools.call(inference, *words)
     assert done.code == 1 and "student.pdiparams" in done.err and done.err.count("\n") == 1
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "bad.pdiparams").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="Paddle Inference cannot open it"):
+        paddle_inference.paddle_inference(tmp_path / "bad")
 
 
 def test_onnx_needs_no_paddle_in_memory(exported):
