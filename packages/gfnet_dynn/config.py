@@ -193,14 +193,19 @@ def _check_effects(args: argparse.Namespace, given: set[str]) -> None:
         given: names of the options that were on the command line.
     """
     own_parts = (
-        "split_ratio" in given
+        bool(given & {"split_ratio", "drop_leaks", "group_by"})
         and args.data_path is not None
         and datasets.scan(args.data_path).layout == "split"
     )
     file, judged = args.checkpoint is not None, args.stage == "evaluate"
     for without, names, reason in (
-        (own_parts, ("split_ratio",), f"{args.data_path} is split into folders already"),
-        (args.split is not None, ("split_ratio", "split_seed"), "--split decides"),
+        (
+            own_parts,
+            ("split_ratio", "group_by"),
+            f"{args.data_path} is split into folders already",
+        ),
+        (args.split is not None, ("split_ratio", "split_seed", "group_by"), "--split decides"),
+        (not own_parts, ("drop_leaks",), "no folders of parts are given"),
         (args.data_path is not None, BUILTIN, f"the images of {args.data_path} are used"),
         (args.aa != "none", ("color_jitter",), f"as in timm, --aa {args.aa} takes its place"),
         (args.no_distil, STUDENT, "--no-distil leaves the student out"),

@@ -59,6 +59,8 @@ def prepare_data(source: Source, output: Path, *, seed: int) -> Data:
         split_seed=source.split_seed,
         split=source.split,
         quarantine=source.quarantine,
+        group_by=source.group_by or "near",
+        drop_leaks=bool(source.drop_leaks),
         workers=source.num_workers,
         scenes={
             "num_classes": source.builtin_classes,

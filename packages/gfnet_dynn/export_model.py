@@ -89,5 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return export_model(args.model, args.output, wanted)
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -17,7 +17,8 @@ from shared_core.runs.command import run_command
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe: full when the data set is found, rehearsal otherwise. Returns the exit code."""
-    build_parser("main.py").parse_args(argv)  # --help and wrong words end here, before torch loads
+    # --help and wrong words end here, before torch loads.
+    build_parser("main.py").parse_args(argv)
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from gfnet_dynn.pipeline import run_main
@@ -25,5 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(argv, prog="main.py", scale="auto")
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -237,7 +237,20 @@ def _data(parser: CommandParser) -> None:
             ("--builtin-classes", number(int, 2, 45), 10, "Classes of built-in scenes."),
             ("--builtin-images", SIZE, 200, "Built-in scenes a class."),
             ("--quarantine", Path, None, "A list of files to leave out."),
+            (
+                "--group-by",
+                ("near", "exact"),
+                None,
+                "Copies that stay in one split: nearly the same pictures, or the same bytes "
+                "(default: near).",
+            ),
         ],
+    )
+    group.add_argument(
+        "--drop-leaks",
+        action="store_const",
+        const=True,
+        help="Of folders that are split already, learn from no image that lies in a later part.",
     )
 
 

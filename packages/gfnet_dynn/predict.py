@@ -51,20 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gfnet_dynn.deploy.checkpoint import open_checkpoint
     from shared_core.deploy.answers import Answer, text_line
     from shared_core.deploy.predict import predict
-    from shared_core.deploy.predictor import open_model
+    from shared_core.deploy.predictor import open_asked
 
     def line(answer: Answer) -> str:
         return f"{text_line(answer)}  {answer.ms:.2f} ms"
 
-    predictor = open_model(
-        model.path,
-        runtime=model.runtime,
-        threads=model.threads,
-        device=model.device,
-        openers=(open_checkpoint,),
-    )
+    predictor = open_asked(model, openers=(open_checkpoint,))
     return predict(predictor.with_exits(exits), images, line=line)
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-SCALES = ("full", "short", "rehearsal")
-
 # COMMAND  make repro-gfnet-aid DATA_ROOT=<folder holding AID/> SCALE=full
 # Takes minutes on one large GPU at 128 pixels, days on two CPU cores. The published numbers
 # (docs/ledger.md) start from ImageNet weights, which are not ours to ship: --pretrained FILE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gfnet_dynn.choices import ALL, SETS
 
@@ -32,6 +32,9 @@ class Source:
     split: Path | None  # a manifest that decides
     num_workers: int
     quarantine: Path | None
+    # None, as in runs of earlier versions, is the core's usual way.
+    group_by: Literal["near", "exact"] | None  # copies that stay in one split
+    drop_leaks: bool | None
 
     @property
     def known(self) -> bool:

@@ -258,6 +258,10 @@ def test_the_share_of_a_set_with_parts_of_its_own_is_refused(tmp_path, folder_of
     assert parsed(*words, tmp_path / "whole").split_ratio == 0.5
     with pytest.raises(UsageError, match="--split-ratio would have no effect: .* split into"):
         parsed(*words, tmp_path / "parts")
+    assert parsed("--drop-leaks", "--data-path", tmp_path / "parts").drop_leaks
+    for folder, flag in (("whole", ("--drop-leaks",)), ("parts", ("--group-by", "exact"))):
+        with pytest.raises(UsageError, match=f"{flag[0]} would have no effect"):
+            parsed(*flag, "--data-path", tmp_path / folder)
 
 
 def test_checks_do_not_touch_what_recipes_set(tmp_path):

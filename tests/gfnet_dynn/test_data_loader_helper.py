@@ -70,6 +70,25 @@ def test_split_ratio_and_seed_act(tmp_path, images, data):
     assert again.manifest.hash == data.manifest.hash
 
 
+def test_near_copies_stay_together_unless_exact_is_asked(tmp_path, folder_of_images):
+    """Each image has a copy that is a little brighter."""
+    root = folder_of_images(tmp_path / "set", images=20, size=64)
+    for path in list(root.rglob("*.png")):
+        image = cv2.imread(str(path))
+        cv2.imwrite(str(path.with_suffix(".copy.png")), cv2.add(image, np.full(3, 2.0)))
+
+    def torn(*words: str) -> int:
+        data = prepared(tmp_path / f"out{len(words)}", "--data-path", root, *words)
+        lies = {entry.path: entry.split for entry in data.manifest.entries}
+        return sum(
+            split != lies[path.replace(".png", ".copy.png")]
+            for path, split in lies.items()
+            if ".copy" not in path
+        )
+
+    assert torn() == 0 < torn("--group-by", "exact")
+
+
 def test_split_on_disk_is_kept(tmp_path, images):
     copy = tmp_path / "set"
     shutil.copytree(images, copy)
@@ -91,7 +110,10 @@ def test_folders_of_splits_are_kept_as_given(tmp_path, images):
         target = root / part / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    shutil.copy(next((root / "test/a").glob("*.png")), root / "train/a/copy.png")
     data = prepared(tmp_path / "out", "--data-path", root)
+    cleaned = prepared(tmp_path / "cleaned", "--data-path", root, "--drop-leaks")
+    assert len(cleaned.image_set("train")) == len(data.image_set("train")) - 1
     for name, folder in (("train", "train"), ("calibration", "val"), ("test", "test")):
         tops = {Path(path).relative_to(root).parts[0] for path in data.image_set(name).paths}
         assert tops == {folder}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.models import GFNet, GFNetDynn
+from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.settings import DeepLosses
 from gfnet_dynn.train.deep_supervision import DeepTask
 from gfnet_dynn.train.finetune import PlainTask

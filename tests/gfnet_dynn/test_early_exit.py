@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from gfnet_dynn.choices import RULES
-from gfnet_dynn.models import GFNet, GFNetDynn
 from gfnet_dynn.models.exit_policy import ExitPolicy
+from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 
 
 @pytest.fixture(scope="module")

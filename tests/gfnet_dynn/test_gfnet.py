@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.special import erf
 
-from gfnet_dynn.models import GFNet, GFNetPyramid, build_gfnet
-from gfnet_dynn.models.gfnet import DropPath
+from gfnet_dynn.models.build import build_gfnet
+from gfnet_dynn.models.gfnet import DropPath, GFNet
+from gfnet_dynn.models.gfnet_pyramid import GFNetPyramid
 
 PUBLISHED = {
     "gfnet-ti": 7_511_784,

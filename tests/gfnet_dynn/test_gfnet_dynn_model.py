@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from gfnet_dynn.models import GFNet, GFNetDynn, build_gfnet
+from gfnet_dynn.models.build import build_gfnet
+from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 
 
 def small(exits=(0, 2), depth=5, **options):

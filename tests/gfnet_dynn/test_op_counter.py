@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gfnet_dynn.models import GFNet, GFNetDynn, build_gfnet
+from gfnet_dynn.models.build import build_gfnet
+from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.op_counter import layer_costs, model_macs
 from shared_core.metrics import cost
 

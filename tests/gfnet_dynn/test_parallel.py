@@ -108,3 +108,84 @@ def test_what_two_processes_cannot_do(tmp_path, tiny, command, monkeypatch):
     for words in (("--classifier_loss", "single"), ("--barely_train",)):
         done = command(*tiny(tmp_path / "run", *words))
         assert done.code == 2 and "under torchrun" in done.err
+
+
+class Wrapped(torch.nn.Module):
+    """Stands for DistributedDataParallel: it knows what learned when it was made."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+        self.learns = {name for name, p in inner.named_parameters() if p.requires_grad}
+
+    def forward(self, *inputs):
+        self.calls += 1
+        return self.inner(*inputs)
+
+
+def test_the_gradients_of_what_learns_are_averaged_in_every_phase(monkeypatch):
+    """A step that goes around the wrapper trains each process on its own share alone."""
+    from gfnet_dynn.models.build import build_gfnet
+    from gfnet_dynn.models.gfnet_dynn import GFNetDynn
+    from gfnet_dynn.train import exit_training
+    from gfnet_dynn.train.phases import Phase
+    from shared_core.for_torch.distributed import World
+
+    made = []
+
+    def wrap(model, world):
+        assert world.world_size == 2
+        made.append(Wrapped(model))
+        return made[-1]
+
+    monkeypatch.setattr(exit_training, "wrap", wrap)
+    model = GFNetDynn(
+        build_gfnet("gfnet-ti", img_size=8, patch_size=4, num_classes=3, embed_dim=4, depth=3),
+        [0, 1],
+    )
+    training = exit_training.ExitTraining(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        world=World(0, 2, 0, torch.device("cpu")),
+    )
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    steps = {
+        Phase.WARMUP: ("exit_heads",),
+        Phase.GATE: ("gates",),
+        Phase.CLASSIFIER: ("exit_heads",),
+        Phase.BACKBONE: ("backbone",),
+        Phase.JOINT: ("exit_heads", "gates", "backbone"),
+    }
+    for _ in range(2):  # back in a phase, its wrapper is used again
+        for phase in steps:
+            training.step(phase, images, labels)
+    assert [one.calls for one in made] == [2] * len(steps)
+    for one, parts in zip(made, steps.values(), strict=True):
+        assert {name.split(".")[0] for name in one.learns} == set(parts)
+    training.frozen_exits = (0,)
+    training.step(Phase.WARMUP, images, labels)
+    assert {name.split(".")[1] for name in made[-1].learns} == {"1"} and made[-1].calls == 1
+
+
+def test_fine_tuning_steps_through_the_wrapper(tmp_path, finished, monkeypatch):
+    """All of the task is wrapped, whatever learns beside the network with it."""
+    import json
+
+    from gfnet_dynn.data_loader_helper import prepare_data
+    from gfnet_dynn.run import Run
+    from gfnet_dynn.settings import Settings
+    from gfnet_dynn.tracking import RunLog
+    from gfnet_dynn.train import finetune, networks
+    from gfnet_dynn.train.parallel import ALONE
+
+    made = []
+    monkeypatch.setattr(finetune, "wrap", lambda task, world: made.append(Wrapped(task)) or made[0])
+    config = json.loads((finished[0] / "config.json").read_text())
+    settings = Settings.of(config)
+    data = prepare_data(settings.source, tmp_path, seed=0)
+    run = Run(settings, config, data, RunLog(tmp_path), torch.device("cpu"), "fp32", ALONE)
+    networks.train_backbone(run)
+    (one,) = made
+    assert one.calls == 2 * 6  # epochs, batches of 16 of 96 images
+    assert one.learns == {name for name, _ in one.inner.named_parameters()}
+    assert isinstance(one.inner, finetune.Task)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gfnet_dynn.models import GFNetDynn, build_gfnet
+from gfnet_dynn.models.build import build_gfnet
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.train.replay import LIMIT, Replay
 from shared_core.for_torch.precision import Precision
 

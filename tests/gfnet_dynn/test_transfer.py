@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.models import GFNet, build_gfnet
+from gfnet_dynn.models.build import build_gfnet
+from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.global_filter import GlobalFilter
 from gfnet_dynn.models.transfer import (
     grid_of,

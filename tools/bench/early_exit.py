@@ -37,9 +37,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from gfnet_dynn.models import GFNetDynn, build_gfnet
+from gfnet_dynn.models.build import build_gfnet
 from gfnet_dynn.models.exit_policy import NEVER, ExitPolicy
 from gfnet_dynn.models.gates import uncertainty
+from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.op_counter import model_macs
 from shared_core.deploy.exit_policy import ExitPolicy as NumpyPolicy
 from shared_core.runs import write_benchmark
