@@ -99,16 +99,7 @@ def search(
     subsets = sum(comb(num_gates, size) for size in range(largest + 1))
     trial = _Trial(calibration, policy, overheads, mean_cost)
     exhaustive = subsets <= limit
-    if exhaustive:
-        for size in range(largest + 1):
-            for subset in combinations(range(num_gates), size):
-                trial(subset)
-    else:
-        kept = tuple(range(num_gates))
-        trial.consider(kept, largest)
-        while kept:
-            choices = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
-            kept = max(choices, key=lambda subset: trial.consider(subset, largest))
+    trial.all_of(largest) if exhaustive else trial.drop_one_by_one(largest)
     if trial.best is None:
         raise ValueError(
             f"no placement of exits has a mean cost of {mean_cost:.6g} MACs or less; expected "
@@ -167,8 +158,22 @@ class _Trial:
             self.best = (rank, subset, float(curve.thresholds[place]))
         return rank
 
-    def consider(self, subset: tuple[int, ...], largest: int) -> tuple:
-        return self(subset, eligible=len(subset) <= largest)
+    def all_of(self, largest: int) -> None:
+        """Every subset of at most ``largest`` exits."""
+        for size in range(largest + 1):
+            for subset in combinations(range(self.calibration.num_gates), size):
+                self(subset)
+
+    def drop_one_by_one(self, largest: int) -> None:
+        """From all exits down, each time without the one that is missed least."""
+
+        def consider(subset: tuple[int, ...]) -> tuple:
+            return self(subset, eligible=len(subset) <= largest)
+
+        kept = tuple(range(self.calibration.num_gates))
+        consider(kept)
+        while kept:
+            kept = max((kept[:i] + kept[i + 1 :] for i in range(len(kept))), key=consider)
 
 
 def _policy_of(policy: ExitPolicy, exits: Iterable[int], num_gates: int) -> ExitPolicy:

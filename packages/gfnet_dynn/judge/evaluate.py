@@ -27,6 +27,7 @@ from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.op_counter import model_macs
 from gfnet_dynn.our_train_helper import best_file
 from gfnet_dynn.run import Run, pairs
+from gfnet_dynn.settings import Judging
 from gfnet_dynn.train.finetune import accuracy
 
 COMPARED = ("gate", "jei", "max_prob", "entropy", "margin")  # patience has no curve of scores
@@ -88,65 +89,70 @@ def evaluate_run(run: Run, file: Path, *, floor: dict[str, float] | None) -> Jud
     """
     model, about = _load(run, file)
     calibration, test = (_collect(run, model, split) for split in ("calibration", "test"))
-    judging = run.settings.judging
-    kind, max_loss = judging.policy, judging.max_accuracy_loss
-    rules = {
-        name: calibrated_policy(ExitPolicy(name, 1.0 if name == "patience" else 0.5), calibration)
-        for name in dict.fromkeys((kind, *COMPARED))
-    }
-    policy = rules[kind]
-    points = three_policies(policy, calibration, max_loss=max_loss)
-    balanced = {
-        name: three_policies(rules[name], calibration, max_loss=max_loss)[DEFAULT_POINT]
-        for name in COMPARED
-    }
+    judging, chosen = run.settings.judging, _choose(calibration, run.settings.judging)
     plain = _plain_networks(run)
     measured: dict[str, Any] = {} if floor is None else {"floor": floor}
     for name, network in plain.items():
         measured[name] = _plain_row(network, run)
-    real = {name: _leave_for_real(run, model, point) for name, point in points.items()}
-    times = times_of(_calls(model, policy, points, plain), timed_images(run))
+    real = {name: _leave_for_real(run, model, point) for name, point in chosen.points.items()}
+    times = times_of(_calls(model, chosen, plain), timed_images(run))
     for name in plain:
         measured[name]["ms_per_image"] = _of(times, name)
     measured["exits"] = {
         "model": about,
-        "policy": kind,
-        "temperatures": list(policy.temperatures),
-        "final_accuracy": float(test.correct[-1].mean()),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "macs_without_exits": float(model_macs(model.backbone)),
-        "macs_per_exit": [float(cost) for cost in test.costs],
-        "ms_per_image_without_exits": _of(times, "without exits"),
-        "ms_per_image_at_exits": {
-            label: [row[f"exit {index}"] for index in range(model.num_gates + 1)]
-            for label, row in times.items()
-        },
+        "policy": judging.policy,
+        **_network_rows(model, chosen.policy, test, times),
         "points": {
-            name: {**_point(test, points[name], found), "ms_per_image": _of(times, name)}
+            name: {**_point(test, chosen.points[name], found), "ms_per_image": _of(times, name)}
             for name, found in real.items()
         },
-        "policies": {name: _rule_row(test, chosen) for name, chosen in balanced.items()},
-        **findings_of(calibration, test, kind=kind, max_accuracy_loss=max_loss),
+        "policies": {name: _rule_row(test, rule) for name, rule in chosen.balanced.items()},
+        **findings_of(
+            calibration, test, kind=judging.policy, max_accuracy_loss=judging.max_accuracy_loss
+        ),
     }
+    target = _file_with_thresholds(run, file, chosen)
+    sweeps = {
+        name: sweep_policy(test, rule, thresholds=None) for name, rule in chosen.rules.items()
+    }
+    rates = exit_rates_per_class(
+        real[DEFAULT_POINT].left,
+        test.labels,
+        num_classes=len(run.data.classes),
+        num_gates=test.num_gates,
+    )
+    own = sweeps.pop(judging.policy)
+    return Judgement(measured, target, test, chosen.policy, own, sweeps, real, rates)
+
+
+class _Chosen(NamedTuple):
+    """What the calibration split decided: rules with its temperatures, and their thresholds."""
+
+    policy: ExitPolicy  # the run's own rule
+    rules: dict[str, ExitPolicy]  # the rules that are compared, the own one first
+    points: dict[str, ExitPolicy]  # the own rule's, by wish
+    balanced: dict[str, ExitPolicy]  # of the compared rules
+
+
+def _choose(calibration: ExitLogits, judging: Judging) -> _Chosen:
+    rules = {
+        name: calibrated_policy(ExitPolicy(name, 1.0 if name == "patience" else 0.5), calibration)
+        for name in dict.fromkeys((judging.policy, *COMPARED))
+    }
+    found = {
+        name: three_policies(rule, calibration, max_loss=judging.max_accuracy_loss)
+        for name, rule in rules.items()
+    }
+    balanced = {name: found[name][DEFAULT_POINT] for name in COMPARED}
+    return _Chosen(rules[judging.policy], rules, found[judging.policy], balanced)
+
+
+def _file_with_thresholds(run: Run, file: Path, chosen: _Chosen) -> Path:
+    """The model file with the thresholds in its facts; a copy in the run, if it is not its own."""
     own = file.resolve().is_relative_to(run.folder.resolve())
     target = file if own else run.folder / "checkpoint" / "judged" / file.name
-    add_policies(file, points=points, rules=balanced, target=target)
-    sweeps = {name: sweep_policy(test, rule, thresholds=None) for name, rule in rules.items()}
-    return Judgement(
-        measured=measured,
-        file=target,
-        test=test,
-        policy=policy,
-        sweep=sweeps.pop(kind),
-        other_sweeps=sweeps,
-        real=real,
-        per_class=exit_rates_per_class(
-            real[DEFAULT_POINT].left,
-            test.labels,
-            num_classes=len(run.data.classes),
-            num_gates=test.num_gates,
-        ),
-    )
+    add_policies(file, points=chosen.points, rules=chosen.balanced, target=target)
+    return target
 
 
 def _load(run: Run, file: Path) -> tuple[GFNetDynn, dict[str, Any]]:
@@ -207,21 +213,34 @@ def _leave_for_real(run: Run, model: GFNetDynn, policy: ExitPolicy) -> RealExits
     return real_exits(model, pairs(run.loaders().held("test"), "test, real exits"), policy)
 
 
-def _calls(
-    model: GFNetDynn,
-    policy: ExitPolicy,
-    points: dict[str, ExitPolicy],
-    plain: dict[str, nn.Module],
-) -> dict[str, Call]:
+def _calls(model: GFNetDynn, chosen: _Chosen, plain: dict[str, nn.Module]) -> dict[str, Call]:
     """What is timed, by name; ``exit G`` is a run past all exits that nobody takes."""
 
-    def leaving(chosen: ExitPolicy) -> Call:
-        return lambda batch: model.early_exit(batch, chosen)
+    def leaving(policy: ExitPolicy) -> Call:
+        return lambda batch: model.early_exit(batch, policy)
 
     calls: dict[str, Call] = {**plain, "without exits": model.backbone}
     for index in range(model.num_gates + 1):
-        calls[f"exit {index}"] = leaving(policy.all_leave_at(index, model.num_gates))
-    return calls | {name: leaving(chosen) for name, chosen in points.items()}
+        calls[f"exit {index}"] = leaving(chosen.policy.all_leave_at(index, model.num_gates))
+    return calls | {name: leaving(point) for name, point in chosen.points.items()}
+
+
+def _network_rows(
+    model: GFNetDynn, policy: ExitPolicy, test: ExitLogits, times: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What holds of the network whatever its thresholds are."""
+    return {
+        "temperatures": list(policy.temperatures),
+        "final_accuracy": float(test.correct[-1].mean()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "macs_without_exits": float(model_macs(model.backbone)),
+        "macs_per_exit": [float(cost) for cost in test.costs],
+        "ms_per_image_without_exits": _of(times, "without exits"),
+        "ms_per_image_at_exits": {
+            label: [row[f"exit {index}"] for index in range(model.num_gates + 1)]
+            for label, row in times.items()
+        },
+    }
 
 
 def _of(times: dict[str, dict[str, float]], name: str) -> dict[str, float]:

@@ -52,67 +52,80 @@ def rules(folder: Path, result: Mapping[str, Any], curves: Mapping[str, Sweep]) 
 
 def budget_curves(folder: Path, result: Mapping[str, Any]) -> Path:
     """Budgets asked and spent, and the accuracy that three ways of spending give."""
-    kind, full = result["kind"], result["full_cost"]
-    solved = [row for row in result["budgets"] if row["threshold"] is not None]
 
     def draw(figure: Any) -> None:
         spent, got = figure.subplots(1, 2)
-        for colour, name in zip(COLOURS, result["sweeps"], strict=False):
-            rows = [row for row in solved if row["kind"] == name]
-            spent.plot(
-                [row["budget"] for row in rows],
-                [row["test"]["cost_fraction"] for row in rows],
-                "o-",
-                ms=4,
-                lw=2 if name == kind else 0.8,
-                color=colour,
-                label=name,
-            )
-        limits = [row["budget"] for row in result["budgets"]]
-        spent.plot([0, max(limits)], [0, max(limits)], "--", color="#888888", lw=1, zorder=0)
-        spent.set(
-            title="solver: asked and spent",
-            xlabel="mean cost allowed, calibration data",
-            ylabel="mean cost on the test split",
-        )
-        batch = sorted(result["budgeted_batch"][kind], key=lambda row: row["cost"])
-        got.plot(
-            [row["cost"] / full for row in batch],
-            [row["accuracy"] for row in batch],
-            "-",
-            color=COLOURS[6],
-            label="budgeted batch, thresholds by exit",
-        )
-        mine = [row["test"] for row in solved if row["kind"] == kind]
-        got.plot(
-            [row["cost_fraction"] for row in mine],
-            [row["accuracy"] for row in mine],
-            "o",
-            color=COLOURS[0],
-            label="one threshold, solved for the cost",
-        )
-        if result["placement"]:
-            most = max(row["max_exits"] for row in result["placement"])
-            best = [
-                row["test"]
-                for row in result["placement"]
-                if row["blocks"] is not None and row["max_exits"] == most
-            ]
-            got.plot(
-                [row["cost_fraction"] for row in best],
-                [row["accuracy"] for row in best],
-                "^",
-                fillstyle="none",
-                ms=9,
-                color=COLOURS[1],
-                label="useful exits only",
-            )
-        got.set(title=f"rule: {kind}", xlabel="mean cost on the test split", ylabel="test accuracy")
+        _asked_and_spent(spent, result)
+        _accuracy_for_cost(got, result)
         for axis in (spent, got):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
 
     return save_figure(folder, "budgets", draw, size=(10.5, 4.4))
+
+
+def _solved(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row for row in result["budgets"] if row["threshold"] is not None]
+
+
+def _asked_and_spent(spent: Any, result: Mapping[str, Any]) -> None:
+    """Of every rule."""
+    for colour, name in zip(COLOURS, result["sweeps"], strict=False):
+        rows = [row for row in _solved(result) if row["kind"] == name]
+        spent.plot(
+            [row["budget"] for row in rows],
+            [row["test"]["cost_fraction"] for row in rows],
+            "o-",
+            ms=4,
+            lw=2 if name == result["kind"] else 0.8,
+            color=colour,
+            label=name,
+        )
+    limits = [row["budget"] for row in result["budgets"]]
+    spent.plot([0, max(limits)], [0, max(limits)], "--", color="#888888", lw=1, zorder=0)
+    spent.set(
+        title="solver: asked and spent",
+        xlabel="mean cost allowed, calibration data",
+        ylabel="mean cost on the test split",
+    )
+
+
+def _accuracy_for_cost(got: Any, result: Mapping[str, Any]) -> None:
+    """Of the run's own rule."""
+    kind, full = result["kind"], result["full_cost"]
+    batch = sorted(result["budgeted_batch"][kind], key=lambda row: row["cost"])
+    got.plot(
+        [row["cost"] / full for row in batch],
+        [row["accuracy"] for row in batch],
+        "-",
+        color=COLOURS[6],
+        label="budgeted batch, thresholds by exit",
+    )
+    mine = [row["test"] for row in _solved(result) if row["kind"] == kind]
+    got.plot(
+        [row["cost_fraction"] for row in mine],
+        [row["accuracy"] for row in mine],
+        "o",
+        color=COLOURS[0],
+        label="one threshold, solved for the cost",
+    )
+    if result["placement"]:
+        most = max(row["max_exits"] for row in result["placement"])
+        best = [
+            row["test"]
+            for row in result["placement"]
+            if row["blocks"] is not None and row["max_exits"] == most
+        ]
+        got.plot(
+            [row["cost_fraction"] for row in best],
+            [row["accuracy"] for row in best],
+            "^",
+            fillstyle="none",
+            ms=9,
+            color=COLOURS[1],
+            label="useful exits only",
+        )
+    got.set(title=f"rule: {kind}", xlabel="mean cost on the test split", ylabel="test accuracy")
 
 
 def conformal_sets(folder: Path, result: Mapping[str, Any]) -> Path:
