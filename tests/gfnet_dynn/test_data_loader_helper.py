@@ -89,6 +89,14 @@ def test_near_copies_stay_together_unless_exact_is_asked(tmp_path, folder_of_ima
     assert torn() == 0 < torn("--group-by", "exact")
 
 
+def test_a_manifest_decides_who_learns_and_who_tests(tmp_path, images, data):
+    given = tmp_path / "given.json"
+    other = prepared(tmp_path / "a", "--data-path", images, "--split-seed", 5)
+    shutil.copy(tmp_path / "a" / "split.json", given)
+    taken = prepared(tmp_path / "b", "--data-path", images, "--split", given)
+    assert taken.manifest.hash == other.manifest.hash != data.manifest.hash
+
+
 def test_split_on_disk_is_kept(tmp_path, images):
     copy = tmp_path / "set"
     shutil.copytree(images, copy)
