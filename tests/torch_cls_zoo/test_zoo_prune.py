@@ -264,7 +264,7 @@ def test_the_command_writes_a_checkpoint_that_builds_again(checkpoint, tmp_path,
     fit_into(built.model, weights, path=path)
     assert sum(p.numel() for p in built.model.parameters()) == report["after"]["params"]
     started = build_model("shufflenet_v2_x0_5", num_classes=4, pretrained=path)
-    assert started.kept == facts["pruned"] and "a pruned network" in started.note
+    assert started.kept == facts["pruned"] and "a pruned network" in started.notes[0]
     assert torch.equal(started.model.fc.weight, built.model.fc.weight)
     with pytest.raises(CheckpointError, match="holds a pruned shufflenet_v2_x0_5, --arch says"):
         build_model("shufflenet_v2_x1_0", num_classes=4, pretrained=path)

@@ -98,6 +98,7 @@ def facts_of_session(session: Session, model: nn.Module) -> ModelFacts:
     """What the network is, where it comes from and what it costs."""
     summary, values = summarize(model, session.settings.size), session.config.values
     config = session.facts.get("config") or values
+    start = session.start or str(config.get("pretrained") or config.get("resume") or "none")
     return model_facts(
         arch=session.arch,
         class_names=session.classes,
@@ -110,7 +111,7 @@ def facts_of_session(session: Session, model: nn.Module) -> ModelFacts:
             "data": session.data.name,
             "images": len(session.data.manifest.entries),
             "split_hash": session.data.manifest.hash,
-            "initial_weights": str(config.get("pretrained") or config.get("resume") or "none"),
+            "initial_weights": start,
             "learned_from": "knowledge files" if config.get("distill") else "labels",
             "checkpoint": str(session.config.network.resume or "this training's best"),
             "weights_sha256": weights_sha256(model.state_dict()),

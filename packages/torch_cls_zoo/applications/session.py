@@ -41,6 +41,7 @@ class Session:
     batch_size: int  # of this process
     facts: dict[str, Any]  # of the weights that were loaded; empty for none
     kept: dict[str, Any]  # channels that a pruned network kept; empty for a whole one
+    start: dict[str, Any]  # where the first weights of a training are from; empty: random
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -111,7 +112,8 @@ def open_session(config: Config, world: World, *, data: PreparedData | None = No
         arch,
         asked.batch_size or max(1, min(LARGEST_BATCH, quarter)),
         facts,
-        dict(built.kept or {}),
+        built.kept,
+        built.start,
     )
     for note in built.notes:
         session.say(f"note: {note}")

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from shared_core.for_torch.networks import head_names
 from torch_cls_zoo.explain.cam_layers import Layout, layout_of, module_at, to_maps
-from torch_cls_zoo.models.head import head_names
 
 METHODS = ("cam", "grad-cam", "grad-cam++")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_cls_zoo.models.head import head_names
+from shared_core.for_torch.networks import head_names
 
 MOST_PREFIX = 5  # class, distillation and register tokens before the patches
 

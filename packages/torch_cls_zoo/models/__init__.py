@@ -1,7 +1,9 @@
-"""Networks of torchvision and timm under one name each; none is written by hand."""
+"""Networks by name: older names, heads for the user's classes, weights to start from, summaries.
 
-from torch_cls_zoo.models.aliases import ALIASES, list_archs, resolve
+What belongs here makes or describes a network; nothing here knows of images or runs.
+"""
+
+from torch_cls_zoo.models.aliases import ALIASES, resolve
 from torch_cls_zoo.models.build import Built, build_model
-from torch_cls_zoo.models.head import head_names
 
-__all__ = ["ALIASES", "Built", "build_model", "head_names", "list_archs", "resolve"]
+__all__ = ["ALIASES", "Built", "build_model", "resolve"]

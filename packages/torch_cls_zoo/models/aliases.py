@@ -1,16 +1,12 @@
-"""Which maintained network each architecture name stands for.
+"""Which maintained network each architecture name of the zoo stands for.
 
-The zoo writes no network by hand: a name is one of torchvision's, one of timm's, or an older name
-of the table below. ``torchvision/NAME`` and ``timm/NAME`` choose the library where both have one.
+The zoo writes no network by hand: a name is one that the core finds (its own, torchvision's or
+timm's; ``torchvision/NAME`` and ``timm/NAME`` choose), or an older name of the tables below.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field
-from typing import Any
-
-LIBRARIES = ("torchvision", "timm")
+from shared_core.for_torch.networks import NetworkName, find_network
 
 # Older name -> library/name. Parameter counts are those of the published networks, see the tests.
 ALIASES = {
@@ -34,73 +30,25 @@ RESNEST_FAST = {
     "resnest50_fast_1s2x40d": (1, 2, 40),
     "resnest50_fast_2s2x40d": (2, 2, 40),
 }
+FAST = "resnest_fast"  # the library of these
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A network: the library that holds it, its name there, and settings of its own."""
-
-    arch: str  # as the user wrote it
-    library: str  # "torchvision", "timm" or "resnest_fast"
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def resolve(arch: str) -> Resolved:
-    """Find the network that ``arch`` names; dashes count as underscores (``efficientnet-b0``).
-
-    The order is: the table of older names, torchvision, timm.
+def resolve(arch: str) -> NetworkName:
+    """The network that ``arch`` names; dashes count as underscores (``efficientnet-b0``).
 
     Raises:
         ValueError: no such network; the closest names are offered.
     """
-    for spelled in dict.fromkeys((arch, arch.replace("-", "_"))):
-        library, slash, name = ALIASES.get(spelled, spelled).partition("/")
-        if spelled in RESNEST_FAST:
-            radix, cardinality, width = RESNEST_FAST[spelled]
-            settings = {"radix": radix, "cardinality": cardinality, "base_width": width}
-            return Resolved(arch, "resnest_fast", spelled, settings)
-        choices = (library,) if slash else LIBRARIES
-        name = name if slash else spelled
-        if slash and library not in LIBRARIES:
-            break
-        for choice in choices:
-            if _has(choice, name):
-                return Resolved(arch, choice, name)
-    close = difflib.get_close_matches(arch, list_archs(), n=4)
-    hint = f"; close: {', '.join(close)}" if close else ""
-    raise ValueError(f"--arch {arch!r}, expected a name of torchvision or timm{hint}")
+    spelled = arch.replace("-", "_")
+    if spelled in RESNEST_FAST:
+        return NetworkName(arch, FAST, spelled)
+    try:
+        found = find_network(ALIASES.get(spelled, arch))
+    except ValueError as error:
+        from timm import is_model
 
-
-def list_archs(library: str | None = None) -> list[str]:
-    """Every name that :func:`resolve` takes without a prefix, sorted; or one library's own.
-
-    Raises:
-        ValueError: an unknown library.
-    """
-    if library is not None and library not in LIBRARIES:
-        raise ValueError(f"library {library!r}, expected one of {', '.join(LIBRARIES)}")
-    names: set[str] = set()
-    if library in (None, "torchvision"):
-        names.update(_torchvision_names())
-    if library in (None, "timm"):
-        import timm
-
-        names.update(timm.list_models())
-    if library is None:
-        names.update(ALIASES, RESNEST_FAST)
-    return sorted(names)
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return list(models.list_models(module=models))  # classification only
-
-
-def _has(library: str, name: str) -> bool:
-    if library == "torchvision":
-        return name in _torchvision_names()
-    import timm
-
-    return bool(timm.is_model(name))
+        tagged = arch.removeprefix("timm/")  # with the name of its weights: resnet18.a1_in1k
+        if not tagged or not is_model(tagged):
+            raise ValueError(f"--arch: {error}") from None
+        return NetworkName(arch, "timm", tagged)
+    return NetworkName(arch, found.library, found.name)

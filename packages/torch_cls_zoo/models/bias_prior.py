@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_cls_zoo.models.head import head_names
+from shared_core.for_torch.networks import head_names
 
 
 def share_of_classes(labels: Sequence[int], num_classes: int) -> list[float]:

@@ -9,19 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from torch_cls_zoo.models.aliases import Resolved, resolve
-from torch_cls_zoo.models.pretrained import library_weights, load_pretrained, pruned_widths
+from shared_core.checkpoints import CheckpointError
+from shared_core.for_torch.checkpoints import from_numpy, load_checkpoint
+from shared_core.for_torch.networks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Network,
+    NetworkName,
+    make_network,
+)
+from shared_core.for_torch.pretrained import library_weights, load_body
+from shared_core.runs import UsageError
+from shared_core.weights.finding import TRAINED, find_weights
+from shared_core.weights.reading import read_weights
+from torch_cls_zoo.models.aliases import FAST, RESNEST_FAST, resolve
 from torch_cls_zoo.pruning.cutting import cut_channels
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-PRETRAINED_CLASSES = 1000
-# Both learned from images scaled to [-1, 1]; with this they take ImageNet-normalised ones. It is
-# set with and without weights, so that a checkpoint of either is the same network.
-TORCHVISION_SETTINGS = {
-    "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": True},
-}
+LIBRARY = "default"  # the library's own weights
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,12 @@ class Built:
     """A network that is ready for images ``(N, 3, H, W)`` and gives logits ``(N, num_classes)``."""
 
     model: nn.Module
-    arch: str  # as the user wrote it
-    library: str
-    name: str  # in that library
+    name: NetworkName
     mean: tuple[float, ...] = IMAGENET_MEAN  # per channel, of images in [0, 1]
     std: tuple[float, ...] = IMAGENET_STD
     kept: dict[str, Any] = field(default_factory=dict)  # of a pruned network, for its checkpoints
     notes: tuple[str, ...] = ()  # what the user should be told, one line each
-
-    @property
-    def note(self) -> str:
-        """All notes as one line; empty when there is nothing to say."""
-        return "; ".join(self.notes)
+    start: dict[str, Any] = field(default_factory=dict)  # where the weights are from; empty: random
 
 
 def build_model(
@@ -56,10 +54,11 @@ def build_model(
     Args:
         arch: see :func:`torch_cls_zoo.models.aliases.resolve`.
         num_classes: outputs of the head, 2 or more.
-        pretrained: None starts from random weights; ``"default"`` takes the library's own (from its
-            cache, or fetched by the library); anything else is a file: a checkpoint of this
-            project, safetensors, or a state dict. A head of another size is left at random and
-            that is noted; every other weight must fit.
+        pretrained: None starts from random weights; ``"default"`` takes trained ones (an installed
+            package's, or the library's own: from its cache, or fetched by it); else a name of the
+            core's catalogue or a file: a checkpoint of this project, safetensors, a state dict of
+            torch. A head of another size is left at random and that is noted; every other weight
+            must fit.
         image_size: ``(height, width)`` in pixels, for networks that are built for one size.
         kept: channels that a pruned network has left, as its checkpoint says (fact ``pruned``). A
             pruned file as ``pretrained`` needs no telling.
@@ -68,74 +67,90 @@ def build_model(
         The network in training mode, with notes.
 
     Raises:
-        ValueError: unknown name, a count below 2, or a size that the network cannot take.
+        ValueError: unknown name, a count below 2, a size that the network cannot take, or weights
+            that cannot be had.
         FileNotFoundError: no such file of weights.
         CheckpointError: weights that do not fit.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}, expected 2 or more")
-    found = resolve(arch)
-    model = _construct(found, num_classes, image_size)
-    config = getattr(model, "pretrained_cfg", None) or {}
+    name = resolve(arch)
+    network = _made(name, num_classes, image_size)
     notes: list[str] = []
-    if kept is None and pretrained is not None and str(pretrained) != "default":
-        kept = pruned_widths(pretrained, arch)
+    is_file = pretrained is not None and str(pretrained) != LIBRARY
+    if kept is None and is_file:
+        kept = pruned_widths(Path(str(pretrained)), arch)
     if kept:
-        cut_channels(model, kept)
+        cut_channels(network.model, kept)
         notes.append(f"a pruned network: {len(kept)} layers are narrower than {arch} has them")
+    start: dict[str, Any] = {}
     if pretrained is not None:
-        if str(pretrained) == "default":
-            weights, origin = library_weights(found, image_size)
-        else:
-            weights, origin = None, Path(pretrained)
-        notes += load_pretrained(
-            model, origin, weights=weights, num_classes=num_classes, image_size=image_size
-        )
+        start, more = _start(network, str(pretrained), num_classes, image_size)
+        notes += more
     return Built(
-        model=model,
-        arch=arch,
-        library=found.library,
-        name=found.name,
-        mean=tuple(config.get("mean", IMAGENET_MEAN)),
-        std=tuple(config.get("std", IMAGENET_STD)),
-        kept={name: dict(sides) for name, sides in (kept or {}).items()},
+        network.model,
+        name,
+        network.mean,
+        network.std,
+        kept={layer: dict(sides) for layer, sides in (kept or {}).items()},
         notes=tuple(notes),
+        start=start,
     )
 
 
-def _construct(found: Resolved, num_classes: int, image_size: tuple[int, int] | None) -> nn.Module:
-    settings: dict[str, Any] = {}
-    if found.library == "resnest_fast":
-        return _resnest_fast(num_classes, **found.settings)
+def _made(name: NetworkName, num_classes: int, image_size: tuple[int, int] | None) -> Network:
+    if name.library == FAST:
+        return Network(_resnest_fast(num_classes, *RESNEST_FAST[name.name]), name)
     try:
-        if found.library == "torchvision":
-            from torchvision import models
-
-            settings.update(TORCHVISION_SETTINGS.get(found.name, {}))
-            if image_size is not None and found.name.startswith("vit_"):
-                if image_size[0] != image_size[1]:
-                    raise ValueError("it takes square images only")
-                settings["image_size"] = image_size[0]
-            elif image_size is not None and found.name.startswith("maxvit"):
-                settings["input_size"] = image_size
-            return models.get_model(found.name, weights=None, num_classes=num_classes, **settings)
-        import timm
-
-        config = timm.get_pretrained_cfg(found.name)
-        if image_size is not None and config is not None and config.fixed_input_size:
-            settings["img_size"] = image_size
-        return timm.create_model(found.name, num_classes=num_classes, **settings)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if image_size is None:
-            raise ValueError(f"--arch {found.arch}: {' '.join(str(error).split())}") from error
-        height, width = image_size
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ValueError(
-            f"--arch {found.arch} with --image_size {height} {width}: {reason}"
-        ) from error
+        return make_network(name, num_classes=num_classes, image_size=image_size)
+    except ValueError as error:
+        size = "" if image_size is None else f" with --image_size {image_size[0]} {image_size[1]}"
+        raise ValueError(f"--arch {name.asked}{size}: {error}") from error
 
 
-def _resnest_fast(num_classes: int, *, radix: int, cardinality: int, base_width: int) -> nn.Module:
+def _start(
+    network: Network, init: str, num_classes: int, image_size: tuple[int, int] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Put trained weights into the network; where they are from, and notes."""
+    name = network.name
+    found = find_weights(TRAINED if init == LIBRARY else init, architecture=name.name)
+    if found is not None and (init != LIBRARY or name.library == "core"):
+        weights, origin = from_numpy(read_weights(found.path)), found.path
+        start = dict(found.facts())
+    elif name.library == FAST:
+        raise UsageError(f"--pretrained: the libraries have no weights for {name.asked}")
+    else:
+        weights, word = library_weights(name, image_size)
+        origin, start = Path(word), {"name": word, "licence": "as the library says"}
+    notes = load_body(
+        network.model, weights, origin=origin, num_classes=num_classes, image_size=image_size
+    )
+    return start, notes
+
+
+def pruned_widths(path: Path, arch: str) -> dict[str, Any] | None:
+    """The channels left in a pruned checkpoint of ``arch``; None for any other file.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or a pruned network of another name.
+    """
+    if not path.is_file():
+        return None
+    try:
+        _weights, facts = load_checkpoint(path)
+    except CheckpointError as error:
+        if "facts" in str(error) or "schema" in str(error):  # somebody else's file of weights
+            return None
+        raise
+    found = facts.get("pruned")
+    if not isinstance(found, dict) or not found:
+        return None
+    if facts["architecture"] != arch:
+        raise CheckpointError(f"{path}: holds a pruned {facts['architecture']}, --arch says {arch}")
+    return found
+
+
+def _resnest_fast(num_classes: int, radix: int, cardinality: int, base_width: int) -> nn.Module:
     """ResNeSt-50 with its average pooling before the 3 x 3 convolution ("fast")."""
     from timm.models.resnest import ResNestBottleneck
     from timm.models.resnet import ResNet
