@@ -149,10 +149,7 @@ def test_views_as_source():
         (lambda: g.resize(noise(4, 4)[:, :0], (3, 3)), "not empty"),
         (lambda: g.resize(noise(4, 4)[..., 0], (3, 3)), r"\(4, 4\)"),
         (lambda: g.resize(noise(4, 4), (3, 3), out=noise(3, 4)), r"\(3, 4, 3\)"),
-        (lambda: g.crop_resize(noise(4, 4), (2, 0, 3, 3), (2, 2)), "leaves"),
-        (lambda: g.crop_resize(noise(4, 4), (-1, 0, 3, 3), (2, 2)), "leaves"),
-        (lambda: g.center_crop(noise(4, 4), (5, 1)), "5 x 1"),
-        (lambda: g.resize_short_side(noise(4, 4), 0), "short side 0"),
+        (lambda: g.center_box((4, 4), (5, 1)), "5 x 1"),
         (lambda: g.letterbox(noise(4, 4), (3, 3), out=noise(3, 4)), r"\(3, 4, 3\)"),
     ],
 )
@@ -193,13 +190,9 @@ def test_short_side_and_centre_follow_torchvision():
     for height, width in ((600, 401), (256, 256), (31, 77), (77, 31), (9, 1000)):
         image = noise(height, width)
         theirs = transforms.resize(Image.fromarray(image), 24)
-        ours = g.resize_short_side(image, 24)
-        assert ours.shape[:2] == theirs.size[::-1]
+        size = g.short_side_size((height, width), 24)
+        assert size == theirs.size[::-1]
+        ours = g.resize(image, size)
         crop = np.asarray(transforms.center_crop(Image.fromarray(ours), [21, 20]))
-        np.testing.assert_array_equal(g.center_crop(ours, (21, 20)), crop)
-
-
-def test_crop_resize():
-    image = noise(40, 50)
-    got = g.crop_resize(image, (3, 7, 30, 40), (12, 12))
-    np.testing.assert_array_equal(got, g.resize(image[3:33, 7:47], (12, 12)))
+        top, left, rows, columns = g.center_box(size, (21, 20))
+        np.testing.assert_array_equal(ours[top : top + rows, left : left + columns], crop)

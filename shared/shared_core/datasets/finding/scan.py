@@ -17,7 +17,7 @@ from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
 from shared_core.datasets.sets.spec_type import DatasetSpec, normal_name
 
 IMAGE_EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
 )
 # How people name the parts of a split; see part_of.
 _PARTS = {
@@ -143,8 +143,7 @@ def _walk(
                 )
             elif not is_image_name(entry.name):
                 ignored[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
-            # A broken link stays in the list: verify reports it, instead of nobody.
-            elif entry.is_file() or entry.is_symlink():
+            else:  # broken links and pipes stay in the list: verify reports them, instead of nobody
                 yield (*parts, entry.name)
 
 

@@ -46,6 +46,8 @@ def _opened(data: bytes, kind: str, name: str) -> Image.Image:
             f"{name}: the Pillow that is installed cannot read {kind.upper()}; update it, or save "
             "the image as PNG"
         ) from None
+    except Image.DecompressionBombError as error:
+        raise UnsupportedImageError(f"{name}: {error}") from None
     check_pixels(image.height, image.width, name)
     stated = stated_size(data)
     # Pillow may turn a TIFF on its side; a GIF's first picture may be larger than its screen.
