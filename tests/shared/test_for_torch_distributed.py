@@ -126,6 +126,16 @@ try:
     d.main_writes(fail, world)
 except (ValueError, RuntimeError) as error:
     result["failure"] = f"{type(error).__name__}: {error}"
+
+# longer than a collective of this world may take
+made, new_group = [], torch.distributed.new_group
+torch.distributed.new_group = lambda **how: made.append(how["timeout"].days) or new_group(**how)
+result["long answer"] = d.main_works(lambda: "done", world)
+result["patience"] = made
+try:
+    d.main_works(fail, world)
+except (ValueError, RuntimeError) as error:
+    result["long failure"] = f"{type(error).__name__}: {error}"
 d.barrier(world)
 torch.save(result, out / f"rank{rank}.pth")
 d.stop()
@@ -232,6 +242,9 @@ def test_gathering_and_writing_once(results):
         )
     assert results[0]["failure"] == "ValueError: disk full"
     assert results[1]["failure"] == "RuntimeError: the main process failed: disk full"
+    assert [one["long answer"] for one in results] == ["done", "done"]
+    assert [one["patience"] for one in results] == [[7], [7]]
+    assert [one["long failure"] for one in results] == [one["failure"] for one in results]
 
 
 def test_one_process_needs_nothing(monkeypatch):

@@ -105,6 +105,20 @@ def test_weights_of_another_network_are_refused(tmp_path) -> None:
         build_model("squeezenet1_1", num_classes=4, pretrained=tmp_path / "bad.pth")
 
 
+def test_old_names_of_densenet_files_are_read(tmp_path) -> None:
+    source = build_model("densenet121", num_classes=3).model
+    old = {
+        k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): v
+        for k, v in source.state_dict().items()
+        if not k.endswith("num_batches_tracked")
+    }
+    assert any("denselayer1.norm.1.weight" in name for name in old)
+    torch.save(old, tmp_path / "old.pth")
+    built = build_model("densenet121", num_classes=3, pretrained=tmp_path / "old.pth")
+    layer = "features.denseblock1.denselayer1.norm1"
+    assert torch.equal(built.model.get_submodule(layer).weight, source.get_submodule(layer).weight)
+
+
 def test_library_weights_that_cannot_be_had_are_one_line(monkeypatch) -> None:
     from torchvision import models
 

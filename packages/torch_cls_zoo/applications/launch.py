@@ -98,7 +98,7 @@ def launch(config: Config, work: Work) -> int:
     plan = plan_processes(config.processes, config.given, gpus=gpus, env=os.environ)
     if plan.torchrun or plan.world_size == 1:
         world = start(device=plan.device)
-        return _guarded(work, config, world)
+        return _joined(config, work, world)
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_child, args=(config, work, plan, local))
@@ -142,19 +142,15 @@ def _child(config: Config, work: Work, plan: Plan, local: int) -> None:
             world_size=plan.world_size,
             init_method=config.processes.init_method,
         )
-        return _guarded(work, config, world)
+        return _joined(config, work, world)
 
     sys.exit(run_command(main))
 
 
-def _guarded(work: Work, config: Config, world: World) -> int:
-    """Run; a process that fails only because the main one did is silent."""
+def _joined(config: Config, work: Work, world: World) -> int:
+    """Do the work, and leave the other processes whatever comes."""
     try:
         work(config, world)
-    except RuntimeError as error:
-        if world.is_main or "the main process failed" not in str(error):
-            raise
-        return 1
     finally:
         stop()
     return 0

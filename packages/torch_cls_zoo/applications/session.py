@@ -13,7 +13,7 @@ from torch import nn
 from shared_core.checkpoints import CheckpointError
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, load_foreign_weights
-from shared_core.for_torch.distributed import World, main_writes
+from shared_core.for_torch.distributed import World, main_works
 from torch_cls_zoo.config import Config, DataSettings, NetworkSettings
 from torch_cls_zoo.criterions import Criterion, build_criterion, load_matrices
 from torch_cls_zoo.dataloader.folders import check_classes, open_data
@@ -65,8 +65,8 @@ class Session:
             print(text, flush=True)
 
     def only_main(self, write: Callable[[], T]) -> T:
-        """Run ``write`` in the main process; the others wait and get its answer."""
-        return main_writes(write, self.world)
+        """Run ``write``, which may take long, in the main process; the others get its answer."""
+        return main_works(write, self.world)
 
 
 def open_session(config: Config, world: World, *, data: PreparedData | None = None) -> Session:
@@ -84,7 +84,7 @@ def open_session(config: Config, world: World, *, data: PreparedData | None = No
     weights, facts = (None, {}) if learning else read_weights(network)
     size = _image_size(asked, facts)
     if data is None:
-        data = main_writes(lambda: _opened(asked, config.run.output, size), world)
+        data = main_works(lambda: _opened(asked, config.run.output, size), world)
     if facts.get("class_names"):
         check_classes(data.classes, facts["class_names"], str(network.resume))
     arch = network.arch or facts.get("architecture") or _arch_of(network.resume)

@@ -12,6 +12,7 @@ from shared_core.for_torch.checkpoints import save_checkpoint
 from shared_core.for_torch.distributed import (
     all_mean,
     gather_objects,
+    main_writes,
     share_buffers,
     unwrap,
     wrap,
@@ -110,7 +111,7 @@ class Training:
     def _restore(self) -> None:
         session = self.session
         if not self.state.restore():
-            session.only_main(self.open_run.log.begin)
+            main_writes(self.open_run.log.begin, session.world)
             return
         counters = self.state.counters
         self.epoch, self.unreadable = counters["epoch"], counters["unreadable"]
@@ -156,7 +157,7 @@ class Training:
             self._log(trained, values, outputs if improved else None)
         self.unreadable = len(self.sums.unreadable)
         self.epoch, self.sums = self.epoch + 1, Sums()
-        session.only_main(lambda: self._write_weights(values, improved))
+        main_writes(lambda: self._write_weights(values, improved), world)
         self._save()
         return (
             f"epoch {self.epoch}/{self.asked.epochs}: lr {self.rate:.3g}, loss "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shared_core.for_torch.checkpoints import unwrap
 
+PATIENCE = timedelta(days=7)  # how long work of the main process may take
 T = TypeVar("T")
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "gather_objects",
     "gather_samples",
     "gather_uneven",
+    "main_works",
     "main_writes",
     "share_buffers",
     "start",
@@ -166,6 +168,34 @@ def main_writes(write: Callable[[], T], world: World) -> T:
         raise RuntimeError(message)
     answer: T = result
     return answer
+
+
+def main_works(work: Callable[[], T], world: World) -> T:
+    """:func:`main_writes` for what may take hours: the others wait longer than a collective may.
+
+    Looking at every byte of every image is such work, and so is an export. The others wait in a
+    group of processes of their own, whose patience is :data:`PATIENCE`.
+    """
+    if world.world_size == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    result: Any = None
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            result = work()
+        except Exception as error:  # told below, by the main process to all
+            failure = error
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)
+
+    def tell() -> T:
+        if failure is not None:
+            raise failure
+        answer: T = result
+        return answer
+
+    return main_writes(tell, world)
 
 
 def gather_uneven(values: Tensor, world: World) -> Tensor:
