@@ -243,7 +243,7 @@ def test_gathering_and_writing_once(results):
     assert results[0]["failure"] == "ValueError: disk full"
     assert results[1]["failure"] == "RuntimeError: the main process failed: disk full"
     assert [one["long answer"] for one in results] == ["done", "done"]
-    assert [one["patience"] for one in results] == [[7], [7]]
+    assert [one["patience"] for one in results] == [[7, 7], [7, 7]]
     assert [one["long failure"] for one in results] == [one["failure"] for one in results]
 
 
