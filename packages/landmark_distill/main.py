@@ -24,5 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(config, sys.argv[1:] if argv is None else list(argv))
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -112,5 +112,10 @@ def _print(result: OpenSetResult) -> None:
         )
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -203,5 +203,10 @@ def _print(found: Sequence[dict[str, Any]]) -> None:
             print(f"  {near['rank']:3d}  {near['score']:.4f}  {near['path']}")
 
 
+def cli() -> int:
+    """The installed command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -49,7 +49,7 @@ world = start(device="cpu", timeout_s=120, rank=rank, world_size=2,
 times, real_writes, real_group, real_test = {}, helpers.main_writes, dist.new_group, session._test
 
 def writes(work, world):
-    times["collective"] = time.monotonic()
+    times.setdefault("collective", time.monotonic())
     return real_writes(work, world)
 
 def group(*args, **more):

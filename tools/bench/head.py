@@ -32,9 +32,9 @@ if __name__ == "__main__":
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
-from landmark_distill.cosine_head import MARGIN, SCALE, CosineMarginHead
-from landmark_distill.head_kd import KDSettings
-from landmark_distill.streamed_head import SoftLabels, soft_labels, streamed_losses
+from landmark_distill.head.cosine_head import MARGIN, SCALE, CosineMarginHead
+from landmark_distill.head.distillation import KDSettings
+from landmark_distill.head.streamed_loss import SoftLabels, soft_labels, streamed_losses
 from shared_core.runs import write_benchmark
 
 CLASSES, WIDTH, BATCH = 252_903, 1024, 256

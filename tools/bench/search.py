@@ -15,25 +15,22 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[:1] = [str(REPOSITORY / "packages"), str(REPOSITORY / "shared")]
+    sys.path[:1] = [str(REPOSITORY / n) for n in ("packages", "shared", "tools/bench")]
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
+from _rows import measure, row, skipped
 from numpy.typing import NDArray
 
-from landmark_distill.search_exact import ExactIndex
+from landmark_distill.gallery.nearest import ExactIndex
 from shared_core.runs import write_benchmark
 
 WIDTH = 1024
-GOAL = 1.3  # times FAISS's speed, where bfloat16 is fast
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
@@ -92,79 +89,47 @@ def differing(mine: NDArray[np.int64], other: NDArray[np.int64], scores: Pair) -
 
 
 def compare(
-    name: str, index: ExactIndex, other: Callable[..., Pair] | None, queries: NDArray[np.float32],
-    k: int, *, rounds: int, goal: float | None, skipped: str | None,
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    index: ExactIndex,
+    other: Callable[..., Pair] | None,
+    queries: NDArray[np.float32],
+    k: int,
+    *,
+    rounds: int,
+) -> dict[str, Any]:
     """A line of the record."""
-    made: dict[str, Any] = {"name": name, "engine": index.engine, "unit": "ms a query"}
     if other is None:
-        empty = dict.fromkeys(("ratio_median", "ratio_min", "ratio_max", "met"))
-        return {**made, **empty, "ours": "", "theirs": "", "goal": goal, "equal": "not run",
-                "skipped": "FAISS is not installed"}  # fmt: skip
-    repeats = max(1, 200 // len(queries))
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        start = time.thread_time()
-        for _ in range(repeats):
-            mine = index.search(queries, k)
-        middle = time.thread_time()
-        for _ in range(repeats):
-            scores, indices = other(queries, k)
-        end = time.thread_time()
-        if number:
-            for kept, seconds in zip(times, (middle - start, end - middle), strict=True):
-                kept.append(seconds / repeats / len(queries) * 1e3)
+        return skipped(name, None, "FAISS is not installed")
+    mine, (scores, indices) = index.search(queries, k), other(queries, k)
     unlike = differing(mine.indices, indices, (mine.scores, scores))
-    ratios = sorted(b / a for a, b in zip(*times, strict=True))
-    median = round(statistics.median(ratios), 3)
-    made |= {
-        "ours": round(statistics.median(times[0]), 4),
-        "theirs": round(statistics.median(times[1]), 4),
-        "ratio_median": median,
-        "ratio_min": round(ratios[0], 3),
-        "ratio_max": round(ratios[-1], 3),
-        "goal": goal,
-        "met": None if goal is None or skipped else median >= goal,
-        "skipped": skipped if goal is not None else None,
-        "equal": f"{mine.indices.size - unlike} of {mine.indices.size} rows the same",
-    }
-    print(
-        f"{name:<58}{index.engine:<6}{made['ours']:>9.4f}{made['theirs']:>9.4f} ms{median:7.2f}x "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f})  {made['equal']}",
-        flush=True,
-    )
-    return made
+    runs = {"ours": lambda: index.search(queries, k), "theirs": lambda: other(queries, k)}
+    times = measure(runs, rounds, repeats=max(1, 200 // len(queries)))
+    a_query = ([second / len(queries) for second in times[side]] for side in ("ours", "theirs"))
+    equal = f"{mine.indices.size - unlike} of {mine.indices.size} rows the same"
+    return {**row(name, *a_query, goal=None, equal=equal), "unit": "ms a query"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 0 whether goals are met or not, for the machine decides that, too."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller gallery, fewer rounds")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5; quick 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
     rounds = options.rounds or (2 if options.quick else 5)
     count = 10_000 if options.quick else 60_000
     rows = []
     for clusters in (False, True):
         gallery, queries = data(count, 1000, clusters=clusters)
         index = ExactIndex(gallery)
-        slow = None if index.engine == "bf16" else "bfloat16 is not faster on this processor"
         kind = "clusters" if clusters else "random"
         flat, product = faiss_flat(gallery), plain(gallery)
         for k in (1, 10):
             for number in (1000,) if clusters else (1000, 1):
-                title = f"{kind}, {count:,} rows, {number:,} queries, k {k}"
-                goal = GOAL if number > 1 else None
-                rows.append(
-                    compare(f"{title}: FAISS flat", index, flat, queries[:number], k,
-                            rounds=rounds, goal=goal, skipped=slow)
-                )  # fmt: skip
-        rows.append(
-            compare(f"{kind}, {count:,} rows, 1,000 queries, k 10: plain product", index, product,
-                    queries, 10, rounds=rounds, goal=None, skipped=None)
-        )  # fmt: skip
+                title = f"{kind}, {count:,} rows, {number:,} queries, k {k}: FAISS flat"
+                rows.append(compare(title, index, flat, queries[:number], k, rounds=rounds))
+        title = f"{kind}, {count:,} rows, 1,000 queries, k 10: plain product"
+        rows.append(compare(title, index, product, queries, 10, rounds=rounds))
     if options.json:
         write_benchmark(options.json, topic="search", rows=rows)
     return 0

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_core.metrics import verification_rates
+from landmark_distill.judging.verification import verification_rates
 from shared_core.runs import write_benchmark
 
 WIDTH, BLOCK = 1024, 1024
@@ -58,7 +58,7 @@ def features(count: int) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int6
 
 
 def ours(rows: NDArray[np.float32], truths: dict[str, NDArray[np.int64]]) -> Rates:
-    """The core's way."""
+    """Block by block."""
     found = verification_rates(rows, truths, far_targets=FARS, block=BLOCK)
     return {name: one.rates for name, one in found.items()}
 

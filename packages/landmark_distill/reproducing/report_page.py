@@ -55,9 +55,12 @@ def write_report(
         + ". All see the same augmented views; their weights and the order differ by seed."
     )
     report.heading("Paired differences")
-    main = [gaps["vr_0.01"] for gaps in paired.values() if "vr_0.01" in gaps]
+    name = "vr_0.01" if "vr_0.01" in shown.values() else next(iter(shown.values()))
+    main = [gaps[name] for gaps in paired.values()]
+    report.text(f"{METRICS[name]}:")
     add_differences(report, main, verdicts=[verdict(gap) for gap in main])
-    lines = [[pair, *[gaps[n].text for n in shown.values()]] for pair, gaps in paired.items()]
+    report.text("All numbers, in points, with the ends of the interval:")
+    lines = [[pair, *[_short(gaps[n]) for n in shown.values()]] for pair, gaps in paired.items()]
     report.table(["", *shown], lines)
     _pictures(report, folder, data, trials, floor)
     report.heading("Training")
@@ -76,6 +79,13 @@ def _say_what(report: Report, record: Mapping[str, Any], data: LandmarkData, hea
     )
     for note in data.notes:
         report.text(f"Groups of classes that nobody learned, {note}.")
+
+
+def _short(gap: Difference) -> str:
+    if gap.interval is None:
+        return f"{100 * gap.mean:+.1f}"
+    low, high = (100 * end for end in gap.interval)
+    return f"{100 * gap.mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _pictures(
