@@ -20,10 +20,11 @@ import tiny_models as tiny
 from shared_core import smallvision
 from shared_core.deploy import inputs, show
 from shared_core.deploy import predict as predict_module
-from shared_core.deploy.answers import UNKNOWN, printable
+from shared_core.deploy.answers import UNKNOWN
 from shared_core.deploy.options import PredictOptions
 from shared_core.deploy.predictor import open_model
 from shared_core.runs import run_command
+from shared_core.texts import printable
 
 pytest.importorskip("onnxruntime")
 
@@ -220,7 +221,7 @@ def test_names_that_are_no_utf8_or_hold_separators_lose_nothing(run, model, imag
             file.write(tiny.encode(images[0]))
     code, out, err = run(model, root, "--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv")
     assert code == 0 and err == "" and len(out.splitlines()) == 5
-    assert "line\\nbreak.png" in out and "\\udcb2" in out and "图片" in out
+    assert "line\\nbreak.png" in out and "\\xb2" in out and "图片" in out
     said = json.loads((tmp_path / "o.json").read_bytes().decode("utf-8"))
     assert {os.fsencode(row["path"]) for row in said["images"]} == {
         os.fsencode(root) + b"/" + name for name in names
@@ -476,4 +477,4 @@ def test_words_that_do_not_fit_are_refused(run, model, words, said, capsys):
 
 def test_printable_keeps_what_people_read():
     assert printable("ä 图\u3000x") == "ä 图\u3000x"
-    assert printable("a\nb\x1b[31m\udcff\u2028") == "a\\nb\\x1b[31m\\udcff\\u2028"
+    assert printable("a\nb\x1b[31m\udcff\u2028") == "a\\nb\\x1b[31m\\xff\\u2028"

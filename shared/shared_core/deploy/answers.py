@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy.typing as npt
 
 from shared_core.deploy.inputs import Source
 from shared_core.deploy.predictor import Outputs, Predictor
+from shared_core.texts import printable
 
 UNKNOWN = "unknown"  # the answer where the best class stays below the model's threshold
-_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control, half characters, line ends
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,3 @@ def text_line(answer: Answer) -> str:
     if answer.label == UNKNOWN:
         parts = f"{UNKNOWN} ({parts})"
     return f"{answer.name}: {parts}" + (f"  exit {answer.exit_name}" if answer.exit_name else "")
-
-
-def printable(text: str) -> str:
-    """The text on one line: control characters and bytes that are no UTF-8 are written out."""
-    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNPRINTABLE else c for c in text)

@@ -17,13 +17,13 @@ from shared_core.deploy.facts import ModelFacts
 from shared_core.deploy.inputs import load_files
 from shared_core.deploy.latency import measure_latency
 from shared_core.deploy.options import EvaluateOptions
-from shared_core.deploy.predict import say
 from shared_core.deploy.predictor import Predictor
 from shared_core.metrics.intervals import wilson_interval
 from shared_core.runs.command import UsageError
 from shared_core.runs.environment import environment
 from shared_core.runs.json_files import write_json
 from shared_core.runs.progress import progress
+from shared_core.texts import say
 
 Labels = npt.NDArray[np.int64]
 _FEATURES = 4096  # rows that are compared with all others at a time

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from shared_core.deploy.predict import say
 from shared_core.runs.json_files import write_json
 from shared_core.runs.report import Report
+from shared_core.texts import say
 
 FILE = "evaluation.json"
 MOST_LINES = 30  # classes listed on the screen

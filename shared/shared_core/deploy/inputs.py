@@ -19,6 +19,7 @@ from shared_core.datasets.finding.scan import list_images
 from shared_core.datasets.reading.image_headers import Pixels
 from shared_core.datasets.reading.loader import write_view
 from shared_core.datasets.views.augment import View, view_rng
+from shared_core.texts import clean_lines
 
 VIDEO_ENDINGS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"})
 
@@ -106,11 +107,11 @@ def load_lines(
 
 def _arrived(lines: Iterable[str | bytes], most: int) -> Iterator[list[Path]]:
     """Paths that are there, at least one and at most ``most`` at a time."""
-    waiting: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
         try:
-            for line in lines:
+            for line in clean_lines(lines):
                 waiting.put(line)
         finally:
             waiting.put(None)
@@ -120,9 +121,8 @@ def _arrived(lines: Iterable[str | bytes], most: int) -> Iterator[list[Path]]:
     while line is not None:
         group: list[Path] = []
         while line is not None:
-            text = os.fsdecode(line).rstrip("\r\n")
-            if text.strip():
-                group.append(Path(text))
+            if line.strip():
+                group.append(_path(line))
             if len(group) == most or (group and waiting.empty()):
                 break
             line = waiting.get()
@@ -130,6 +130,15 @@ def _arrived(lines: Iterable[str | bytes], most: int) -> Iterator[list[Path]]:
             yield group
         if line is not None:
             line = waiting.get()
+
+
+def _path(line: str) -> Path:
+    """The path that a line means: as it stands, else with the slashes of the other system."""
+    path = Path(line)
+    if "\\" in line and os.sep == "/" and not path.exists():
+        turned = Path(line.replace("\\", "/"))
+        return turned if turned.exists() else path
+    return path
 
 
 def load_video(

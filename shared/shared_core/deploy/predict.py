@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from shared_core.checkpoints import atomic_write
 from shared_core.datasets import decode
@@ -30,6 +30,7 @@ from shared_core.deploy.options import STDIN, PredictOptions
 from shared_core.deploy.predictor import Predictor
 from shared_core.deploy.show import Shower, has_display
 from shared_core.runs.progress import progress
+from shared_core.texts import as_utf8, say
 
 
 @dataclass
@@ -224,13 +225,6 @@ def _tell(answer: Answer, form: str, line: Callable[[Answer], str]) -> None:
         say(f"unreadable: {answer.name}: {answer.error}", sys.stderr)
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once; what the stream's encoding lacks is written out."""
-    out = sys.stdout if stream is None else stream
-    encoding = getattr(out, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
-
-
 def _shown(show: Shower, answer: Answer) -> bool:
     source = answer.source
     picture = decode(Path(source.path)) if source.picture is None else source.picture
@@ -292,5 +286,5 @@ def write_csv(
 
 
 def _write(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")  # only half characters need it
+    data = as_utf8(text)
     atomic_write(path, lambda scratch: scratch.write_bytes(data))

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from shared_core.checkpoints.atomic import atomic_write
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
+from shared_core.texts import as_utf8, match_names, read_entries
 
 FILE_NAME = "quarantine.txt"  # its conventional place is the data set's own folder
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file so that a crash leaves the old one or the new one, never half of one."""
-    # backslashreplace: a file name that is no UTF-8 must not stop the report that names it.
-    data = text.encode("utf-8", "backslashreplace")
-
-    def writer(scratch: Path) -> None:
-        scratch.write_bytes(data)
-
-    atomic_write(path, writer)
+    # A file name that is no UTF-8 must not stop the report that names it.
+    data = as_utf8(text)
+    atomic_write(path, lambda scratch: scratch.write_bytes(data))
 
 
 def write_quarantine(path: str | Path, reasons: Mapping[str, str]) -> None:
@@ -34,8 +31,11 @@ def write_quarantine(path: str | Path, reasons: Mapping[str, str]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def read_quarantine(path: str | Path) -> dict[str, str]:
+def read_quarantine(path: str | Path, *, known: Collection[str] = ()) -> dict[str, str]:
     """Read such a list; a line without a tab is a path without a reason.
+
+    Lists of other systems are understood: a byte order mark, CRLF, backslashes, other encodings
+    (then ``known``, the paths of the data set, decides which).
 
     Raises:
         DatasetNotFoundError: no such file.
@@ -44,23 +44,29 @@ def read_quarantine(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if not path.is_file():
         raise DatasetNotFoundError(f"no quarantine list at {path}")
-    reasons: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        line = line.rstrip("\r")
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, _, reason = line.partition("\t")
-        if name.startswith('"'):
-            try:
-                name = str(json.loads(name))
-            except json.JSONDecodeError:
-                raise DatasetError(f"{path} line {number}: {name!r} is no JSON string") from None
-        if name.startswith("/") or ".." in name.split("/"):
+    try:
+        entries = read_entries(path, known=known)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+    for name, number in zip(entries.names, entries.numbers, strict=True):
+        plain = name.replace("\\", "/")
+        if plain.startswith("/") or ".." in plain.split("/"):
             raise DatasetError(
                 f"{path} line {number}: {name!r} is not a path below the data set's folder"
             )
-        reasons[name] = reason
-    return reasons
+    return dict(zip(entries.names, entries.rests, strict=True))
+
+
+def honoured(
+    reasons: Mapping[str, str], known: Iterable[str], *, where: object
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The list by the data set's own paths, and a line for entries that match no file."""
+    matched = match_names(reasons, known)
+    note = matched.note(where)
+    return (
+        {path: reasons[name] for name, path in matched.found.items()},
+        () if note is None else (note,),
+    )
 
 
 def load_quarantine(

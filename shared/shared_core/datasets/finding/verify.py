@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_core.dataset_options import VerifyOptions, verify_options
-from shared_core.datasets.errors import DatasetError
+from shared_core.datasets.errors import DatasetError, DecodeError, UnsupportedImageError
 from shared_core.datasets.finding import fingerprint
 from shared_core.datasets.finding.quarantine import (
     load_quarantine,
@@ -26,7 +26,7 @@ from shared_core.datasets.finding.quarantine import (
 )
 from shared_core.datasets.finding.scan import Listing, scan
 from shared_core.datasets.finding.verify_report import Problem, VerifyReport
-from shared_core.datasets.reading.decode import decode
+from shared_core.datasets.reading.decode import EncodedImage, read_bytes
 from shared_core.datasets.reading.image_headers import kind_of
 from shared_core.datasets.sets import specs
 from shared_core.datasets.sets.spec_check import class_mismatch, describe_counts, describe_sizes
@@ -48,11 +48,15 @@ NEAR_CORRELATION = 0.9  # of grey thumbnails, in [-1, 1]
 _FORMATS = {
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
+    ".jpe": "jpeg",
+    ".jfif": "jpeg",
     ".png": "png",
     ".bmp": "bmp",
     ".tif": "tiff",
     ".tiff": "tiff",
     ".webp": "webp",
+    ".gif": "gif",
+    ".avif": "avif",
 }
 _THUMB = 16  # pixels
 _CHUNK = 32  # files a task
@@ -72,9 +76,13 @@ class _Facts:
 def inspect_file(path: Path, *, near: bool = True) -> _Facts:
     """Look at one file: whole, an image, what its name says; its key, size, hash, thumbnail."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         return _Facts((("missing", error.strerror or "cannot be read"),))
+    except UnsupportedImageError as error:
+        return _Facts((("unsupported", str(error).removeprefix(f"{path}: ")),))
+    except DecodeError as error:
+        return _Facts((("not_a_file", str(error).removeprefix(f"{path}: ")),))
     if not data:
         return _Facts((("empty", "0 bytes"),))
     key = fingerprint.key_of_bytes(data)
@@ -86,10 +94,13 @@ def inspect_file(path: Path, *, near: bool = True) -> _Facts:
         problems.append(("wrong_extension", f"{path.suffix} holds {kind}"))
     try:
         # Strict: it checks containers and checksums, and has JPEGs that stop early refused.
-        image = decode(data, name="file")
+        opened = EncodedImage(data, name="file")
+        image = opened.pixels()
     except DatasetError as error:
         detail = " ".join(str(error).removeprefix("file: ").split())
-        return _Facts((("truncated", detail), *problems), key)
+        bad = "unsupported" if isinstance(error, UnsupportedImageError) else "truncated"
+        return _Facts(((bad, detail), *problems), key)
+    problems += opened.remarks
     size = (int(image.shape[0]), int(image.shape[1]))
     if not near:
         return _Facts(tuple(problems), key, size)

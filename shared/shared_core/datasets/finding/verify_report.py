@@ -8,19 +8,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared_core.datasets.finding.quarantine import write_text
+from shared_core.texts import printable
 
 # A set with one of these is not fit for use before the files are mended or quarantined.
 ERRORS = {
     "missing": "cannot be read",
     "empty": "no bytes",
     "not_an_image": "no image format that is known",
-    "truncated": "cut off, damaged, or of a kind that is not supported",
+    "not_a_file": "a pipe, a socket or a device",
+    "truncated": "cut off or damaged",
+    "unsupported": "whole, but of a kind or size that is not read",
     "copy_in_other_class": "same bytes under two labels",
     "wrong_classes": "the classes are not those of the spec",
 }
 # These are worth knowing; a set can be used with them.
 WARNINGS = {
     "wrong_extension": "the name says another format than the bytes",
+    "extra_band": "a band that nothing declares as alpha, left out",
+    "dim": "16 bits that hold far fewer: nearly black",
     "copy": "same bytes twice in one class",
     "copy_in_other_split": "same bytes in two splits of the folder: a leak if kept as given",
     "stray": "an image in no class folder",
@@ -90,6 +95,16 @@ class VerifyReport:
             if problem.is_error and problem.kind != "wrong_classes":
                 reasons.setdefault(problem.path, f"{problem.kind}: {problem.detail}")
         return reasons
+
+    def notes(self) -> tuple[str, ...]:
+        """One line for each kind of image that is used, but not as somebody may expect."""
+        lines = []
+        for kind in ("extra_band", "dim"):
+            of_kind = [problem for problem in self.problems if problem.kind == kind]
+            if of_kind:
+                first = of_kind[0]
+                lines.append(f"{len(of_kind)} images like {printable(first.path)}: {first.detail}")
+        return tuple(lines)
 
     def summary(self) -> str:
         """A few lines for a terminal."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
 from shared_core.datasets.finding.quarantine import write_text
+from shared_core.texts import read_json
 
 SCHEMA = "shared-core.split/1"
 
@@ -164,7 +165,7 @@ class Manifest:
         if not path.is_file():
             raise DatasetNotFoundError(f"no split manifest at {path}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["schema"] != SCHEMA:
                 raise DatasetError(f"{path} has schema {content['schema']!r}, expected {SCHEMA!r}")
             manifest = cls(

@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 from shared_core.datasets.builtin.sources import make_scenes
 from shared_core.datasets.errors import DatasetError
-from shared_core.datasets.finding.quarantine import load_quarantine, write_quarantine
+from shared_core.datasets.finding.quarantine import (
+    honoured,
+    load_quarantine,
+    write_quarantine,
+)
 from shared_core.datasets.finding.scan import Listing, scan
 from shared_core.datasets.finding.verify import verify
 from shared_core.datasets.reading.decode import decode
@@ -249,7 +253,14 @@ def _split(
     """Verify every file and make the split."""
     report = verify(listing, spec=spec, workers=workers)
     report.write(output / VERIFY_FILE)
-    quarantine = report.quarantine() | load_quarantine(listing.root, quarantine_file)
+    known = [listing.relative(sample) for sample in listing.samples]
+    given, notes = honoured(
+        load_quarantine(listing.root, quarantine_file),
+        known,
+        where=quarantine_file or QUARANTINE_FILE,
+    )
+    notes += report.notes()
+    quarantine = report.quarantine() | given
     if quarantine:
         write_quarantine(output / QUARANTINE_FILE, quarantine)
         path, reason = next(iter(quarantine.items()))
@@ -259,7 +270,7 @@ def _split(
             file=sys.stderr,
         )
     if listing.layout == "split":
-        return from_layout(
+        manifest = from_layout(
             listing,
             seed=seed,
             quarantine=quarantine,
@@ -267,6 +278,7 @@ def _split(
             near=report.duplicates_near,
             drop_leaks=drop_leaks,
         )
+        return replace(manifest, notes=(*manifest.notes, *notes))
     near, note = bounded_groups(listing, report.duplicates_near if group_by == "near" else ())
     manifest = make_split(
         listing,
@@ -278,4 +290,5 @@ def _split(
         keys=report.keys,
         gaps="fill",
     )
-    return manifest if note is None else replace(manifest, notes=(*manifest.notes, note))
+    notes += () if note is None else (note,)
+    return replace(manifest, notes=(*manifest.notes, *notes))
