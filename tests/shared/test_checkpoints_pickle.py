@@ -120,7 +120,6 @@ def reconstructed(*state):
         reconstructed(1, (1,), np.dtype("f4")),
         reconstructed(1, (1,), Runs(np.dtype, "nonsense"), False, b"abcd"),
     ],
-    ids=str,
 )
 def test_anything_else_is_refused(tmp_path, content):
     with pytest.raises(CheckpointError):
