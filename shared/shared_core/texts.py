@@ -50,9 +50,9 @@ def decode_text(data: bytes, *, where: object, known: Collection[str] = ()) -> T
 
     Args:
         where: what to call them in notes and errors.
-        known: names that the text should hold (files, classes). Where the bytes are no UTF-8, the
-            reading that holds the most of them is taken: the system's encoding, GBK, or UTF-8 with
-            single bytes kept as Python keeps them in file names.
+        known: names that the text should hold (files, classes). The reading that holds the most of
+            them is taken: UTF-8, the system's encoding, GBK, or UTF-8 with other bytes kept as
+            Python keeps them in file names.
 
     Raises:
         ValueError: no text: bytes that nothing reads, or null characters.
@@ -65,32 +65,30 @@ def decode_text(data: bytes, *, where: object, known: Collection[str] = ()) -> T
                 raise ValueError(f"{where}: damaged {encoding.upper()} text") from None
     if b"\0" in data:
         raise ValueError(f"{where}: no text, it holds null characters")
-    try:
-        return Text(data.decode("utf-8"), "utf-8")
-    except UnicodeDecodeError:
-        pass
     readings = list(_readings(data))
     names = set(known)
 
     def held(text: Text) -> int:
         return sum(_first_field(line) in names for line in text.lines())
 
-    best = max(readings, key=held)  # of equals the first
-    return Text(
-        best.content, best.encoding, f"{where} is no UTF-8; it was read as {best.encoding.upper()}"
-    )
+    # Short GBK names may be UTF-8 by accident, so the names decide; without any the first does.
+    best = max(readings, key=held) if names else readings[0]
+    if best.encoding == "utf-8":
+        return best
+    note = f"{where} is no UTF-8; it was read as {best.encoding.upper()}"
+    return Text(best.content, best.encoding, note)
 
 
 def _readings(data: bytes) -> Iterator[Text]:
     """The texts that bytes may be, the likeliest first; the last always is one."""
     system = codecs.lookup(locale.getpreferredencoding(False)).name
-    for encoding in dict.fromkeys((system, CHINESE)):
-        if encoding not in ("utf-8", "ascii"):
+    for encoding in dict.fromkeys(("utf-8", system, CHINESE)):
+        if encoding != "ascii":
             try:
                 yield Text(data.decode(encoding), encoding)
             except UnicodeDecodeError:
                 continue
-    yield Text(data.decode("utf-8", "surrogateescape"), "UTF-8 with other bytes kept")
+    yield Text(data.decode("utf-8", "surrogateescape"), "utf-8 with other bytes kept")
 
 
 def _first_field(line: str) -> str:
