@@ -240,8 +240,14 @@ def test_eval_of_a_named_model_in_another_folder(
 ):
     folder, _ = finished
     best = next((folder / "checkpoint/best").glob("*.pth"))
-    done = command(*tiny_on_file(tmp_path / "eval", "--eval", "--checkpoint-path", str(best)))
+    # As training left it: without thresholds.
+    given = next((folder / "checkpoint").glob(f"*_confEE/{best.name}"))
+    before = given.read_bytes()
+    done = command(*tiny_on_file(tmp_path / "eval", "--eval", "--checkpoint-path", str(given)))
     assert done.code == 0, done.err
+    assert given.read_bytes() == before
+    judged = load_model(tmp_path / "eval/checkpoint/judged" / best.name)[1]
+    assert judged["exit_policies"] == load_model(best)[1]["exit_policies"]
     mine = read_result(tmp_path / "eval/result.json")["measured"]
     theirs = read_result(folder / "result.json")["measured"]
     assert set(mine) == {"floor", "exits"}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from command_tools import without
 from gfnet_dynn.choices import POINTS
 from gfnet_dynn.decide.exit_outputs import ExitLogits
+from gfnet_dynn.decide.findings import findings_of
 from gfnet_dynn.decide.thresholds import calibrated_policy, three_policies
 from gfnet_dynn.model_files import load_model, save_model
 from gfnet_dynn.models.exit_policy import ExitPolicy
@@ -64,9 +65,9 @@ def best_of(folder: Path) -> Path:
 def test_thresholds_come_from_the_calibration_outputs_alone(finished):
     folder, _ = finished
     exits = read_result(folder / "result.json")["measured"]["exits"]
-    found = {}
+    found, splits = {}, {}
     for split in ("calibration", "test"):
-        outputs = ExitLogits.load(folder / f"outputs-{split}.npz")
+        splits[split] = outputs = ExitLogits.load(folder / f"outputs-{split}.npz")
         policy = calibrated_policy(ExitPolicy(exits["policy"]), outputs)
         points = three_policies(policy, outputs, max_loss=0.01)
         found[split] = [points[name].thresholds[0] for name in POINTS]
@@ -74,6 +75,13 @@ def test_thresholds_come_from_the_calibration_outputs_alone(finished):
             assert exits["temperatures"] == list(policy.temperatures)
     assert [exits["points"][name]["threshold"] for name in POINTS] == found["calibration"]
     assert found["calibration"] != found["test"]  # it would have shown
+    wanted = {"kind": exits["policy"], "max_accuracy_loss": 0.01}
+    right = findings_of(splits["calibration"], splits["test"], **wanted)
+    wrong = findings_of(splits["test"], splits["calibration"], **wanted)
+    mine, theirs, swapped = (
+        [row["threshold"] for row in rows["budgets"]] for rows in (exits, right, wrong)
+    )
+    assert mine == theirs != swapped
 
 
 def test_other_labels_of_the_test_split_move_no_threshold(
