@@ -107,11 +107,11 @@ def two(tmp_path_factory, uneven, zoo_words, zoo_best) -> tuple[Path, list[dict]
     import json
 
     folder = tmp_path_factory.mktemp("two")
-    words = ["--epochs", 2, "-b", "4", "--save_every", 1]
+    words = ["--epochs", 2, "-b", "4"]
     evaluate = ["-e", "--data", uneven, "--resume", zoo_best, "-b", "4", "-j", "1"]
     jobs = {
         "train": zoo_words(folder / "run", *words, data=uneven),
-        "stopped": zoo_words(folder / "again", *words, data=uneven),
+        "stopped": zoo_words(folder / "again", *words, "--save_every", 1, data=uneven),
         "evaluate": [*map(str, evaluate), "--no-cuda", "--output", str(folder / "evaluate")],
         "wrong": zoo_words(folder / "wrong", "-a", "no_such_net", data=uneven),
     }
