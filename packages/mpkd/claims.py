@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     if options.start == "new":  # the same command again goes on
         options = replace(options, start="continue")
-    from mpkd.experiments.claims_run import run_claims
+    from mpkd.experiments.claims_page import run_claims
 
     return run_claims(options, claims=args.what)
 

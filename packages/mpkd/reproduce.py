@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data_key=f"dataset.data_dir_{args.target}", about={"target": args.target},
         output=Path("runs") / "mpkd" / f"{args.target}-{scale}",
     )  # fmt: skip
-    from mpkd.experiments.matrix_run import run_matrix
+    from mpkd.experiments.matrix_page import run_matrix
 
     return run_matrix(options, emulate=args.emulate_bf16)
 

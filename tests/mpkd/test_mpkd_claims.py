@@ -9,9 +9,9 @@ import statistics
 import pytest
 
 from mpkd import claims
-from mpkd.experiments import bench, claims_run
+from mpkd.experiments import bench, claims_page
 from mpkd.experiments.claim_arms import ARMS, CLAIMS, DECIDED, EQUAL, FP32, Claim, Pair, arms_of
-from mpkd.experiments.claim_report import judge, summarise_claims
+from mpkd.experiments.claims_page import judge, summarise_claims
 from mpkd.experiments.recipes import Setting
 from mpkd.quant.settings import QuantSettings
 from mpkd.utils.common import load_net
@@ -127,7 +127,7 @@ def test_every_arm_is_a_sound_configuration_and_every_claim_has_its_arms():
 def asked(monkeypatch):
     """What the sweep would be asked for."""
     seen = []
-    monkeypatch.setattr(claims_run, "run_sweep", lambda options, **_: seen.append(options) or 0)
+    monkeypatch.setattr(claims_page, "run_sweep", lambda options, **_: seen.append(options) or 0)
     return seen
 
 

@@ -13,10 +13,14 @@ import torch
 
 from mpkd.dataset.data_utils import evaluation_loader
 from mpkd.dataset.sources import load_data
+from mpkd.quant.budget import layer_options, size_budget
+from mpkd.quant.cost import layer_facts
+from mpkd.quant.search.sdq import Sdq
 from mpkd.trainer.metrics_logger import read_metrics_csv
-from mpkd.utils.common import evaluate, load_net
+from mpkd.trainer.objectives import LearningTeacher, make_objective
+from mpkd.utils.common import ALONE, evaluate, load_net
 from mpkd.utils.config import load_config
-from shared_core.for_torch.checkpoints import load_checkpoint
+from shared_core.for_torch.distributed import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,68 +51,97 @@ def torchrun(argv, world: int = 2) -> list[subprocess.CompletedProcess]:
 
 
 @pytest.mark.slow
-def test_two_processes_distil_under_torchruns_environment(tmp_path, words, command, teacher_file):
+def test_a_whole_run_under_torchruns_environment(tmp_path, words, teacher_file):
+    """Distilled and trained with few bits by two processes, exported by one."""
     more = {
         "model__teacher_ckpt": teacher_file, "experiment__epochs": 1, "training__ema": 0.9,
-        "training__gradient_accumulation_steps": 2,
+        "training__gradient_accumulation_steps": 2, "quantization__method": "qat",
+        "quantization__w_bits": 3, "quantization__epochs": 2,
     }  # fmt: skip
     folder = tmp_path / "run"
-    for stage, resume in (("prepare", []), ("teacher", ["--resume"])):
-        done = command(*words(folder, "--stage", stage, *resume, **more))
-        assert done.code == 0, done.err
-    ended = torchrun(words(folder, "--stage", "distil", "--resume", **more))
+    ended = torchrun(words(folder, **more))
     assert [one.returncode for one in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     assert ended[1].stdout == ""  # only the main process speaks
-    weights, facts = load_checkpoint(folder / "checkpoints" / "student.pth")
-    assert all(torch.isfinite(value).all() for value in weights.values())
     (csv,) = (folder / "logs").glob("*.csv")
-    (row,) = read_metrics_csv(csv)
+    rows = read_metrics_csv(csv)
+    assert [row["stage"] for row in rows] == ["distil", "quantize-qat", "quantize-qat"]
     images = 144  # of 160 wanted, less the rounding of ten classes
-    assert row["step"] in {-(-images // 2 // 32) // 2 + n for n in (0, 1)}
+    assert rows[0]["step"] in {-(-images // 2 // 32) // 2 + n for n in (0, 1)}
     # What two processes evaluated together is what one finds alone.
-    net, _ = load_net(folder / "checkpoints" / "student.pth")
     keys = {"dataset.name": "digits", "dataset.image_size": 8, "dataset.max_images": 160}
     config = load_config(None, (), overrides=keys | {"model.student_widths": [8, 16]})
     data = load_data(config, tmp_path / "again", data_root=None)
     loader = evaluation_loader(data, data.sets["test"], batch_size=64, device="cpu", threads=0)
-    assert evaluate(net, loader).accuracy == facts["metrics"]["test_accuracy"]
+    for name in ("student", "student_quantized"):
+        net, facts = load_net(folder / "checkpoints" / f"{name}.pth")
+        assert all(torch.isfinite(value).all() for value in net.state_dict().values())
+        assert evaluate(net, loader).accuracy == facts["metrics"]["test_accuracy"]
+    assert (folder / "export" / "model.json").exists()
 
 
 def _worker(rank: int, folder: str, port: int) -> None:
-    """One step of a network without norms, on this process' half of a batch."""
+    """Steps on this process' half of each batch: plain, with a learning teacher, with SDQ."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}  # fmt: skip
     sys.path[:0] = [str(REPOSITORY / "tests" / "mpkd")]
-    from test_mpkd_trainer import batches_of, make_trainer, student
+    from test_mpkd_trainer import batches_of
 
     from shared_core.for_torch.distributed import start, stop
 
     torch.set_num_threads(1)
     world = start(device="cpu")
-    net = student(norm=False)
-    trainer = make_trainer(Path(folder) / str(rank), net, clip=0.05, world=world)
     whole = batches_of(4, (16, 16))
     share = [part._replace(images=part.images[rank::2], labels=part.labels[rank::2])
              for part in whole]  # fmt: skip
-    for _ in range(3):
-        trainer.step(share, 1e-2)
-    torch.save(net.state_dict(), Path(folder) / f"net{rank}.pth")
+    torch.save(steps(Path(folder) / str(rank), share, world), Path(folder) / f"net{rank}.pth")
     stop()
 
 
-@pytest.mark.slow
+def steps(folder: Path, batches: list, world: World) -> dict[str, dict]:
+    """What three steps of accumulated batches make of each kind of training."""
+    from test_mpkd_trainer import make_trainer, student
+
+    made = {}
+    plain = student(norm=False)
+    trainer = make_trainer(folder / "plain", plain, clip=0.05, world=world, accumulation=2)
+    for _ in range(3):
+        trainer.step(batches, 1e-2)
+    made["plain"] = plain.state_dict()
+    net, helper = student(norm=False), LearningTeacher(student(1, norm=False))
+    trainer = make_trainer(
+        folder / "both", net, world=world, helper=helper,
+        objective=make_objective({"distillation.mode": "apprentice_a"}, helper),
+    )  # fmt: skip
+    for _ in range(3):
+        trainer.step(batches, 1e-2)
+    made["both"] = net.state_dict() | {f"t.{k}": v for k, v in helper.teacher.state_dict().items()}
+    search = sdq_of(student(norm=False))
+    trainer = make_trainer(folder / "sdq", search.net, world=world, companion=search)
+    trainer._total = 10
+    for number in range(3):
+        trainer._step = number
+        trainer.step(batches, 1e-3)
+    made["sdq"] = search.net.state_dict() | {"beta": search.beta.detach()}
+    return made
+
+
+def sdq_of(net: torch.nn.Module) -> Sdq:
+    facts = layer_facts(net, 8)
+    w = layer_options(facts, (2, 4, 8), first_last=None)
+    return Sdq(net, size_budget(facts, 3.0, w_options=w, a_options=dict.fromkeys(w, (32,))))
+
+
 def test_steps_of_two_processes_are_steps_of_one(tmp_path):
+    """Gradients of networks, of a teacher beside them and of SDQ's gates are those of one."""
     import torch.multiprocessing as mp
 
     sys.path[:0] = [str(REPOSITORY / "tests" / "mpkd")]
-    from test_mpkd_trainer import batches_of, make_trainer, student
+    from test_mpkd_trainer import batches_of
 
     mp.start_processes(_worker, (str(tmp_path), free_port()), nprocs=2, start_method="spawn")
     nets = [torch.load(tmp_path / f"net{rank}.pth", weights_only=True) for rank in (0, 1)]
-    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
-    alone = student(norm=False)
-    trainer = make_trainer(tmp_path / "alone", alone, clip=0.05)
-    for _ in range(3):
-        trainer.step(batches_of(4, (16, 16)), 1e-2)
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(nets[0][name], value, rtol=1e-5, atol=1e-6)
+    alone = steps(tmp_path / "alone", batches_of(4, (16, 16)), ALONE)
+    for kind, wanted in alone.items():
+        for name, value in wanted.items():
+            assert torch.equal(nets[0][kind][name], nets[1][kind][name]), (kind, name)
+            torch.testing.assert_close(nets[0][kind][name], value, rtol=1e-4, atol=2e-5)

@@ -13,8 +13,7 @@ from onnx import numpy_helper
 from mpkd.deploy import forms, tensorrt_build
 from mpkd.deploy.export import ExportData, ExportWishes, export_student
 from mpkd.deploy.openers import OPENERS, facts_of
-from mpkd.quant.layers import quant_layers, quantizable
-from mpkd.quant.ptq import quantize_trained
+from mpkd.quant.layers import quant_layers, quantizable, quantize_trained
 from mpkd.quant.shipped import shipped
 from mpkd.utils.common import load_net, save_net, save_packed
 from shared_core.deploy.check import ExportError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpkd import reproduce
-from mpkd.experiments import bench, matrix_run
+from mpkd.experiments import bench, matrix_page
 from mpkd.experiments.matrix import PRECISIONS, cell_name, column_settings, columns
 from mpkd.experiments.recipes import Setting
 from mpkd.utils.common import load_net
@@ -29,7 +29,7 @@ TINY = {
 def tiny(monkeypatch):
     setting = {key: Setting(TINY, threads=1) for key in reproduce.MATRIX}
     monkeypatch.setattr(reproduce, "MATRIX", setting)
-    monkeypatch.setattr(matrix_run, "TEMPERATURES", (4.0,))
+    monkeypatch.setattr(matrix_page, "TEMPERATURES", (4.0,))
 
 
 def results(folder):
@@ -112,7 +112,7 @@ def test_a_row_that_is_only_emulated_is_left_out_by_name(tmp_path, tiny, monkeyp
     reason = {"bf16": "this hardware only emulates it"}
     words = ("cifar10", "--scale", "rehearsal", "--output", tmp_path / "m", "--seeds", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(matrix_run, "rows_left_out", lambda **_: reason)
+        patch.setattr(matrix_page, "rows_left_out", lambda **_: reason)
         done = command(*words, entry=reproduce.main)
     assert done.code == 0, done.err
     measured = read_result(tmp_path / "m" / "result.json")["measured"]
@@ -131,9 +131,9 @@ def test_a_row_that_is_only_emulated_is_left_out_by_name(tmp_path, tiny, monkeyp
 
 def test_bf16_is_left_out_where_it_is_emulated_and_not_asked_for(monkeypatch):
     def rows(scale="short", *, native, emulate=False):
-        monkeypatch.setattr(matrix_run, "computes_bf16", lambda device: native)
+        monkeypatch.setattr(matrix_page, "computes_bf16", lambda device: native)
         device = torch.device("cpu")
-        return list(matrix_run.rows_left_out(emulate=emulate, scale=scale, device=device))
+        return list(matrix_page.rows_left_out(emulate=emulate, scale=scale, device=device))
 
     assert rows(native=False) == ["bf16"]
     assert rows(native=False, emulate=True) == []
@@ -171,7 +171,7 @@ def test_bad_input(tmp_path, monkeypatch, command, argv, code, said):
 
 def test_auto_takes_what_is_there(tmp_path, monkeypatch, command):
     asked = []
-    monkeypatch.setattr(matrix_run, "run_sweep", lambda options, **_: asked.append(options) or 0)
+    monkeypatch.setattr(matrix_page, "run_sweep", lambda options, **_: asked.append(options) or 0)
     words = ("cifar10", "--data-root", tmp_path)
     assert command(*words, entry=reproduce.main).code == 0 and asked[0].scale == "rehearsal"
     (tmp_path / "CIFAR10").mkdir()

@@ -8,10 +8,15 @@ import torch
 from torch import nn
 
 from mpkd.model.student import SimpleCNN
-from mpkd.quant.layers import QuantLayer, quant_layers, quantizable
-from mpkd.quant.packed import pack_bits, unpack_bits
-from mpkd.quant.ptq import quantize_trained
-from mpkd.quant.shipped import from_integers, plain, shipped, stored_integers
+from mpkd.quant.layers import QuantLayer, quant_layers, quantizable, quantize_trained
+from mpkd.quant.shipped import (
+    from_integers,
+    pack_bits,
+    plain,
+    shipped,
+    stored_integers,
+    unpack_bits,
+)
 from mpkd.utils.common import describe_net, load_net, save_packed
 from mpkd.utils.config import load_config
 from shared_core import checkpoints

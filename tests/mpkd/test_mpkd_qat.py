@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from mpkd.model.student import SimpleCNN
-from mpkd.quant.bin_regulariser import BinPull, bin_term
 from mpkd.quant.budget import BitPlan
+from mpkd.quant.companion import BinPull, bin_term
 from mpkd.quant.finish import finish
-from mpkd.quant.layers import quant_layers, quantizable
-from mpkd.quant.ptq import quantize_trained
+from mpkd.quant.layers import quant_layers, quantizable, quantize_trained
 from mpkd.quant.settings import quant_settings
 from mpkd.quant.shipped import shipped
 from mpkd.trainer.metrics_logger import read_metrics_csv

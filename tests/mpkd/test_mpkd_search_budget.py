@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpkd.deploy.latency import check_measurable, latency_table, single_layer_graph
+from mpkd.deploy.layer_latency import check_measurable, latency_table, single_layer_graph
 from mpkd.quant.budget import (
     BitPlan,
     Budget,

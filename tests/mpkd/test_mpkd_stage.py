@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpkd.deploy.latency import latency_table
+from mpkd.deploy.layer_latency import latency_table
 from mpkd.quant.budget import size_budget
 from mpkd.quant.cost import layer_facts
 from mpkd.quant.finish import Material

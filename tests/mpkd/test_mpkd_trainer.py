@@ -46,14 +46,15 @@ def student(seed: int = 0, *, norm: bool = True) -> nn.Module:
 
 
 def make_trainer(
-    folder, net, *, precision="fp32", objective=None, world=ALONE, **settings
-) -> Trainer:
+    folder, net, *, precision="fp32", objective=None, world=ALONE, helper=None, companion=None,
+    **settings,
+) -> Trainer:  # fmt: skip
     run = make_run(folder)
     made = Settings(epochs=1, batch_size=16, learning_rate=1e-2, **settings)
     job = Job(
         "t", net, objective or make_objective({"distillation.mode": "labels"}, None),
         run.training_loader("t"), run.evaluation_loader(), made, Precision("cpu", precision),
-        run.log, run.csv, world,
+        run.log, run.csv, world, helper, companion,
     )  # fmt: skip
     return Trainer(job)
 

@@ -14,12 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpkd.quant.bin_regulariser import BinPull
 from mpkd.quant.brecq import Reconstruction, learn_input_scales, reconstruct
 from mpkd.quant.budget import BitPlan
-from mpkd.quant.companion import Companion
-from mpkd.quant.layers import FLOAT
-from mpkd.quant.ptq import BATCH, quantize_trained
+from mpkd.quant.companion import BinPull, Companion
+from mpkd.quant.layers import BATCH, FLOAT, quantize_trained
 from mpkd.quant.settings import FINISHES, QuantSettings
 from mpkd.quant.shipped import plain
 

@@ -17,7 +17,7 @@ from mpkd.dataset import views
 from mpkd.model.student import build_student
 from mpkd.model.teacher import build_teacher
 from mpkd.quant.layers import FLOAT, fold_batch_norms, quant_layers, quantize_net
-from mpkd.quant.packed import packed_arrays, unpack_into
+from mpkd.quant.shipped import packed_arrays, unpack_into
 from shared_core import checkpoints
 from shared_core.checkpoints import CheckpointError
 from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_checkpoint

@@ -12,8 +12,7 @@ from torch import nn
 
 from mpkd.quant.budget import BitPlan, Budget
 from mpkd.quant.finish import Material
-from mpkd.quant.layers import fold_batch_norms
-from mpkd.quant.ptq import quantize_trained
+from mpkd.quant.layers import fold_batch_norms, quantize_trained
 from mpkd.quant.search.haq import Environment, Episode, search_haq
 from mpkd.quant.search.mixquant import round_off_errors, within_budget
 from mpkd.quant.search.sdq import Sdq

@@ -152,6 +152,7 @@ class Sdq(Companion):
         # What is too much at the start, as a share of the limit.
         self._excess = max(0.0, budget.cost(self.plan()) / budget.limit - 1)
         self._done, self._pace = 0, 0.0
+        self._held: tuple[Tensor, ...] = ()
         self.history: list[tuple[int, dict[str, int]]] = [(0, self.bits())]
 
     @property
@@ -185,8 +186,8 @@ class Sdq(Companion):
     # -- what happens around a step ---------------------------------------------------------------
 
     def tensors(self) -> Sequence[Tensor]:
-        """The betas."""
-        return (self.beta,)
+        """The gates of this step."""
+        return self._held
 
     def before_step(self, step: int, total: int) -> None:
         """Draw which bits every layer has in this step; once all fit the budget, the upper ones."""
@@ -196,22 +197,31 @@ class Sdq(Companion):
         if step % REFRESH == 0:
             for layer in self.layers.values():
                 layer.refresh()
+        self._held = ()
         if self.finished:
             return
         noise = torch.rand(len(self.layers), generator=self.generator).clamp(1e-6, 1 - 1e-6)
-        gates = gumbel_gate(self.beta, noise.to(self.beta.device), temperature=TEMPERATURE)
-        for gate, layer in zip(gates, self.layers.values(), strict=True):
+        self._gates = gumbel_gate(self.beta, noise.to(self.beta.device), temperature=TEMPERATURE)
+        # Cut off from the betas: several batches of one step go through the same gates.
+        self._held = tuple(gate.detach().requires_grad_() for gate in self._gates)
+        for gate, layer in zip(self._held, self.layers.values(), strict=True):
             layer.gate = gate
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Move the betas; layers whose beta is small fall."""
-        gradient, self.beta.grad = self.beta.grad, None
         for layer in self.layers.values():
             layer.gate = None
         self._done += 1
-        if gradient is None or not bool(torch.isfinite(gradient).all()) or self.finished:
-            return
+        if self._held:
+            given = torch.stack(
+                [torch.zeros_like(g) if g.grad is None else g.grad for g in self._held]
+            )
+            (gradient,) = torch.autograd.grad(self._gates, self.beta, given)
+            if bool(torch.isfinite(gradient).all()):  # a step in fp16 may have overflowed
+                self._move(gradient)
+
+    @torch.no_grad()
+    def _move(self, gradient: Tensor) -> None:
         self.merit.lerp_(-_unit(gradient), 1 - MEMORY)
         self.beta += self._movement()
         self.beta.clamp_(0, 1)
