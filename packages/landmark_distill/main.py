@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-if not __package__:  # run as a script
-    import checkout  # noqa: F401
+if not __package__:  # run as a script: use this checkout, whatever is installed
+    repo = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from shared_core.runs.command import run_command
 

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script
-    import checkout  # noqa: F401
+if not __package__:  # run as a script: use this checkout, whatever is installed
+    repo = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from landmark_distill.recipes import RECIPES
 from landmark_distill.reproducing.settings import STAND_IN

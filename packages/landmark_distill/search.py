@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if not __package__:  # run as a script
-    import checkout  # noqa: F401
+if not __package__:  # run as a script: use this checkout, whatever is installed
+    repo = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from landmark_distill.config import INDEXES
 from landmark_distill.embed import add_model_options
