@@ -241,7 +241,8 @@ def distil_words(tiny, teacher: Path, run: Path, *more: str) -> list[str]:
 
 DISTIL_FLAGS = (
     *("--kd-weight 3", "--kd-temperature 1", "--kd-warmup 2", "--nd-weight 0.1"),
-    *("--spectrum-weight 1", "--student-lr 0.01", "--student-dim 8"),
+    # Against another weight: the layers of this loss alone shift every draw after them.
+    *("--spectrum-weight 1 | --spectrum-weight 3", "--student-lr 0.01", "--student-dim 8"),
     *("--deep-supervision 0.5", "--smoothing 0.3", "--mixup 0.8", "--finetune-batch 8"),
     *("--deep-supervision 0.5 | --deep-kd 3", "--deep-supervision 0.5 | --deep-temperature 1"),
     "--deep-supervision 0.5 | --exits 0,2",
