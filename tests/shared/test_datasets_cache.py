@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
 from shared_core.datasets.errors import DatasetError, DecodeError
+from shared_core.datasets.reading import cache as cache_module
 from shared_core.datasets.reading.cache import DecodedCache
 from shared_core.datasets.reading.decode import decode
 from shared_core.datasets.reading.image_set import ImageSet
@@ -164,6 +166,7 @@ def test_a_killed_build_leaves_nothing_to_open_and_starts_again(images, tmp_path
     code = f"""
 import sys, os, signal
 sys.path.insert(0, {str(SHARED)!r})
+from shared_core.datasets.reading import cache as cache_module
 from shared_core.datasets.reading.cache import DecodedCache
 from shared_core.datasets.reading.image_set import ImageSet
 images = ImageSet({images.paths!r}, range(9), {images.keys!r})
@@ -180,3 +183,18 @@ DecodedCache.build(images, {str(tmp_path / "cache")!r}, progress=killed)
         DecodedCache.open(tmp_path / "cache", images)
     assert len(DecodedCache.open_or_build(images, tmp_path / "cache")) == 9
     assert sorted(os.listdir(tmp_path)) == ["cache", "images"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_decoded(images, tmp_path, monkeypatch):
+    need = sum(decode(path).size for path in images.paths)
+    told = []
+    free = SimpleNamespace(free=need - 1)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(cache_module, "_decoded", lambda *a: told.append(1))
+    with pytest.raises(DatasetError, match="needs about .* GB are free"):
+        DecodedCache.build(images, tmp_path / "deep" / "cache")
+    assert not told and not (tmp_path / "deep").exists()
+    monkeypatch.undo()
+    free.free = need
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: free)
+    assert len(DecodedCache.build(images, tmp_path / "deep" / "cache")) == 9

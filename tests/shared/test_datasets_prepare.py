@@ -7,6 +7,7 @@ import zipfile
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 
 from shared_core.datasets.builtin.sources import render_scene
@@ -256,3 +257,99 @@ def test_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+
+
+# -- archives of other systems, and damaged ones ------------------------------------------------
+
+
+def raw_zip(path, files, *, flag=0):
+    """A zip whose members' names are these bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for n, data in enumerate(files.values()):
+            archive.writestr(f"{n:0{len(list(files)[n])}d}", data)
+    content = path.read_bytes()
+    for n, name in enumerate(files):
+        old = f"{n:0{len(name)}d}".encode()
+        assert content.count(old) >= 2
+        content = content.replace(b"\x00\x00" + old, b"\x00\x00" + name)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_chinese_names_are_read_whatever_packed_them(tmp_path, capsys, encoding, kind):
+    # 昞 and 癨 end in a backslash in GBK.
+    names = ["电路板检测样本甲/图片一号.jpg", "電路板檢測樣本乙/昞癨二号.jpg"]
+    files = {name.encode(encoding): jpeg(n) for n, name in enumerate(names)}
+    source = tmp_path / f"s.{kind}"
+    if kind == "zip":
+        raw_zip(source, files)
+    else:
+        with tarfile.open(source, "w", encoding=encoding, format=tarfile.GNU_FORMAT) as archive:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name.decode(encoding))
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    root = unpack.unpack(source, tmp_path / "set", limits=Limits())
+    found = {p.relative_to(root).as_posix() for p in root.rglob("*.jpg")}
+    assert found == set(names)
+    if kind == "zip":
+        reading = "gb18030" if encoding == "gbk" else "utf-8"
+        assert f"read as {reading}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz"])
+def test_a_flipped_bit_in_a_packed_tar_is_never_accepted(tmp_path, kind):
+    source = write_tar(tmp_path / f"s.{kind}", FILES, "w:" + kind.partition(".")[2])
+    whole = source.read_bytes()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        data = bytearray(whole)
+        at = int(rng.integers(20, len(data)))
+        data[at] ^= 1 << int(rng.integers(0, 8))
+        source.write_bytes(bytes(data))
+        try:
+            root = unpack.unpack(source, tmp_path / f"set{number}", limits=Limits())
+        except DatasetError as error:
+            assert "\n" not in str(error)
+            assert not list(tmp_path.glob(".set*"))  # no scratch is left
+        else:  # bits that the format does not use change nothing
+            assert content(root) == FILES
+
+
+def test_no_cut_of_a_tar_is_taken_for_its_end(tmp_path):
+    few = dict(list(FILES.items())[:4])
+    source = write_tar(tmp_path / "s.tar", few, "w")
+    whole = source.read_bytes()
+    for keep in range(512, len(whole) - 10240, 256):
+        source.write_bytes(whole[:keep])
+        with pytest.raises(DatasetError):
+            unpack.unpack(source, tmp_path / "set", limits=Limits())
+    damaged = bytearray(whole)
+    second = whole.find(b"a/01.jpg")
+    damaged[second + 3] ^= 1  # the header of the second file: tarfile calls this the end
+    source.write_bytes(bytes(damaged))
+    with pytest.raises(DatasetError, match="no end of the archive"):
+        unpack.unpack(source, tmp_path / "set", limits=Limits())
+
+
+def test_the_first_bytes_say_what_an_archive_is(tmp_path):
+    """A tar whose last file is a stored zip has a zip's table at its end."""
+    inner = write_zip(tmp_path / "inner.zip", {"evil/1.jpg": jpeg(5)})
+    files = {"a/0.jpg": jpeg(0), "b/1.jpg": jpeg(1), "c.zip": inner.read_bytes()}
+    source = write_tar(tmp_path / "s.tar", files, "w")
+    root = unpack.unpack(source, tmp_path / "set", limits=Limits())
+    assert {p.name for p in root.rglob("*.jpg")} == {"0.jpg", "1.jpg"}
+
+
+@pytest.mark.parametrize(("method", "name"), [(9, "Deflate64"), (97, "an unusual method")])
+def test_other_packing_is_one_line_and_leaves_nothing(tmp_path, method, name):
+    source = write_zip(tmp_path / "s.zip", FILES)
+    data = bytearray(source.read_bytes())
+    at = data.find(b"PK\x01\x02")
+    data[at + 10] = data[8] = method
+    source.write_bytes(bytes(data))
+    with pytest.raises(DatasetError, match=f"packed by {name} .*unpack it"):
+        unpack.unpack(source, tmp_path / "set", limits=Limits())
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zip"]

@@ -13,6 +13,7 @@ import lzma
 import os
 import shutil
 import stat
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -24,9 +25,11 @@ from typing import IO
 
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
 from shared_core.datasets.finding.scan import is_image_name, part_of
+from shared_core.texts import CHINESE, say
 
 MARKER = ".unpacked.json"  # in the finished folder: from what it was made
 _BLOCK = 1 << 20
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -82,12 +85,16 @@ def _members(source: Path) -> Iterator[Iterator[_Member]]:
     """The files of an archive or folder; unsafe members are errors, hidden ones passed over."""
     if source.is_dir():
         yield _folder_members(source)
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            yield _zip_members(archive, source)
-    elif tarfile.is_tarfile(source):
+        return
+    with open(source, "rb") as file:
+        head = file.read(4)
+    # The first bytes tell, for a tar may end in a zip; only a zip that unpacks itself has others.
+    if head[:2] != b"PK" and tarfile.is_tarfile(source):
         with tarfile.open(source) as tar:
             yield _tar_members(tar, source)
+    elif head[:2] == b"PK" or zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            yield _zip_members(archive, source)
     else:
         raise DatasetError(f"{source} is neither a zip, a tar nor a folder")
 
@@ -102,21 +109,49 @@ def _folder_members(source: Path) -> Iterator[_Member]:
                 yield _Member(parts, path.stat().st_size, lambda path=path: open(path, "rb"))  # type: ignore[misc]
 
 
+def _zip_names(archive: zipfile.ZipFile, source: Path) -> list[str]:
+    """The members' names. Without the flag for UTF-8 a zip may mean anything: UTF-8 (many programs
+    forget the flag), GBK (Windows in China), else code page 437, as the format says."""
+    names = [info.orig_filename for info in archive.infolist()]
+    old = [n for n, info in enumerate(archive.infolist()) if not info.flag_bits & 0x800]
+    raw = [names[n].encode("cp437") for n in old]
+    if all(name.isascii() for name in raw):
+        return names
+    for encoding in ("utf-8", CHINESE, "cp437"):
+        try:
+            read = [name.decode(encoding) for name in raw]
+        except UnicodeDecodeError:
+            continue
+        for n, name in zip(old, read, strict=True):
+            names[n] = name
+        say(
+            f"note: the names in {source} do not say their encoding, read as {encoding}", sys.stderr
+        )
+        break
+    return names
+
+
 def _zip_members(archive: zipfile.ZipFile, source: Path) -> Iterator[_Member]:
-    for info in archive.infolist():
-        parts = _safe_parts(info.filename, source)
+    for info, name in zip(archive.infolist(), _zip_names(archive, source), strict=True):
+        parts = _safe_parts(name, source)
         mode = info.external_attr >> 16
         if info.create_system == 3 and mode and stat.S_ISLNK(mode):
-            raise DatasetError(f"{source}: member {info.filename!r} is a link; links are refused")
+            raise DatasetError(f"{source}: member {name!r} is a link; links are refused")
         if info.flag_bits & 1:
-            raise DatasetError(f"{source}: member {info.filename!r} is encrypted")
-        if not info.is_dir() and _wanted(parts):
+            raise DatasetError(f"{source}: member {name!r} is encrypted")
+        if info.compress_type not in _ZIP_METHODS:
+            method = {9: "Deflate64", 93: "Zstandard"}.get(info.compress_type, "an unusual method")
+            raise DatasetError(
+                f"{source}: member {name!r} is packed by {method} ({info.compress_type}), which "
+                "is not read; unpack it, and prepare the folder"
+            )
+        if not name.endswith("/") and not info.is_dir() and _wanted(parts):
             yield _Member(parts, info.file_size, lambda info=info: archive.open(info))  # type: ignore[misc]
 
 
 def _tar_members(tar: tarfile.TarFile, source: Path) -> Iterator[_Member]:
     for info in tar:
-        parts = _safe_parts(info.name, source)
+        parts = _safe_parts(_tar_name(info.name), source)
         if info.isdir():
             continue
         if not info.isfile():
@@ -131,6 +166,34 @@ def _tar_members(tar: tarfile.TarFile, source: Path) -> Iterator[_Member]:
                 return file
 
             yield _Member(parts, info.size, opened)
+    _check_tar_end(tar, source)
+
+
+def _tar_name(name: str) -> str:
+    """A name whose bytes are no UTF-8 is taken for GBK, if it can be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        try:
+            return name.encode("utf-8", "surrogateescape").decode(CHINESE)
+        except UnicodeDecodeError:
+            pass
+    return name
+
+
+def _check_tar_end(tar: tarfile.TarFile, source: Path) -> None:
+    """Refuse a tar without its two empty blocks at the end, and read on to the checksum.
+
+    ``tarfile`` takes a damaged header, and the end of the file, for the end of the archive.
+    """
+    stream = tar.fileobj
+    if stream is None:
+        raise DatasetError(f"{source} cannot be read")
+    stream.seek(tar.offset)
+    if stream.read(1024) != bytes(1024):
+        raise DatasetError(f"{source} is damaged: no end of the archive at byte {tar.offset}")
+    while stream.read(_BLOCK):
+        pass
 
 
 def _identity(source: Path) -> dict[str, object]:
@@ -175,7 +238,9 @@ def unpack(source: str | Path, target: str | Path, *, limits: Limits) -> Path:
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         _extract(source, scratch, limits)
-    except (*_DAMAGED, DatasetError) as error:
+    except (*_DAMAGED, DatasetError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of this machine; bz2 raises without
+            raise
         shutil.rmtree(scratch, ignore_errors=True)  # a refused archive leaves nothing behind
         if isinstance(error, DatasetError):
             raise

@@ -21,7 +21,7 @@ import numpy as np
 
 from shared_core.datasets.errors import DatasetError
 from shared_core.datasets.reading.decode import EncodedImage, dct_factor, read_bytes
-from shared_core.datasets.reading.image_headers import Pixels
+from shared_core.datasets.reading.image_headers import Pixels, stated_size
 from shared_core.datasets.reading.image_set import ImageSet
 from shared_core.datasets.views.geometry import resize, short_side_size
 from shared_core.datasets.views.view_random import Key
@@ -140,6 +140,7 @@ class DecodedCache:
         for n, key in enumerate(image_set.keys):
             first.setdefault(key, n)
         chosen = list(first.values())
+        _check_disk(image_set, chosen, folder, short_side, size)
         part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
         for left_over in folder.parent.glob(f".{folder.name}.part-*"):
             process = left_over.name.rpartition("-")[2]
@@ -242,6 +243,37 @@ def _difference(index: dict[str, Any], image_set: ImageSet, settings: dict[str, 
 def _stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
+
+
+def _check_disk(
+    image_set: ImageSet,
+    chosen: list[int],
+    folder: Path,
+    short_side: int | None,
+    size: tuple[int, int] | None,
+) -> None:
+    """Refuse before hours of decoding what the disk cannot hold, by the headers of some files."""
+    known = []
+    for index in chosen[:: max(1, len(chosen) // 256)]:
+        try:
+            with open(image_set.name(index), "rb") as file:
+                whole = stated_size(file.read(1 << 16))
+        except (OSError, ValueError):  # told when it is decoded
+            continue
+        if whole is not None:
+            target = size or whole
+            if short_side is not None and short_side < min(whole):
+                target = short_side_size(whole, short_side)
+            known.append(3 * target[0] * target[1])
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    need = sum(known) / max(1, len(known)) * len(chosen)
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise DatasetError(
+            f"decoded cache {folder} needs about {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
 
 
 def _alive(process: int) -> bool:
