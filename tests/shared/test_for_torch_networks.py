@@ -38,6 +38,7 @@ def test_names_of_three_libraries_and_the_order_among_them():
     assert find_network("timm/resnet18").library == find_network("timm:resnet18").library == "timm"
     assert find_network("efficientnet_lite0").library == "core"
     assert find_network("mobilenetv4_conv_small").library == "timm"
+    assert find_network("resnet18.a1_in1k").library == "timm"
 
 
 @pytest.mark.parametrize("name", ["lite0", "mobilenet_v2", "timm/mobilenetv3_small_050"])

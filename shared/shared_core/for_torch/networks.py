@@ -93,6 +93,16 @@ def _names_in(library: str) -> Sequence[str]:
     return list(timm.list_models())
 
 
+def _has(library: str, name: str) -> bool:
+    if library != "timm":
+        return name in _names_in(library)
+    if find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name))  # also knows a name with the tag of its weights
+
+
 def find_network(asked: str) -> NetworkName:
     """The network that a name means; dashes count as underscores (``efficientnet-b0``).
 
@@ -105,7 +115,7 @@ def find_network(asked: str) -> NetworkName:
             break
         name = ALIASES.get(name if slash else spelled, name if slash else spelled)
         for one in (library,) if slash else LIBRARIES:
-            if name in _names_in(one):
+            if _has(one, name):
                 return NetworkName(asked, one, name)
     close = difflib.get_close_matches(asked, list_networks(), n=4)
     hint = f"; close: {', '.join(close)}" if close else ""
