@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from landmark_distill.config import DistillConfig, NetworkConfig, RunConfig, TrainConfig, ViewConfig
 from landmark_distill.head.distillation import KDSettings
@@ -19,40 +16,11 @@ from landmark_distill.model_files import build, check_channels, load_start, read
 from landmark_distill.optimizers import build_optimizer
 from landmark_distill.teacher import Live, Stored, Teacher
 from shared_core.datasets import EpochOrder, EvalView, ImageSet, TrainView
-from shared_core.for_torch.distributed import World, main_writes
+from shared_core.for_torch.distributed import World
 from shared_core.for_torch.precision import Precision
 from shared_core.runs import UsageError, derive_seed
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-PATIENCE = timedelta(days=7)  # how long work of the main process may take
-T = TypeVar("T")
-
-
-def main_works(work: Callable[[], T], world: World) -> T:
-    """``main_writes`` for what may take hours: the others wait longer than a collective may.
-
-    Looking at every byte of every image is such work. The others wait in a group of processes of
-    their own, whose patience is :data:`PATIENCE`.
-    """
-    if world.world_size == 1:
-        return work()
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    result: Any = None
-    failure: Exception | None = None
-    if world.is_main:
-        try:
-            result = work()
-        except Exception as error:  # told below, by the main process to all
-            failure = error
-    dist.barrier(group=group)
-    dist.destroy_process_group(group)
-
-    def tell() -> T:
-        if failure is not None:
-            raise failure
-        return result
-
-    return main_writes(tell, world)
 
 
 # -- images ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from landmark_distill.config import RunConfig
 from landmark_distill.gallery.embedder import asked_facts, embedder_of, file_facts
 from landmark_distill.gallery.features import FEATURE_FILE, extract_features, load_features
-from landmark_distill.helpers import main_works, make_train_loader
+from landmark_distill.helpers import make_train_loader
 from landmark_distill.images.landmark_data import LandmarkData, prepare_landmarks
 from landmark_distill.judging.judge import OpenSetResult, openset_test, write_results
 from landmark_distill.model import load_weights
@@ -22,7 +22,14 @@ from landmark_distill.teacher import fill_store
 from landmark_distill.trainer import Trainer
 from landmark_distill.utils import BEST, Record
 from shared_core.for_torch.checkpoints import weights_sha256
-from shared_core.for_torch.distributed import World, barrier, main_writes, start, stop
+from shared_core.for_torch.distributed import (
+    World,
+    barrier,
+    main_works,
+    main_writes,
+    start,
+    stop,
+)
 from shared_core.for_torch.precision import Precision
 from shared_core.runs import OpenRun, RunLock, UsageError, open_run, read_result, write_result
 

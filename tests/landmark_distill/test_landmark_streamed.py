@@ -308,7 +308,6 @@ print(step(100_000, 256))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_matrix_of_samples_by_classes_is_ever_there():
     done = subprocess.run(

@@ -99,7 +99,6 @@ def test_output_is_that_of_torchvision(size, window):
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, heads", [("Swin_base", (4, 8, 16, 32)), ("Swin_tiny", (2, 4, 8, 16))]
 )
