@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_claims(options, claims=args.what)
 
 
-def console() -> int:
+def cli() -> int:
     """The installed command ``mpkd-claims``."""
     return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(cli())

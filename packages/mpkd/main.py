@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(options, words_of(argv))
 
 
-def console() -> int:
+def cli() -> int:
     """The installed command ``mpkd``."""
     return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(cli())

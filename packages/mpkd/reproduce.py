@@ -77,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_matrix(options, emulate=args.emulate_bf16)
 
 
-def console() -> int:
+def cli() -> int:
     """The installed command ``mpkd-reproduce``."""
     return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(cli())

@@ -36,6 +36,10 @@ def test_a_run_draws_its_page(finished):
     assert "Built-in data" in text
     assert f"| {measured['distil']['test_accuracy']:.4g} |" in text
     assert f"{measured['quantize']['bytes'] / 1024:.4g}" in text
+    shipped = measured["export"]["measured"]["files"]["onnx"]
+    size = (folder / "export" / "model.onnx").stat().st_size / 1024
+    assert f"| shipped for onnx | {shipped['accuracy']['value']:.4g} |" in text
+    assert f"{size:.4g}" in text
 
 
 def test_two_runs_side_by_side(tmp_path, finished, command):

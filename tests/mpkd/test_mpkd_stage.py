@@ -6,9 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mpkd import few_bits
 from mpkd.deploy.layer_latency import latency_table
 from mpkd.quant.budget import size_budget
 from mpkd.quant.cost import layer_facts
@@ -18,6 +20,7 @@ from mpkd.quant.quantize import run_quantization, uniform_plans
 from mpkd.quant.search.choose import Scores
 from mpkd.quant.settings import METHODS, quant_settings
 from mpkd.utils.config import CHOICES
+from shared_core.datasets import ImageSet
 
 SMALL = {
     "quantization.a_bits": 32, "quantization.haq_episodes": 12, "quantization.brecq_steps": 150,
@@ -124,6 +127,26 @@ def test_every_search_keeps_every_budget(mpkd_digits, tmp_path, method, kind, bu
     else:
         assert result.baselines and len(result.notes) >= 1
     json.dumps(result.record())
+
+
+def test_bits_are_chosen_on_the_calibration_images_and_not_on_the_test_images(
+    mpkd_digits, tmp_path
+):
+    """Other labels of the test images move nothing; other labels of the calibration images do."""
+    found = {}
+    for part in ("none", "test", "calibration"):
+        digits = mpkd_digits.change(tmp_path / part, quantization__method="haq", **{
+            key.replace(".", "__"): value for key, value in SMALL.items()
+        }, quantization__finish="ptq")  # fmt: skip
+        sets = dict(digits.run.data.sets)
+        if part != "none":
+            own = sets[part]
+            labels = np.random.default_rng(0).permutation(own.labels)
+            sets[part] = ImageSet(None, labels, own.keys, source=own.array)
+        run_of = replace(digits.run, data=replace(digits.run.data, sets=sets))
+        found[part] = few_bits.quantize(run_of, digits.net, None, "")[0].record()
+    assert found["test"] == found["none"]
+    assert found["calibration"]["details"]["rewards"] != found["none"]["details"]["rewards"]
 
 
 def test_a_search_that_loses_says_so(mpkd_digits):

@@ -10,7 +10,6 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[3]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 from mpkd.analysis import plots
 from mpkd.trainer.metrics_logger import read_metrics_csv
 from shared_core.runs import Report, run_command
+from shared_core.runs.options import CommandParser
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def distinct_names(folders: Sequence[str | Path]) -> list[str]:
 
 
 def networks(found: Findings) -> list[dict[str, Any]]:
-    """Teacher, student and quantized student as rows: name, accuracy, parameters, bytes, bits."""
+    """Teacher, student, quantized student and shipped files: name, accuracy, bytes, bits."""
     rows = []
     for stage, name in (("teacher", "teacher"), ("distil", "student")):
         one = found.stages.get(stage, {})
@@ -91,6 +91,16 @@ def networks(found: Findings) -> list[dict[str, Any]]:
                 "bits": one["mean_bits"], "w_bits": one["w_bits"],
             }
         )  # fmt: skip
+    files = found.stages.get("export", {}).get("measured", {}).get("files", {})
+    for runtime, file in files.items():
+        if file["accuracy"] is not None:
+            rows.append(
+                {
+                    "name": f"shipped for {runtime}", "accuracy": file["accuracy"]["value"],
+                    "agreement": file["agreement"]["same_class"],
+                    "bytes": sum(file["bytes"].values()), "bits": None, "w_bits": {},
+                }
+            )  # fmt: skip
     return rows
 
 
@@ -122,8 +132,11 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
                 bits[name] = row["w_bits"]
     if table:
         report.table(["network", "test accuracy", "agreement", "KiB", "bits a weight"], table)
-        report.text("Agreement: share of test images that get the class of the teacher (student) "
-                    "or of the network before its bits (quantized).")  # fmt: skip
+        report.text(
+            "Agreement: share of test images that get the class of the teacher (student), of the "
+            "network before its bits (quantized), of the network in torch (shipped). Quantized "
+            "and shipped bytes are counted on disk."
+        )
         figure = plots.pareto(output / "accuracy_size.png", points, xlabel="KiB of weights")
         report.figure(figure, "Accuracy against size; the line is what nothing smaller beats.")
     if bits:
@@ -169,14 +182,24 @@ def _differences(report: Report, runs: Sequence[Findings]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare run folders. Returns the exit code."""
-    p = argparse.ArgumentParser(prog="analysis.py", description=__doc__)
-    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    p.add_argument("--output", type=Path, help="default: outputs/ in the first run's folder")
+    p = CommandParser(prog="analysis.py", description=__doc__)
+    p.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="The folders of the runs to compare."
+    )
+    p.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="The folder of the page. Without it outputs/ in the first run's folder.",
+    )  # fmt: skip
     args = p.parse_args(argv)
     for page in write_report(args.runs, args.output or args.runs[0] / "outputs"):
         print(page)
     return 0
 
 
+def cli() -> int:
+    """The installed command ``mpkd-analysis``."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -19,7 +19,6 @@ from shared_core.deploy.predictor import NetworkPredictor, Predictor, Run, logit
 from shared_core.runs import UsageError
 
 TORCH, PACKED, OPENVINO_INT8 = "torch", "packed", "openvino-int8"
-RUNTIMES = (TORCH, PACKED, OPENVINO_INT8)
 CHECKPOINTS = (".pth", ".pt", ".safetensors")
 
 

@@ -105,5 +105,10 @@ def build_engine(trt: Any, model: Path, *, size: int, batch: int) -> bytes:
     return bytes(made)
 
 
+def cli() -> int:
+    """The installed command ``mpkd-tensorrt``."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(cli())

@@ -122,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return predict(predictor, options)
 
 
-def console() -> int:
+def cli() -> int:
     """The installed command ``mpkd-infer``."""
     return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(cli())

@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return serve(predictor, options)
 
 
-def console() -> int:
+def cli() -> int:
     """The installed command ``mpkd-serve``."""
     return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(cli())
