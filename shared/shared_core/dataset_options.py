@@ -20,6 +20,12 @@ WORKERS = (
 )
 NEAR = "Do not look for images that are almost the same: re-encoded, rescaled, mirrored or turned."
 
+NO_CACHE = (
+    "Read every file again. By default a file whose path, size and time are those of an earlier "
+    "check is not read; what was found then is kept in the folder SMALLVISION_CACHE, or below "
+    "~/.cache."
+)
+
 
 @dataclass(frozen=True)
 class VerifyOptions:
@@ -31,6 +37,7 @@ class VerifyOptions:
     near: bool
     report: Path | None
     quarantine: Path | None
+    cache: bool
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,15 @@ class PrepareOptions:
     workers: int | None
     near: bool
     seed: int
+    cache: bool
+    scale_max: int | None
 
 
 def _add_checks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", metavar="NAME", help=SPEC)
     parser.add_argument("--workers", type=COUNT, metavar="N", help=WORKERS)
     parser.add_argument("--no-near", action="store_true", help=NEAR)
+    parser.add_argument("--no-cache", action="store_true", help=NO_CACHE)
 
 
 def verify_options(argv: Sequence[str] | None, *, prog: str) -> VerifyOptions:
@@ -67,14 +77,17 @@ def verify_options(argv: Sequence[str] | None, *, prog: str) -> VerifyOptions:
     _add_checks(p)
     p.add_argument(
         "--report", type=Path, metavar="FILE",
-        help="Write everything that was found to this .json file, and as a page to .md beside it.",
+        help="Write everything that was found to this .json file, and as a page to .html and "
+        ".md beside it.",
     )  # fmt: skip
     p.add_argument(
         "--quarantine", type=Path, metavar="FILE",
         help="Write the list of the files that cannot be used to this file.",
     )  # fmt: skip
     a = p.parse_args(argv)
-    return VerifyOptions(a.root, a.spec, a.workers, not a.no_near, a.report, a.quarantine)
+    return VerifyOptions(
+        a.root, a.spec, a.workers, not a.no_near, a.report, a.quarantine, not a.no_cache
+    )
 
 
 def prepare_options(argv: Sequence[str] | None, *, prog: str) -> PrepareOptions:
@@ -82,8 +95,8 @@ def prepare_options(argv: Sequence[str] | None, *, prog: str) -> PrepareOptions:
     p = CommandParser(
         prog=prog,
         description="Unpack an archive or copy a folder of images, check every file, and split.",
-        epilog="Writes the images, verify.json, verify.md, quarantine.txt and split.json. Stopped, "
-        "the same command goes on.",
+        epilog="Writes the images, verify.json, verify.md, verify.html, quarantine.txt and "
+        "split.json. Stopped, the same command goes on.",
     )
     p.add_argument(
         "source", type=Path, metavar="SOURCE", help="A .zip, a .tar (.gz, .bz2, .xz), or a folder."
@@ -94,7 +107,16 @@ def prepare_options(argv: Sequence[str] | None, *, prog: str) -> PrepareOptions:
     _add_checks(p)
     p.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-        help="The number that decides, with the content of the images, which go to which part.",
+        help="The number that decides, with the content of the images, which go to which part. The "
+        "default is 0.",
+    )  # fmt: skip
+    p.add_argument(
+        "--scale-max", type=number(int, 1, 65535), metavar="N",
+        help="The sample that is white in images of 16 bits, such as 4095 for a camera of 12 bits. "
+        "They are replaced in TARGET by PNG files of 8 bits. By default they stay as they are, and "
+        "65535 is white.",
     )  # fmt: skip
     a = p.parse_args(argv)
-    return PrepareOptions(a.source, a.target, a.spec, a.workers, not a.no_near, a.seed)
+    return PrepareOptions(
+        a.source, a.target, a.spec, a.workers, not a.no_near, a.seed, not a.no_cache, a.scale_max
+    )

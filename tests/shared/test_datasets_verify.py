@@ -189,7 +189,8 @@ def test_report_files(clean, tmp_path):
     assert content["ok"] is False and content["counts"] == {"a": 4, "b": 3}
     assert {"path": "a/cut.jpg", "kind": "truncated"}.items() <= content["problems"][-1].items()
     page = markdown_path.read_text()
-    assert "usable as it is: no" in page and "`a/cut.jpg`" in page and "| b | 3 |" in page
+    assert "| usable as it is | no |" in page and "| a/cut.jpg |" in page and "| b | 3 |" in page
+    assert "<td>a/cut.jpg</td>" in markdown_path.with_suffix(".html").read_text()
     assert "Against the facts of AID" in page
     assert report.write(tmp_path / "r.md") == (tmp_path / "r.json", tmp_path / "r.md")
 
@@ -273,12 +274,12 @@ def test_a_worker_that_dies_is_an_error_with_the_place(clean, tmp_path, monkeypa
         verify(scan(clean), workers=1)
 
 
-def test_summary_and_page_list_every_kind_of_finding(clean):
+def test_summary_and_page_list_every_kind_of_finding(clean, tmp_path):
     put(clean, "a/again.jpg", (clean / "a/0.jpg").read_bytes())
     for i in range(60):
         put(clean, f"b/e{i:02d}.jpg", b"")
     report = verify(scan(clean), workers=0)
     assert "error: 60 empty (no bytes), first b/e00.jpg: 0 bytes" in report.summary()
     assert "note: 1 copy" in report.summary()
-    page = report.markdown()
+    page = report.write(tmp_path / "r.json")[1].read_text()
     assert "... 10 more in the JSON file" in page and "## Exact copies (1 groups)" in page

@@ -83,9 +83,9 @@ class Report:
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
-    def write(self, folder: str | Path) -> tuple[Path, Path]:
+    def write(self, folder: str | Path, *, name: str = "report") -> tuple[Path, Path]:
         """Write ``report.md`` and ``report.html``; pictures must lie in the same folder."""
-        markdown, page = Path(folder) / "report.md", Path(folder) / "report.html"
+        markdown, page = Path(folder) / f"{name}.md", Path(folder) / f"{name}.html"
         text = "\n\n".join(self._markdown) + "\n"
         document = (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -19,7 +20,16 @@ from numpy.typing import NDArray
 from shared_core.dataset_options import VerifyOptions, verify_options
 from shared_core.datasets.errors import DatasetError, DecodeError, UnsupportedImageError
 from shared_core.datasets.finding import fingerprint
+from shared_core.datasets.finding.look_cache import (
+    Look,
+    Stamp,
+    cache_file,
+    read_looks,
+    stamp_of,
+    write_looks,
+)
 from shared_core.datasets.finding.quarantine import (
+    honoured,
     load_quarantine,
     read_quarantine,
     write_quarantine,
@@ -31,6 +41,7 @@ from shared_core.datasets.reading.image_headers import kind_of
 from shared_core.datasets.sets import specs
 from shared_core.datasets.sets.spec_check import class_mismatch, describe_counts, describe_sizes
 from shared_core.runs.command import run_command
+from shared_core.texts import say
 
 __all__ = [
     "Problem",
@@ -113,6 +124,54 @@ def inspect_file(path: Path, *, near: bool = True) -> _Facts:
     )
 
 
+def _as_look(facts: _Facts) -> Look:
+    found = [facts.problems, facts.key, facts.size, facts.hash]
+    return json.dumps(found), b"" if facts.thumb is None else facts.thumb.tobytes()
+
+
+def _from_look(look: Look) -> _Facts:
+    problems, key, size, bits = json.loads(look[0])
+    thumb = np.frombuffer(look[1], np.float32).reshape(_THUMB, _THUMB) if look[1] else None
+    return _Facts(
+        tuple((kind, detail) for kind, detail in problems),
+        key,
+        None if size is None else (size[0], size[1]),
+        bits,
+        thumb,
+    )
+
+
+def _look_at_all(
+    paths: Sequence[Path], workers: int, near: bool, file: Path | None, progress: Progress | None
+) -> list[_Facts]:
+    """Facts of all files in order; those that are as they were at an earlier look are not read."""
+    places = [os.path.abspath(path) for path in paths]
+    stamps = [stamp_of(path) if file else None for path in paths]
+    asked = [(p, s) for p, s in zip(places, stamps, strict=True) if s is not None]
+    known = {place: _from_look(look) for place, look in read_looks(file, asked).items()}
+    # A look without the picture's hash does for a check without near copies only.
+    known = {p: f for p, f in known.items() if not near or f.thumb is not None or f.size is None}
+    facts: list[_Facts | None] = [known.get(place) for place in places]
+    new = [n for n, fact in enumerate(facts) if fact is None]
+    fresh: list[tuple[str, Stamp, Look]] = []
+    done = len(paths) - len(new)
+    if progress is not None and done:
+        progress(done, len(paths))
+    for n, fact in zip(new, _inspect_all([paths[n] for n in new], workers, near), strict=True):
+        facts[n] = fact
+        stamp = stamps[n]
+        if stamp is not None and fact.key:
+            fresh.append((places[n], stamp, _as_look(fact)))
+        done += 1
+        if progress is not None:
+            progress(done, len(paths))
+        if len(fresh) >= 5000:
+            write_looks(file, fresh)
+            fresh.clear()
+    write_looks(file, fresh)
+    return [fact for fact in facts if fact is not None]
+
+
 def _inspect_chunk(paths: Sequence[Path], near: bool) -> list[_Facts]:
     return [inspect_file(path, near=near) for path in paths]
 
@@ -126,20 +185,27 @@ def _inspect_all(paths: Sequence[Path], workers: int, near: bool) -> Iterator[_F
         for path in paths:
             yield inspect_file(path, near=near)
         return
+    if not paths:
+        return
     chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
     # spawn: the same on every system, and no thread or lock of the caller is copied halfway.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        try:
-            done = 0
+    done = 0
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
             for facts in pool.map(_inspect_chunk, chunks, [near] * len(chunks)):
                 yield from facts
                 done += len(facts)
-        except BrokenProcessPool:
-            raise DatasetError(
-                f"a worker process died at or after {paths[done]}; "
-                "run with workers=0 to see at which file"
-            ) from None
+    except BrokenProcessPool:
+        raise DatasetError(
+            f"a worker process died at or after {paths[done]}; "
+            "run with workers=0 to see at which file"
+        ) from None
+    except (OSError, ImportError, NotImplementedError) as error:
+        # No shared memory, a read-only temporary folder, no semaphores: small machines.
+        say(f"note: no worker processes here ({error}); one process works", sys.stderr)
+        for path in paths[done:]:
+            yield inspect_file(path, near=near)
 
 
 def verify(
@@ -149,6 +215,7 @@ def verify(
     workers: int | None = None,
     near: bool = True,
     progress: Progress | None = None,
+    cache: bool = True,
 ) -> VerifyReport:
     """Decode every file and report what is wrong, copied, or other than the spec says.
 
@@ -159,21 +226,20 @@ def verify(
             With workers, a script that calls this needs the usual ``if __name__ == "__main__"``.
         near: also look for near duplicates (re-encoded, rescaled, brightened, mirrored or turned).
         progress: called as ``progress(done, total)`` after each file.
+        cache: do not read files again that are as they were at an earlier call (same path, size and
+            times). The findings are kept below the user's cache folder, if there is one.
 
     Raises:
         ValueError: ``workers`` is negative.
-        DatasetError: a worker process died.
+        DatasetError: a worker process died, or ``quarantine.txt`` is not understood.
     """
     if workers is None:
         workers = min(8, os.cpu_count() or 1)
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
     names = [listing.relative(sample) for sample in listing.samples]
-    facts: list[_Facts] = []
-    for fact in _inspect_all([sample.path for sample in listing.samples], workers, near):
-        facts.append(fact)
-        if progress is not None:
-            progress(len(facts), len(names))
+    paths = [sample.path for sample in listing.samples]
+    facts = _look_at_all(paths, workers, near, cache_file() if cache else None, progress)
     problems = [
         Problem(name, kind, detail)
         for name, fact in zip(names, facts, strict=True)
@@ -203,6 +269,8 @@ def verify(
         keys={name: fact.key for name, fact in zip(names, facts, strict=True) if fact.key},
         spec=spec.name if spec is not None else None,
         differences=tuple(differences),
+        ignored=dict(listing.ignored),
+        listed=tuple(honoured(load_quarantine(listing.root, None), names, where="")[0]),
     )
 
 
@@ -271,12 +339,13 @@ def run_verify(options: VerifyOptions) -> int:
         workers=options.workers,
         near=options.near,
         progress=counter_line("verify") if sys.stderr.isatty() else None,
+        cache=options.cache,
     )
     if options.report:
         report.write(options.report)
     if options.quarantine:
         write_quarantine(options.quarantine, report.quarantine())
-    print(report.summary())
+    say(report.summary())
     return 0 if report.ok else 1
 
 

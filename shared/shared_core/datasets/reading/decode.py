@@ -128,12 +128,15 @@ class EncodedImage:
     what a user should know of an image that can be read.
     """
 
-    __slots__ = ("_data", "_header", "_whole", "height", "name", "reducible", "remarks", "width")
+    __slots__ = (
+        "_data", "_header", "_whole", "deep", "height", "name", "reducible", "remarks", "width"
+    )  # fmt: skip
 
     def __init__(self, data: bytes, *, name: str, scale_max: int | None = None) -> None:
         self._data = data
         self.name = name
         self.remarks: tuple[Remark, ...] = ()
+        self.deep = False
         self._header: JpegHeader | None = None
         self._whole: Pixels | None = None
         if not data:
@@ -148,7 +151,7 @@ class EncodedImage:
                 self.height, self.width = self.width, self.height
             self.reducible = header.orientation == 1 and header.components in (1, 3)
         else:
-            self._whole, self.remarks = _decode_other(data, kind, name, scale_max)
+            self._whole, self.remarks, self.deep = _decode_other(data, kind, name, scale_max)
             self.height, self.width = self._whole.shape[:2]
             self.reducible = False
 
@@ -226,7 +229,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader, name: str, factor: int) -> Pix
 
 def _decode_other(
     data: bytes, kind: str, name: str, scale_max: int | None
-) -> tuple[Pixels, tuple[Remark, ...]]:
+) -> tuple[Pixels, tuple[Remark, ...], bool]:
     remarks: tuple[Remark, ...] = ()
     try:
         check_whole(data, kind)  # first: OpenCV would write its complaints to stderr
@@ -238,11 +241,12 @@ def _decode_other(
             decoded = Decoded(samples, bgr=True, alpha=alpha, top=top)
         else:
             decoded, remarks = through_pillow(data, kind, name)
-        if scale_max is not None and decoded.samples.dtype == np.uint16:
+        deep = decoded.samples.dtype == np.uint16
+        if deep and scale_max is not None:
             decoded = decoded._replace(top=scale_max)
-        elif decoded.samples.dtype == np.uint16:
+        elif deep:
             remarks = (*remarks, *dim(decoded))
-        return turn(to_rgb(decoded), orientation_of(data, kind)), remarks
+        return turn(to_rgb(decoded), orientation_of(data, kind)), remarks, deep
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything in Pillow

@@ -16,7 +16,6 @@ from shared_core.datasets.finding.quarantine import (
     write_quarantine,
 )
 from shared_core.datasets.finding.scan import Listing, scan
-from shared_core.datasets.finding.verify import verify
 from shared_core.datasets.reading.decode import decode
 from shared_core.datasets.reading.image_set import ImageSet
 from shared_core.datasets.sets.spec_check import describe
@@ -25,6 +24,7 @@ from shared_core.datasets.splitting.layout_split import from_layout
 from shared_core.datasets.splitting.manifest import Manifest
 from shared_core.datasets.splitting.placing import Groups, bounded_groups
 from shared_core.datasets.splitting.split import make_split
+from shared_core.texts import say
 
 SPLIT_FILE, VERIFY_FILE, QUARANTINE_FILE = "split.json", "verify.json", "quarantine.txt"
 SPLITS = ("train", "calibration", "test")
@@ -190,7 +190,7 @@ def prepare_data(
         kind = "subset"
     data = PreparedData(name, kind, Path(listing.root), manifest, (*notes, *manifest.notes))
     for note in data.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", sys.stderr)
     for split in manifest.splits:
         data.image_set(split)  # an empty one is told now, not after an hour
     return data
@@ -251,6 +251,9 @@ def _split(
     drop_leaks: bool,
 ) -> Manifest:
     """Verify every file and make the split."""
+    # Here: or ``python -m shared_core.datasets.finding.verify`` would find itself loaded already.
+    from shared_core.datasets.finding.verify import verify
+
     report = verify(listing, spec=spec, workers=workers)
     report.write(output / VERIFY_FILE)
     known = [listing.relative(sample) for sample in listing.samples]
@@ -260,6 +263,8 @@ def _split(
         where=quarantine_file or QUARANTINE_FILE,
     )
     notes += report.notes()
+    if any(n for name, n in report.outcomes().items() if name not in ("used", "ignored", "stray")):
+        notes += (report.files_line(),)
     quarantine = report.quarantine() | given
     if quarantine:
         write_quarantine(output / QUARANTINE_FILE, quarantine)
