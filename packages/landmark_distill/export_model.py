@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="Also write an int8 file. auto, which --int8 alone means, keeps it where it is faster "
         "here and accurate enough; yes where it is accurate enough.")  # fmt: skip
     one("--max-accuracy-loss", type=FRACTION, default=0.01, metavar="X",
-        help="What int8 may lose: of recall@1 where enough images of a class judge, else of the mean "
-        "cosine to the float features. Layers go back to float until it holds.")  # fmt: skip
+        help="What int8 may lose: of recall@1 where enough images of a class judge, else of the "
+        "mean cosine to the float features. Layers go back to float until it holds.")  # fmt: skip
     one("--calibration", type=Path, metavar="DIR",
         help="Images like those that will come, for --int8: every second one fixes its ranges, the "
         "others judge it. Without it the calibration part of the file's run.")  # fmt: skip
