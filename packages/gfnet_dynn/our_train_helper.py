@@ -33,7 +33,7 @@ from gfnet_dynn.train.exit_training import (
     warm_up_epoch,
 )
 from gfnet_dynn.train.finetune import BARELY_TRAIN
-from gfnet_dynn.train.parallel import SharedState, gather_outputs
+from gfnet_dynn.train.parallel import gather_outputs
 from gfnet_dynn.train.phases import (
     Alternation,
     optimizer_groups,
@@ -43,6 +43,7 @@ from gfnet_dynn.train.phases import (
 from gfnet_dynn.train.replay import Replay
 from gfnet_dynn.train.warmup import WarmUp
 from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.run_state import StageState
 
 BARELY_EVALUATE = 51  # batches of the calibration split under --barely_train
 Batches = Iterator[tuple[Tensor | list[Tensor], Tensor]]
@@ -156,7 +157,7 @@ class _ExitStage:
         self.policy = ExitPolicy(_judged_rule(run), 0.5)
         limits = (BARELY_TRAIN, BARELY_EVALUATE) if wanted.barely_train else (None, None)
         self.most_batches, self.most_held = limits
-        self.state = SharedState("exits", self._parts(optimizer), run.log, run.world)
+        self.state = StageState("exits", self._parts(optimizer), run.log, world=run.world)
 
     def _parts(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """What a killed try goes on from."""

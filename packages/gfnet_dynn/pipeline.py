@@ -24,7 +24,7 @@ from gfnet_dynn.train.networks import distil_student, train_backbone
 from gfnet_dynn.train.parallel import join
 from shared_core.datasets import DatasetError, Manifest, content_key
 from shared_core.datasets.splitting.prepared import SPLIT_FILE
-from shared_core.for_torch.distributed import World, main_writes, stop
+from shared_core.for_torch.distributed import World, main_works, main_writes, stop
 from shared_core.metrics.floor import floor_accuracy
 from shared_core.runs import OpenRun, UsageError, open_run
 from shared_core.runs.json_files import read_object, write_json
@@ -68,7 +68,7 @@ def run_main(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> int
             make_log=RunLog,
         ) as opened:
             torch.set_num_threads(opened.config["threads"])
-            main_writes(lambda: _check_data(opened), world)
+            main_works(lambda: _check_data(opened), world)
             _track(command, opened, lambda: _run_stages(command, opened, said, world))
     finally:
         stop()
@@ -169,17 +169,17 @@ def _run_stages(command: Command, opened: OpenRun, said: str, world: World) -> N
         opened.log.stages.pop("evaluate", None)
     seed = settings.seed
     if world.world_size > 1:  # the main process writes the split, the others read it
-        main_writes(lambda: prepare_data(settings.source, opened.folder, seed=seed) and None, world)
+        main_works(lambda: prepare_data(settings.source, opened.folder, seed=seed) and None, world)
     data = prepare_data(settings.source, opened.folder, seed=seed)
     precision = choose_precision(opened.config["amp"], world.device)
     assert isinstance(opened.log, RunLog)
     run = Run(settings, opened.config, data, opened.log, world.device, precision, world)
     works: dict[str, Callable[[], Mapping[str, Any]]] = {
-        "prepare": lambda: main_writes(lambda: _prepare(run, said), world),
+        "prepare": lambda: main_works(lambda: _prepare(run, said), world),
         "backbone": lambda: train_backbone(run),
         "distil": lambda: distil_student(run),
         "exits": lambda: train_exits(run),
-        "evaluate": lambda: main_writes(lambda: _evaluate(run, opened, command, said), world),
+        "evaluate": lambda: main_works(lambda: _evaluate(run, opened, command, said), world),
     }
     run.log.say(headline(run))
     for stage in stages:

@@ -13,7 +13,6 @@ from gfnet_dynn.models.build import build_gfnet
 from gfnet_dynn.train.finetune import (
     PlainTask,
     Schedule,
-    accuracy,
     apply_mix,
     draw_mix,
     parameter_groups,
@@ -140,14 +139,3 @@ def test_cross_entropy_with_smoothing_against_numpy(soft, smoothing):
     targets = torch.from_numpy(shares.copy()).float() if soft else torch.from_numpy(labels)
     found = PlainTask(model, smoothing=smoothing)(torch.from_numpy(x).float(), targets, 1.0)
     assert float(found["loss"].detach()) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_accuracy_counts_images_and_puts_the_mode_back():
-    model = nn.Sequential(nn.Dropout(0.9), nn.Identity()).train()
-    eye = torch.eye(3)
-    batches = [
-        SimpleNamespace(images=eye, labels=torch.tensor([0, 1, 1])),
-        SimpleNamespace(images=eye[:1], labels=torch.tensor([0])),
-    ]
-    assert accuracy(model, batches) == 0.75  # not the mean of 2/3 and 1
-    assert model.training and model[0].training

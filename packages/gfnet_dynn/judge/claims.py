@@ -26,11 +26,11 @@ from gfnet_dynn.our_train_helper import best_file, train_exits
 from gfnet_dynn.run import Run, pairs
 from gfnet_dynn.settings import Settings
 from gfnet_dynn.tracking import RunLog
-from gfnet_dynn.train.finetune import accuracy
 from gfnet_dynn.train.networks import distil_student
 from gfnet_dynn.train.parallel import ALONE
 from gfnet_dynn.train.replay import Replay
 from shared_core.datasets.splitting.prepared import SPLIT_FILE
+from shared_core.for_torch.accuracy import answers_of
 from shared_core.runs import UsageError
 from shared_core.runs.json_files import as_plain, read_object
 from shared_core.runs.opening import CONFIG_FILE
@@ -228,7 +228,7 @@ def measure_student(run: Run) -> dict[str, float]:
     """Accuracies of the student on both held-out splits."""
     model, facts = load_model(run.file("student"))
     return {
-        "accuracy": accuracy(model.to(run.device), run.loaders().held("test")),
+        "accuracy": answers_of(model.to(run.device), run.loaders().held("test"), ALONE).accuracy,
         "calibration_accuracy": facts["metrics"]["calibration_accuracy"],
     }
 

@@ -28,7 +28,8 @@ from gfnet_dynn.models.op_counter import model_macs
 from gfnet_dynn.our_train_helper import best_file
 from gfnet_dynn.run import Run, pairs
 from gfnet_dynn.settings import Judging
-from gfnet_dynn.train.finetune import accuracy
+from gfnet_dynn.train.parallel import ALONE
+from shared_core.for_torch.accuracy import answers_of
 
 COMPARED = ("gate", "jei", "max_prob", "entropy", "margin")  # patience has no curve of scores
 PLAIN_NAMES = ("backbone", "student")
@@ -190,7 +191,7 @@ def _plain_networks(run: Run) -> dict[str, nn.Module]:
 def _plain_row(model: nn.Module, run: Run) -> dict[str, Any]:
     """Test accuracy, parameters and MACs of a network without exits."""
     return {
-        "accuracy": accuracy(model, run.loaders().held("test")),
+        "accuracy": answers_of(model, run.loaders().held("test"), ALONE).accuracy,
         "parameters": sum(p.numel() for p in model.parameters()),
         "macs": float(model_macs(model)),
     }

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfnet_dynn.settings import FineTuning
-from gfnet_dynn.train.parallel import ALONE, SharedState
+from gfnet_dynn.train.parallel import ALONE
 from shared_core.datasets.views.mixing import Mix, draw_cutmix, draw_mixup
+from shared_core.for_torch.accuracy import answers_of
 from shared_core.for_torch.data import TorchBatch, TorchLoader
-from shared_core.for_torch.distributed import World, gather_objects, wrap
+from shared_core.for_torch.distributed import World, wrap
 from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.mixing import cutmix, mix_targets, mixup, one_hot
 from shared_core.for_torch.precision import Precision
-from shared_core.for_torch.run_state import Best
+from shared_core.for_torch.run_state import Best, StageState
 from shared_core.for_torch.seeds import seed_all
 from shared_core.runs import StageLog, derive_seed, progress
 
@@ -115,32 +116,6 @@ def apply_mix(
     return cutmix(images, box=mix.box, permutation=mix.permutation), shares
 
 
-@torch.no_grad()
-def accuracy(
-    model: nn.Module,
-    loader: TorchLoader,
-    *,
-    precision: Precision | None = None,
-    world: World = ALONE,
-) -> float:
-    """Top-1 accuracy over the shares of all processes, in [0, 1]; the model's mode is put back.
-
-    Args:
-        precision: fp32 if None.
-    """
-    was_training = model.training
-    model.eval()
-    right = total = 0
-    for batch in loader:
-        with (precision or Precision(batch.images.device)).autocast():
-            logits = model(batch.images)
-        right += int((logits.argmax(dim=1) == batch.labels).sum())
-        total += len(batch.labels)
-    model.train(was_training)
-    parts = gather_objects((right, total), world)
-    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
-
-
 class Means:
     """Means of the losses of an epoch; sums stay on the device until they are asked for."""
 
@@ -218,7 +193,7 @@ class FineTune:
         }
         if self.ema is not None:
             parts["ema"] = self.ema
-        self.state = SharedState(stage, parts, log, world)
+        self.state = StageState(stage, parts, log, world=world)
 
     def run(self) -> Best:
         """Train from the start, or from the state of a killed try. Returns the best weights."""
@@ -306,6 +281,7 @@ class FineTune:
         self.means = Means()
 
     def _offer(self, epoch: int) -> float:
-        found = accuracy(self.model, self.validation, precision=self.precision, world=self.world)
+        said = answers_of(self.model, self.validation, self.world, precision=self.precision)
+        found = said.accuracy
         self.best.offer(self.model, found, epoch)
         return found
