@@ -60,44 +60,18 @@ def compare(
     command: str = "compare_models.py",
 ) -> dict[str, Any]:
     """Measure the table and write it to ``output``. Returns the record."""
-    from torch_cls_zoo.experiments.model_table import (
-        BASE,
-        COLUMNS,
-        PIXELS,
-        PUBLISHED,
-        costs,
-        forward_ratios,
-        onnx_bytes,
-        table_cells,
-        table_row,
-    )  # fmt: skip
+    from torch_cls_zoo.experiments.model_table import PIXELS, PUBLISHED, add_table, measure
     from torch_cls_zoo.models import resolve
 
     started, clock = datetime.now(timezone.utc), time.monotonic()
     names = list(dict.fromkeys(archs or PUBLISHED))
     for name in names:
         resolve(name)  # a wrong name is told before any work
-    times = forward_ratios(names, rounds=rounds) if rounds else {}
-    rows = []
-    for name in names:
-        found = {**costs(name), **times.get(name, {})}
-        if onnx:
-            found["onnx_bytes"] = onnx_bytes(name)
-        rows.append(table_row(name, found))
-        print("  ".join(table_cells(rows[-1])), flush=True)
+    rows = measure(names, rounds=rounds, onnx=onnx, say=lambda line: print(line, flush=True))
     output.mkdir(parents=True, exist_ok=True)
     report = Report("Networks: measured beside the published table")
-    report.text(
-        f"6 classes, {PIXELS} x {PIXELS} pixels, one image. 'count' is the published table's own "
-        "counting (it calls it FLOPs): products, biases, BatchNorm, ReLU and pooling windows; MACs "
-        f"are the products alone. Times are CPU time of one thread divided by {BASE}'s, taken in "
-        "turns: median (least to largest). The published times are of a Mac that is not named, so "
-        "their ratios are a hint only. No accuracy is compared."
-    )
-    report.table(COLUMNS, [table_cells(row) for row in rows])
-    for row in rows:
-        if row.get("why"):
-            report.text(f"* {row['arch']}: {row['why']}.")
+    add_table(report, rows)
+    report.text("No accuracy is compared.")
     report.write(output)
     return write_result(
         output / "result.json",

@@ -21,7 +21,6 @@ from torch_cls_zoo.pruning.cutting import (
     mask,
     merge_kept,
     prune,
-    restore_pruned,
 )
 from torch_cls_zoo.pruning.slimming import (
     add_slimming,
@@ -217,7 +216,7 @@ def test_two_cuts_are_told_as_one() -> None:
     once, first, _ = prune(model, SIZE, ratio=0.3)
     twice, second, _ = prune(once, SIZE, ratio=0.3)
     both = merge_kept(first.kept, second.kept)
-    again = restore_pruned(build_model("resnet18", num_classes=4).model, both).eval()
+    again = cut_channels(build_model("resnet18", num_classes=4).model, both).eval()
     again.load_state_dict(twice.state_dict())
     images = torch.randn(2, 3, *SIZE)
     assert torch.equal(again(images), twice(images))

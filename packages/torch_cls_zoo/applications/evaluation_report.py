@@ -90,7 +90,6 @@ def write_report(
     values: Mapping[str, Any],
     *,
     title: str,
-    notes: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Tables, pictures and ``report.md`` / ``report.html`` of one evaluation; the page's path."""
@@ -99,8 +98,6 @@ def write_report(
     report = Report(title)
     if session.data.rehearsal:
         report.note("Drawn scenes stand in for images: this shows that the command works, no more.")
-    for note in notes:
-        report.text(note)
     rows = [[key, value] for key, value in values.items() if key != "confusion"]
     report.table(["measured on " + outputs.part.name, "value"], rows)
     if training:

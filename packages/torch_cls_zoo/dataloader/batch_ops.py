@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,10 +90,6 @@ class BatchOps:
         if tuple(images.shape[2:]) != plan.size:
             images = F.interpolate(images, size=plan.size, mode="bilinear", align_corners=False)
         return images
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the batches, as plain JSON."""
-        return {name: value for name, value in vars(self).items()}
 
 
 def scaled_size(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:

@@ -199,22 +199,15 @@ def _models(run: OpenRun, rows: Sequence[Row], scale: str) -> list[dict[str, Any
 
     A rehearsal times each network once and writes no ONNX file.
     """
-    from torch_cls_zoo.experiments.model_table import costs, forward_ratios, onnx_bytes, table_row
+    from torch_cls_zoo.experiments.model_table import measure
 
     names, rehearsal = [row.name for row in rows], scale == "rehearsal"
 
-    def measure(cell: Cell, place: Path) -> dict[str, Any]:
-        times = forward_ratios(names, rounds=1 if rehearsal else 7)
-        table = []
-        for name in names:
-            found: dict[str, Any] = {**costs(name), **times[name]}
-            if not rehearsal:
-                found["onnx_bytes"] = onnx_bytes(name)
-            table.append(table_row(name, found))
-        return {"table": table}
+    def table(cell: Cell, place: Path) -> dict[str, Any]:
+        return {"table": measure(names, rounds=1 if rehearsal else 7, onnx=not rehearsal)}
 
     cell = Cell("model table", {"networks": names, "scale": scale}, 0)
-    return list((run_cell(cell, measure, folder=run.folder) or {})["result"]["table"])
+    return list((run_cell(cell, table, folder=run.folder) or {})["result"]["table"])
 
 
 def _facts(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_core.for_torch.export import export_onnx
+from shared_core.runs import Report
 from torch_cls_zoo.models import build_model
 from torch_cls_zoo.models.summary import summarize
 
@@ -181,6 +182,43 @@ def table_row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     if not (row["params_agree"] and row["count_agrees"]):
         row["why"] = WHY.get(name, "")
     return row
+
+
+def measure(
+    names: Sequence[str], *, rounds: int, onnx: bool, say: Callable[[str], object] | None = None
+) -> list[dict[str, Any]]:
+    """A row of the table for each network.
+
+    Args:
+        rounds: of timing; 0 times nothing.
+        onnx: whether to measure the size as ONNX.
+        say: gets a line when a network is done.
+    """
+    times = forward_ratios(names, rounds=rounds) if rounds else {}
+    rows = []
+    for name in names:
+        found: dict[str, Any] = {**costs(name), **times.get(name, {})}
+        if onnx:
+            found["onnx_bytes"] = onnx_bytes(name)
+        rows.append(table_row(name, found))
+        if say is not None:
+            say("  ".join(table_cells(rows[-1])))
+    return rows
+
+
+def add_table(report: Report, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows on a page, with what their columns mean and why some differ."""
+    report.text(
+        f"{CLASSES} classes, {PIXELS} pixels squared, one image. 'count' is the published table's "
+        "own counting (it calls it FLOPs): products, biases, BatchNorm, ReLU and pooling windows; "
+        f"MACs are the products alone. Times are CPU time of one thread divided by {BASE}'s, taken "
+        "in turns: median (least to largest). The published times are of a Mac that is not named, "
+        "so their ratios are a hint only."
+    )
+    report.table(COLUMNS, [table_cells(dict(row)) for row in rows])
+    for row in rows:
+        if row.get("why"):
+            report.text(f"* {row['arch']}: {row['why']}.")
 
 
 COLUMNS = (

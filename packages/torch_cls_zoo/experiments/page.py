@@ -84,7 +84,10 @@ def write_page(
     except ImportError:  # without matplotlib the table says it all
         pass
     if page.models:
-        add_models(report, page.models)
+        from torch_cls_zoo.experiments.model_table import add_table
+
+        report.heading("Size and speed")
+        add_table(report, page.models)
     report.heading("How")
     report.table(["what", "value"], [[key, value] for key, value in page.facts])
     return report.write(folder)[1]
@@ -101,18 +104,3 @@ def _line(row: Row, entry: Mapping[str, Any]) -> list[Any]:
     values = ", ".join(f"{value:.4f}" for value in entry["values"])
     note = f"epoch {entry['best_epoch']:.0f}, {entry['seconds']:.0f} s"
     return [row.name, mean_text(entry["accuracy"]), values, shown, published, note]
-
-
-def add_models(report: Report, models: Sequence[Mapping[str, Any]]) -> None:
-    """The table of sizes and speeds beside the published one."""
-    from torch_cls_zoo.experiments.model_table import COLUMNS, table_cells
-
-    report.heading("Size and speed")
-    report.text(
-        "6 classes, 224 x 224 pixels, one image; 'count' is the published table's own way of "
-        "counting. Times are multiples of resnet18's on one thread, in turns."
-    )
-    report.table(COLUMNS, [table_cells(dict(line)) for line in models])
-    for line in models:
-        if line.get("why"):
-            report.text(f"* {line['arch']}: {line['why']}.")

@@ -33,15 +33,6 @@ class Summary:
     trainable: int
     macs: int
 
-    def facts(self) -> dict[str, Any]:
-        """Totals as plain JSON."""
-        return {
-            "params": self.params,
-            "trainable": self.trainable,
-            "macs": self.macs,
-            "image_size": list(self.image_size),
-        }
-
 
 def summarize(model: nn.Module, image_size: tuple[int, int]) -> Summary:
     """Measure ``model`` with one black image ``(1, 3, H, W)``; it is as before afterwards.

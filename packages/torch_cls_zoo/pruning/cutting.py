@@ -230,11 +230,6 @@ def prune(
     return pruned, plan, facts
 
 
-def restore_pruned(model: nn.Module, kept: Mapping[str, Mapping[str, Sequence[int]]]) -> nn.Module:
-    """Cut a freshly built network to the widths of a pruned checkpoint (its fact ``pruned``)."""
-    return cut_channels(model, kept)
-
-
 def merge_kept(first: Mapping[str, Mapping[str, Sequence[int]]], second: Kept) -> Kept:
     """Channels of the whole network that two cuts leave, the second of the first's rest."""
     merged: Kept = {name: {s: list(k) for s, k in sides.items()} for name, sides in first.items()}
