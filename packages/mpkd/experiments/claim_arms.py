@@ -131,7 +131,7 @@ def _searched() -> dict[str, Arm]:
     budget = {
         "quantization__budget_kind": "size", "quantization__budget": BUDGET,
         "quantization__first_last_8bit": False, "quantization__compare_uniform": False,
-        "quantization__brecq_steps": STEPS, "quantization__haq_episodes": 60,
+        "quantization__brecq_steps": STEPS, "quantization__haq_episodes": 150,
     }  # fmt: skip
     for method in SEARCHES:
         for finish in ("ptq", "brecq", "qat"):
