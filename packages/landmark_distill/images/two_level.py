@@ -153,12 +153,7 @@ def split_levels(
         count = min(max(count, 1 if hold_out.calibration > 0 else 0), len(members) - 1)
         entries += [entry._replace(split="calibration") for entry in ranked[:count]]
         entries += ranked[count:]
-    last = {}
-    for entry in entries:
-        place = PARTS.index(entry.split)
-        last[entry.key] = max(last.get(entry.key, 0), place)
-    copies = [e for e in entries if PARTS.index(e.split) < last[e.key]]
-    left_out |= {entry.path: "a copy lies in a later part" for entry in copies}
+    left_out |= _copies(entries)
     kept = [e for e in entries if e.path not in left_out]
     notes = [
         f"{part}: {', '.join(sorted(g for g, p in groups.items() if p == part))}"
@@ -174,6 +169,15 @@ def split_levels(
         quarantined=left_out,
         notes=tuple(notes),
     )
+
+
+def _copies(entries: Sequence[Entry]) -> dict[str, str]:
+    """Copies of an image, but those in the part that is looked at last, with the reason."""
+    last: dict[str, int] = {}
+    for entry in entries:
+        last[entry.key] = max(last.get(entry.key, 0), PARTS.index(entry.split))
+    copies = [entry for entry in entries if PARTS.index(entry.split) < last[entry.key]]
+    return {entry.path: "a copy lies in a later part" for entry in copies}
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,7 @@ def retrieval(
     order = np.argsort(wanted, kind="stable")
     starts = np.searchsorted(wanted[order], codes, side="left")
     stops = np.searchsorted(wanted[order], codes, side="right")
-    hits = dict.fromkeys(ks, 0)
-    precision = at_r = 0.0
-    counted = 0
+    found: list[NDArray[np.int64]] = []  # of each query that has a match
     for first in range(0, len(queries), block):
         scores = queries[first : first + block] @ rows.T
         if alone:  # a query does not find itself
@@ -94,27 +92,35 @@ def retrieval(
             matches = order[starts[query] : stops[query]]
             if alone:
                 matches = matches[matches != query]
-            if not len(matches):
-                continue
-            mine = np.sort(scores[row, matches])
-            reach = len(rows) - np.searchsorted(sorted_scores[row], mine, side="left")
-            others = reach - (len(mine) - np.searchsorted(mine, mine, side="left"))
-            found = np.arange(1, len(mine) + 1)  # matches up to each, the best first
-            ranks = others[::-1] + found
-            shares = found / ranks
-            counted += 1
-            precision += float(shares.mean())
-            at_r += float(shares[ranks <= len(mine)].sum()) / len(mine)
-            for k in hits:
-                hits[k] += int(ranks[0] <= k)
-    if not counted:
+            if len(matches):
+                found.append(_ranks(scores[row, matches], sorted_scores[row]))
+    return _means(found, ks, len(queries))
+
+
+def _ranks(matches: NDArray[np.float32], everything: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Ranks of the matches from 1, the best first; ``everything`` is sorted, matches included."""
+    mine = np.sort(matches)
+    reach = len(everything) - np.searchsorted(everything, mine, side="left")
+    others = reach - (len(mine) - np.searchsorted(mine, mine, side="left"))
+    ranks: NDArray[np.int64] = others[::-1] + np.arange(1, len(mine) + 1)
+    return ranks
+
+
+def _means(found: Sequence[NDArray[np.int64]], ks: Sequence[int], queries: int) -> Retrieval:
+    if not found:
         raise ValueError("no query has a match: expected two images of a class")
+    precision = at_r = 0.0
+    for ranks in found:
+        shares = np.arange(1, len(ranks) + 1) / ranks  # matches up to each, by its rank
+        precision += float(shares.mean())
+        at_r += float(shares[ranks <= len(ranks)].sum()) / len(ranks)
+    first = np.array([ranks[0] for ranks in found])
     return Retrieval(
-        recall={k: count / counted for k, count in hits.items()},
-        mean_average_precision=precision / counted,
-        mean_average_precision_at_r=at_r / counted,
-        queries=counted,
-        without_match=len(queries) - counted,
+        recall={k: float((first <= k).mean()) for k in ks},
+        mean_average_precision=precision / len(found),
+        mean_average_precision_at_r=at_r / len(found),
+        queries=len(found),
+        without_match=queries - len(found),
     )
 
 
