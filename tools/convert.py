@@ -50,11 +50,12 @@ def read(path: Path, *, foreign: bool) -> tuple[Arrays, dict[str, Any]]:
         return (neutral.read_arrays(path)[0], {}) if foreign else neutral.read(path)
     if form == "paddle":
         if not foreign:
-            return pickle_arrays.read(path)
+            arrays, facts = pickle_arrays.read(path)
+            return pickle_arrays.widened(arrays), facts
         content = pickle_arrays.read_pickle(path)
         if isinstance(content, dict) and isinstance(content.get("model"), dict):
             content = content["model"]
-        return pickle_arrays.state_arrays(path, content), {}
+        return pickle_arrays.widened(pickle_arrays.state_arrays(path, content)), {}
     from shared_core.for_torch import checkpoints
 
     if foreign:

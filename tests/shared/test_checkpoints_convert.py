@@ -124,3 +124,19 @@ def test_errors_are_one_line_and_lose_nothing(tmp_path, capsys):
         assert (code, text in printed) == (wanted, True), printed
         assert "\n" not in printed or wanted == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.pdparams"]
+
+
+def test_paddles_bfloat16_becomes_numbers(tmp_path, capsys):
+    values = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    for source, foreign in (("own.pdparams", []), ("foreign.pdparams", ["--foreign", "paddle"])):
+        if foreign:
+            pickle_arrays.write_pickle(tmp_path / source, {"fc.weight": bits})
+            foreign += ["--project", "mpkd", "--architecture", "m"]
+        else:
+            pickle_arrays.write(tmp_path / source, {"fc.weight": bits}, facts("paddle"))
+        target = tmp_path / f"{source}.safetensors"
+        assert run(capsys, tmp_path / source, target, *foreign)[0] == 0
+        got = neutral.read(target)[0]["fc.weight"]
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, values, rtol=2**-7, atol=1e-6)

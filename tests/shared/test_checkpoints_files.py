@@ -192,3 +192,27 @@ def test_plain_names_take_wrappers_off_only_when_all_have_them():
     }
     assert checkpoints.plain_names(["module.a", "b"]) == {"module.a": "module.a", "b": "b"}
     assert checkpoints.plain_names([]) == {}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_rights_of_new_files(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        neutral.write(tmp_path / "a.safetensors", {"w": np.zeros(2, np.float32)}, facts())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_integers_where_floats_belong_do_not_fit():
+    shapes = {"w": (2,), "n": ()}
+    floats = {"w": True, "n": False}
+    checkpoints.check_fit(
+        "x", model=shapes, weights=shapes, model_floats=floats, weight_floats=floats
+    )
+    with pytest.raises(CheckpointError, match="1 of another type .*w integers instead of floats"):
+        checkpoints.check_fit(
+            "x", model=shapes, weights=shapes, model_floats=floats,
+            weight_floats={"w": False, "n": False},
+        )  # fmt: skip

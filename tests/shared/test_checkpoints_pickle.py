@@ -5,13 +5,15 @@ import collections
 import os
 import pickle
 import pickletools
+import resource
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shared_core import checkpoints
-from shared_core.checkpoints import CheckpointError, pickle_arrays
+from shared_core.checkpoints import CheckpointError, pickle_arrays, torch_arrays
 
 
 def facts():
@@ -229,3 +231,45 @@ def test_state_arrays_undo_paddles_wrapping():
         pickle_arrays.state_arrays("x", {"UnpackBigParamInfor@@": {}})
     with pytest.raises(CheckpointError, match="holds a list"):
         pickle_arrays.state_arrays("x", [])
+
+
+BOMBS = {
+    "memory index": b"\x80\x02Nr\xff\xff\xff\x1f.",
+    "memory index in digits": b"Np536870911\n.",
+    "length of bytes": b"\x80\x04\x8e\x00\x00\x00\x00\x02\x00\x00\x00.",
+    "length of text": b"\x80\x02X\xff\xff\xff\x7f.",
+    "frame": b"\x80\x04\x95\x00\x00\x00\x00\x02\x00\x00\x00N.",
+    "nested": b"]" * 200_000 + b"a" * 199_999 + b".",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("reader", ["pickle_arrays", "torch_arrays", "torch zip"])
+def test_bombs_cost_nothing_and_are_one_line(tmp_path, kind, reader):
+    path = tmp_path / "bomb.pth"
+    content = BOMBS[kind]
+    if reader == "torch zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr("x/data.pkl", content)
+    else:
+        if reader == "torch_arrays":
+            content = b"".join(
+                pickle.dumps(n, 2) for n in (0x1950A86A20F9469CFC6C, 1001, {})
+            ) + content  # fmt: skip
+        path.write_bytes(content)
+    read = torch_arrays.read_torch if reader != "pickle_arrays" else pickle_arrays.read_pickle
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"bomb\.pth") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+def test_paddles_bfloat16_is_widened_bit_for_bit():
+    values = np.array([-0.34765625, 1.0, 0.0, 3.0e38, -1e-30], np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    counters = np.array([3])
+    got = pickle_arrays.widened({"w": bits.reshape(5, 1), "n": counters})
+    assert got["n"] is counters and got["w"].dtype == np.float32 and got["w"].shape == (5, 1)
+    np.testing.assert_array_equal(got["w"].view(np.uint32) >> 16, bits[:, None].astype(np.uint32))
+    np.testing.assert_allclose(got["w"][:, 0], values, rtol=2**-7)

@@ -186,6 +186,9 @@ def test_many_scans_are_refused_and_a_usual_progressive_jpeg_is_not():
     with pytest.raises(UnsupportedImageError, match=f"scans .* at most {MAX_SCANS}"):
         decode(many)
     assert time.perf_counter() - start < 0.2
+    note = b"\xff\xfe\x00\x06\xff\xd9\xff\xda"  # a remark that looks like the end
+    with pytest.raises(UnsupportedImageError, match="scans"):
+        decode(data[:end] + note + scan * 4000 + data[end:])
     assert decode(data + b"\xff\xda" * 4000).shape == (120, 100, 3)  # a camera's film behind it
 
 

@@ -41,10 +41,13 @@ def write(path: str | Path, arrays: Mapping[str, Array], facts: Mapping[str, Any
     plain = {name: np.require(array, requirements="C") for name, array in arrays.items()}
 
     def save(scratch: Path) -> None:
+        scratch.touch()  # with the rights that the user's new files have; the writer gives 0600
+        rights = scratch.stat().st_mode
         try:
             save_file(plain, scratch, metadata={FACTS_KEY: text})
         except SafetensorError as error:
             raise OSError(str(error).splitlines()[0]) from error
+        scratch.chmod(rights)
 
     atomic_write(path, save)
 

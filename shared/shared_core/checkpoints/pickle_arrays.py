@@ -18,6 +18,7 @@ from shared_core.checkpoints.atomic import atomic_write
 from shared_core.checkpoints.digest import Array, check_sha256, weights_sha256
 from shared_core.checkpoints.errors import CheckpointError
 from shared_core.checkpoints.facts import check_facts, facts_from_json, facts_to_json
+from shared_core.checkpoints.pickle_check import PickleRefused, check_pickle
 from shared_core.checkpoints.source import readable_file
 
 _KINDS = "biufc"  # booleans, integers, floats, complex numbers: no objects, no text
@@ -198,14 +199,17 @@ def read_pickle(path: str | Path) -> Any:
     path = readable_file(path)
     try:
         with path.open("rb") as file:
+            check_pickle(file)
             content = _Unpickler(file).load()
         return _Unwrap(path.stat().st_size)(content)
-    except _Refused as error:
+    except (_Refused, PickleRefused) as error:
         raise CheckpointError(
             f"{path}: refused, it holds {error}; expected arrays and plain containers only"
         ) from error
     except OSError:
         raise
+    except RecursionError:
+        raise CheckpointError(f"{path}: its containers are nested too deeply") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path}: no readable pickle ({type(error).__name__})") from error
 
@@ -235,6 +239,19 @@ def state_arrays(path: str | Path, content: Any) -> dict[str, Array]:
             )
         arrays[name] = value
     return arrays
+
+
+def widened(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Paddle's arrays as other frameworks read them: bfloat16 becomes float32, bit for bit.
+
+    NumPy has no bfloat16, so Paddle stores its bits as uint16, a type that its weights never have.
+    """
+    return {
+        name: (array.astype(np.uint32) << 16).view(np.float32)
+        if array.dtype == np.uint16
+        else array
+        for name, array in arrays.items()
+    }
 
 
 def write_pickle(path: str | Path, content: Any) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from shared_core.checkpoints.digest import Array
 from shared_core.checkpoints.errors import CheckpointError
+from shared_core.checkpoints.pickle_check import PickleRefused, check_pickle
 from shared_core.checkpoints.source import readable_file
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the old form
@@ -160,6 +161,11 @@ def _plain(value: Any, read: Callable[[_Storage], Array], cache: dict[str, Array
     raise _Refused(f"a {type(value).__name__.lstrip('_')}")
 
 
+def _load(file: BinaryIO) -> Any:
+    check_pickle(file)
+    return _Unpickler(file).load()
+
+
 def _zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as packed:
         names = packed.namelist()
@@ -167,7 +173,7 @@ def _zip(path: Path) -> Any:
         base = pickled[: -len("data.pkl")]
         told = f"{base}byteorder"
         little = told not in names or packed.read(told) == b"little"
-        content = _Unpickler(io.BytesIO(packed.read(pickled))).load()
+        content = _load(io.BytesIO(packed.read(pickled)))
 
         def read(storage: _Storage) -> Array:
             data = packed.read(f"{base}data/{storage.key}")
@@ -178,7 +184,7 @@ def _zip(path: Path) -> Any:
 
 def _old(file: BinaryIO) -> Any:
     def plain() -> Any:
-        return _Unpickler(file).load()
+        return _load(file)
 
     if plain() != _MAGIC or plain() != _PROTOCOL:
         raise _Refused("no torch file's beginning")
@@ -227,11 +233,13 @@ def read_torch(path: str | Path) -> Any:
             return _zip(path)
         with path.open("rb") as file:
             return _old(file)
-    except _Refused as error:
+    except (_Refused, PickleRefused) as error:
         raise CheckpointError(
             f"{path}: refused, it holds {error}; expected tensors and plain values only"
         ) from error
     except OSError:
         raise
+    except RecursionError:
+        raise CheckpointError(f"{path}: its containers are nested too deeply") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise CheckpointError(f"{path}: no readable torch file ({type(error).__name__})") from error

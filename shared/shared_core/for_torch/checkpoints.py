@@ -203,6 +203,8 @@ def fit_into(model: nn.Module, weights: Mapping[str, Tensor], *, path: str | Pat
         path,
         model={name: value.shape for name, value in plain.state_dict().items()},
         weights={name: value.shape for name, value in weights.items()},
+        model_floats={n: v.is_floating_point() for n, v in plain.state_dict().items()},
+        weight_floats={n: v.is_floating_point() for n, v in weights.items()},
     )
     plain.load_state_dict(weights)
 

@@ -29,6 +29,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: JSON that is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: expected JSON, {error}") from None
     if not isinstance(value, dict):

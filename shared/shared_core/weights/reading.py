@@ -9,7 +9,7 @@ import numpy as np
 
 from shared_core.checkpoints import CheckpointError, neutral, plain_names
 from shared_core.checkpoints.digest import Array
-from shared_core.checkpoints.pickle_arrays import read_pickle, state_arrays
+from shared_core.checkpoints.pickle_arrays import read_pickle, state_arrays, widened
 from shared_core.checkpoints.source import readable_file
 from shared_core.checkpoints.torch_arrays import read_torch
 from shared_core.weights.efficientnet_lite import timm_names
@@ -37,7 +37,7 @@ def read_weights(path: str | Path) -> dict[str, Array]:
     if head[8:9] == b"{":
         arrays = neutral.read_arrays(path)[0]
     elif path.suffix in (".pdparams", ".pdopt"):
-        arrays = state_arrays(path, _inside(read_pickle(path)))
+        arrays = widened(state_arrays(path, _inside(read_pickle(path))))
     else:
         arrays = _named(path, _inside(read_torch(path)))
     renamed = plain_names(list(arrays))

@@ -5,6 +5,7 @@ The limits of all decoding stand here, too: nothing is allocated before they are
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from typing import NamedTuple
@@ -29,6 +30,8 @@ _TIFF_TAGS = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 322, 323, 324, 325, 338, 347}
     | {_ORIENTATION_TAG}
 )
+# Within coded data 0xFF is followed by 0 or a restart; before a marker it may stand repeated.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -197,6 +200,7 @@ def stated_size(data: bytes) -> tuple[int, int] | None:
         elif kind == "gif":
             width, height = struct.unpack_from("<HH", data, 6)
         elif kind == "tiff":
+            _refuse_two_sizes(data)
             tags = tiff_tags(data)
             height, width = tags[257][0], tags[256][0]
         elif kind == "webp":
@@ -210,6 +214,17 @@ def stated_size(data: bytes) -> tuple[int, int] | None:
     if not (height and width):
         raise ValueError(f"the header states {width} x {height} pixels")
     return height, width
+
+
+def _refuse_two_sizes(data: bytes) -> None:
+    """A TIFF directory that names width or height twice: readers differ in which one they take."""
+    order = "<" if data[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, start)
+    ends = min(start + 2 + 12 * count, len(data) - 1)
+    tags = [struct.unpack_from(order + "H", data, at)[0] for at in range(start + 2, ends, 12)]
+    if tags.count(256) > 1 or tags.count(257) > 1:
+        raise ValueError("the TIFF header states its size twice")
 
 
 def check_pixels(height: int, width: int, name: str) -> None:
@@ -239,13 +254,21 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def jpeg_scans(data: bytes) -> int:
-    """How often a JPEG goes over the picture.
+    """How often a JPEG goes over the picture; at most that, where it is few.
 
-    Within coded data 0xFF is followed by 0 or a restart, so that FF DA is a scan and FF D9 the end.
+    Segments are walked, for what lies within one, or behind the end, is no scan.
     """
-    start = data.find(b"\xff\xda")
-    end = data.find(b"\xff\xd9", start) if start >= 0 else -1
-    return data.count(b"\xff\xda", max(start, 0), end if end >= 0 else len(data))
+    most = data.count(b"\xff\xda")
+    if most <= 16:
+        return most
+    scans, position = 0, 2
+    while (marker := _MARKER.search(data, position)) is not None:
+        at = marker.start()
+        if data[at + 1] == 0xD9:
+            break
+        scans += data[at + 1] == 0xDA
+        position = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return scans
 
 
 def fewest_bytes(data: bytes, kind: str, size: tuple[int, int]) -> int:

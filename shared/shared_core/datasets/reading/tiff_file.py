@@ -226,7 +226,7 @@ def _unpacked_length(piece: bytes) -> int:
 
 
 def _check_directories(data: bytes) -> None:
-    """Refuse directories whose tables would fill memory, and a size that is stated twice.
+    """Refuse directories whose tables would fill memory.
 
     Pillow copies the bytes of every tag, so that thousands of tags which all claim the whole file
     would cost thousands of times its size.
@@ -250,9 +250,6 @@ def _check_directories(data: bytes) -> None:
                 total += min(size, len(data))
                 if tag in _POINTERS:
                     waiting.append(value)
-            tags = [entry[0] for entry in entries]
-            if start == first and max(tags.count(256), tags.count(257)) > 1:
-                raise ValueError("the TIFF header states its size twice")
             if total > 4 * len(data) + (1 << 20):
                 raise ValueError("the TIFF directory claims more bytes than the file has")
     except struct.error:

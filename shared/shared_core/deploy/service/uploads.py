@@ -6,14 +6,19 @@ or too many scans before it is decoded.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
 
 from shared_core.datasets import DecodeError
 from shared_core.datasets.reading.decode import EncodedImage
-from shared_core.datasets.reading.image_headers import Pixels, jpeg_header, kind_of, tiff_tags
+from shared_core.datasets.reading.image_headers import (
+    MAX_SCANS,
+    Pixels,
+    jpeg_scans,
+    kind_of,
+    stated_size,
+)
 from shared_core.datasets.reading.loader import write_view
 from shared_core.datasets.views.augment import View, view_rng
 
@@ -33,7 +38,7 @@ class Limits:
     max_bytes: int = 10 * 2**20  # of a request
     max_pixels: int = 40_000_000  # of an image, before it is decoded
     max_files: int = 16  # of a request
-    max_scans: int = 500  # of a JPEG; an encoder writes 1 to about 12
+    max_scans: int = MAX_SCANS  # of a JPEG; an encoder writes 1 to about 12
     max_requests: int = 64  # at the same time
     read_seconds: float = 30.0  # for a request to arrive
     answer_seconds: float = 60.0  # for its answer, once it has arrived
@@ -42,60 +47,6 @@ class Limits:
     def max_scanned(self) -> int:
         """Pixels times scans of a JPEG: every scan goes over the whole picture again."""
         return 20 * self.max_pixels
-
-
-def stated_size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels that an image file's header states, without decoding.
-
-    Raises:
-        ValueError: an unknown kind, a header that is cut off, or one that states two sizes.
-    """
-    kind = kind_of(data)
-    try:
-        if kind == "jpeg":
-            header = jpeg_header(data)
-            return header.height, header.width
-        if kind == "png":
-            width, height = struct.unpack_from(">II", data, 16)
-            return height, width
-        if kind == "bmp":
-            form = "<HH" if data[14:18] == b"\x0c\0\0\0" else "<ii"  # the oldest has 16-bit sizes
-            width, height = struct.unpack_from(form, data, 18)
-            return abs(height), abs(width)
-        if kind == "tiff":
-            _refuse_two_sizes(data)
-            tags = tiff_tags(data)
-            return tags[257][0], tags[256][0]
-        if kind == "webp":
-            return _webp_size(data)
-    except (struct.error, IndexError, KeyError):
-        raise ValueError(f"the {kind.upper()} header is cut off") from None
-    raise ValueError("not a JPEG, PNG, BMP, TIFF or WebP file")
-
-
-def _refuse_two_sizes(data: bytes) -> None:
-    """A TIFF directory that names width or height twice: readers differ in which one they take."""
-    order = "<" if data[:2] == b"II" else ">"
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    (count,) = struct.unpack_from(order + "H", data, start)
-    ends = min(start + 2 + 12 * count, len(data) - 1)
-    tags = [struct.unpack_from(order + "H", data, at)[0] for at in range(start + 2, ends, 12)]
-    if tags.count(256) > 1 or tags.count(257) > 1:
-        raise ValueError("the TIFF header states its size twice")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    form = data[12:16]
-    if form == b"VP8X":  # 24 bits each, less one
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-        if len(data) < 30:
-            raise IndexError
-    elif form == b"VP8L":  # 14 bits each, less one, packed
-        (packed,) = struct.unpack_from("<I", data, 21)
-        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-    else:
-        width, height = (n & 0x3FFF for n in struct.unpack_from("<HH", data, 26))
-    return height, width
 
 
 def check_upload(data: bytes, *, name: str, limits: Limits) -> None:
@@ -110,10 +61,14 @@ def check_upload(data: bytes, *, name: str, limits: Limits) -> None:
     if not data:
         raise UploadError(400, "empty", f"{name}: empty file, expected an image")
     kind = kind_of(data)
-    if kind == "unknown":
-        raise UploadError(415, "not_an_image", f"{name}: not a JPEG, PNG, BMP, TIFF or WebP file")
     try:
-        height, width = stated_size(data)
+        size = None if kind in ("unknown", "gif") else stated_size(data)  # None of an AVIF, too
+        if size is None:
+            what = "not a JPEG, PNG, BMP, TIFF or WebP file"
+            raise UploadError(415, "not_an_image", f"{name}: {what}")
+        height, width = size
+    except UploadError:
+        raise
     except ValueError as error:
         raise UploadError(422, "damaged", f"{name}: {error}") from None
     if height * width > limits.max_pixels:
@@ -122,8 +77,7 @@ def check_upload(data: bytes, *, name: str, limits: Limits) -> None:
             "too_many_pixels",
             f"{name}: {width} x {height} pixels, expected at most {limits.max_pixels}",
         )
-    # Within the coded data of a JPEG 0xFF is always followed by 0 or a restart: this is a marker.
-    scans = data.count(b"\xff\xda") if kind == "jpeg" else 1
+    scans = jpeg_scans(data) if kind == "jpeg" else 1
     if scans > limits.max_scans or scans * height * width > limits.max_scanned:
         raise UploadError(
             413,
