@@ -11,6 +11,7 @@ import pytest
 from shared_core import texts
 from shared_core.datasets.errors import DatasetError
 from shared_core.datasets.finding.quarantine import honoured, load_quarantine, read_quarantine
+from shared_core.runs.command import run_command
 
 NAMES = ["猫/一.jpg", "犬/2.jpg", "a/b c.jpg"]
 
@@ -144,3 +145,10 @@ def test_streams_are_made_safe(monkeypatch):
     texts.safe_streams()
     print("猫 b\udce9", flush=True)
     assert b"\\u732b b\\udce9" in raw.getvalue()
+
+
+def test_every_command_prints_whatever_the_terminal_lacks(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert run_command(lambda _: print("猫 b\udce9", flush=True)) == 0
+    assert raw.getvalue() == b"\\u732b b\\udce9\n"

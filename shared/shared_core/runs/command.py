@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from shared_core.texts import safe_streams
+
 # Packages of this repository; scripts beside them are known by the function that they run.
 OURS = (
     "shared_core", "gfnet_dynn", "landmark_distill", "visiondistill_gc", "torch_cls_zoo", "mpkd",
@@ -36,6 +38,7 @@ def run_command(
     Returns:
         The exit code, for ``sys.exit``.
     """
+    safe_streams()  # a name that the terminal lacks is written out, and stops nothing
     if os.environ.get("SMALLVISION_TRACEBACK"):
         return int(main(argv) or 0)
     try:
