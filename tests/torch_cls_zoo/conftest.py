@@ -55,6 +55,7 @@ while True:
     pid = os.fork()
     if pid == 0:
         os.dup2(fds[0], 1), os.dup2(fds[1], 2)
+        sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
         os.chdir(job["cwd"])
         os.environ.clear()
         os.environ.update(job["env"])
