@@ -3,7 +3,7 @@
 The file is made from the float network whose weights lie on their grids; here the weights become
 the integers that they stand for, and every quantized input is clipped, rounded and dequantized as
 in :mod:`mpkd.quant.fake_quant`. ONNX Runtime computes such a file with 8-bit integers; 2 to 7 bits
-are stored in 8 here (:mod:`mpkd.quant.packed` stores them in as many as they have).
+are stored in 8 here (:mod:`mpkd.quant.shipped` packs them in as many as they have).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def write_report(folder: Path, record: Mapping[str, Any], *, line: str) -> None:
         report.table(
             ["difference", "mean", "95 % interval", "seeds won"],
             [
-                [name, 100 * d["mean"], f"{100 * d['low']:.1f} to {100 * d['high']:.1f}",
+                [name, f"{round(100 * d['mean'], 1) + 0.0:+.1f}",  # no -0.0
+                 f"{100 * d['low']:.1f} to {100 * d['high']:.1f}",
                  f"{d['wins']} of {d['n']}"]
                 for name, d in measured["differences"].items()
             ],
@@ -97,11 +99,13 @@ def write_report(folder: Path, record: Mapping[str, Any], *, line: str) -> None:
     report.heading("Time of one image, milliseconds")
     report.table(["runtime, batch 1, 1 thread", "ms"], [list(i) for i in measured["ms"].items()])
     report.text("Weights of fewer than 8 bits have no kernels on this processor: no time for them.")
-    cells = measured["cells"].values()
-    if notes := sorted({note for cell in cells for note in cell.get("notes", ())}):
+    cells = measured["cells"].items()
+    said = Counter((name.split(" | ")[0], n) for name, one in cells for n in one.get("notes", ()))
+    if said:
         report.heading("Notes")
-        for note in notes:
-            report.text(note)
+        report.table(
+            ["row", "note", "cells"], [[*key, count] for key, count in sorted(said.items())]
+        )
     report.write(folder)
 
 
