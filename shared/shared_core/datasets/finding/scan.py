@@ -36,6 +36,11 @@ _SYSTEM = frozenset(
     | {"system volume information", "@recycle", "@sharebin", "thumbs.db", "desktop.ini"}
 )
 
+# What we write into a data set's folder ourselves.
+_OWN = frozenset(
+    {"quarantine.txt", "split.json", "verify.json", "verify.md", "verify.html", "scenes.json"}
+)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -141,6 +146,8 @@ def _walk(
                 yield from _walk(
                     folder / entry.name, (*parts, entry.name), above | {identity}, ignored
                 )
+            elif not parts and entry.name in _OWN:
+                continue
             elif not is_image_name(entry.name):
                 ignored[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
             else:  # broken links and pipes stay in the list: verify reports them, instead of nobody

@@ -89,7 +89,8 @@ def inspect_file(path: Path, *, near: bool = True) -> _Facts:
     try:
         data = read_bytes(path)
     except OSError as error:
-        return _Facts((("missing", error.strerror or "cannot be read"),))
+        gone = "a link to nothing" if path.is_symlink() else "no such file"
+        return _Facts((("missing", error.strerror or gone),))
     except UnsupportedImageError as error:
         return _Facts((("unsupported", str(error).removeprefix(f"{path}: ")),))
     except DecodeError as error:
