@@ -11,7 +11,9 @@ ZOO_TABLES := models criteria augment distill curriculum
 MPKD_SETS := cifar10 imagenet
 
 # Which Python makes the environment: `make setup PYTHON=python3.12`.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
+endif
 # Where the data sets lie, how much to run (full, short, rehearsal), and further flags.
 DATA_ROOT ?= data
 SCALE ?= auto

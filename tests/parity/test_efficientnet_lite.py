@@ -102,3 +102,28 @@ def test_drop_path_keeps_the_mean_and_only_while_training():
     assert drop_path(ones, 0, training=True) is ones
     rates = [b.drop for stage in EfficientNetLite(drop_path_rate=0.2).blocks for b in stage]
     np.testing.assert_allclose(rates, 0.2 * np.arange(16) / 16)
+
+
+@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize("expansion", [1, 6])
+def test_blocks_of_both_twins_give_the_same_numbers(side, expansion):
+    from shared_core.for_paddle import efficientnet_lite as theirs
+    from shared_core.for_torch import efficientnet_lite as ours
+    from shared_core.weights.efficientnet_lite import BlockPlan
+
+    torch.manual_seed(0)
+    images = torch.randn(2, 8, side, side)
+    block = ours.Block(BlockPlan(8, 16, 5, 2, expansion, 0, 1), drop=0.0).eval()
+    twin = theirs.Block(BlockPlan(8, 16, 5, 2, expansion, 0, 1), drop=0.0)
+    twin.eval()
+    for one, other in (
+        (block, twin),
+        (ours.SameConv(8, 4, 3, stride=2), theirs.SameConv(8, 4, 3, stride=2)),
+    ):
+        arrays = {name: value.numpy() for name, value in one.state_dict().items()}
+        other.set_state_dict(to_paddle(arrays, []))
+        with torch.no_grad(), paddle.no_grad():
+            truth = one(images).numpy()
+            got = other(paddle.to_tensor(images.numpy())).numpy()
+        assert truth.shape[2:] == (-(-side // 2),) * 2
+        np.testing.assert_allclose(got, truth, atol=1e-5)

@@ -6,6 +6,7 @@ SMALLVISION_PADDLE_PYTHON name the interpreters; this one is taken where they ar
 
 import ast
 import functools
+import glob
 import importlib.util
 import json
 import os
@@ -50,6 +51,12 @@ ELSEWHERE = {
     "seeds": {"torch": "test_for_torch_resume.py", "paddle": "test_for_paddle_checkpoints.py"},
     "export": {"torch": "test_for_torch_export.py", "paddle": "test_for_paddle_rest.py"},
     "data": {"torch": "test_*torch_data.py", "paddle": "test_for_paddle_rest.py"},
+    "accuracy": "test_for_{}_*.py",
+    "ema": "test_for_{}_*.py",
+    "features": "test_for_{}_*.py",
+    "networks": "test_for_{}_*.py",
+    "pretrained": "test_for_{}_*.py",
+    "efficientnet_lite": "../parity/test_efficientnet_lite.py",
 }
 NUMERIC_MODULES = ("losses", "mixing")  # everything in these needs a case
 NUMERIC_NAMES = ("data.Normalizer",)
@@ -88,7 +95,9 @@ def untested(shared: list[str]) -> list[str]:
         where = ELSEWHERE[module]
         for framework in FRAMEWORKS:
             pattern = where[framework] if isinstance(where, dict) else where.format(framework)
-            texts = [p.read_text(encoding="utf-8") for p in (REPO / "tests/shared").glob(pattern)]
+            texts = [
+                Path(p).read_text("utf-8") for p in glob.glob(f"{REPO}/tests/shared/{pattern}")
+            ]
             if not any(leaf in text for text in texts):
                 found.append(f"{name} ({pattern})")
     return found

@@ -13,7 +13,7 @@ from paddle import nn  # noqa: E402
 from shared_core.checkpoints import CheckpointError  # noqa: E402
 from shared_core.datasets import BatchLoader, EvalView, ImageSet  # noqa: E402
 from shared_core.for_paddle import data, export, losses, mixing  # noqa: E402
-from shared_core.for_paddle.accuracy import answers_of  # noqa: E402
+from shared_core.for_paddle.accuracy import Answers, answers_of  # noqa: E402
 from shared_core.for_paddle.distributed import World  # noqa: E402
 from shared_core.for_paddle.ema import Ema  # noqa: E402
 from shared_core.for_paddle.precision import Precision, Step  # noqa: E402
@@ -151,6 +151,7 @@ def test_answers_are_those_of_a_plain_pass_in_evaluation_mode(tmp_path):
     )
     world = World(0, 1, "cpu")
     found = answers_of(net, data.PaddleLoader(loader, data.Normalizer()), world)
+    assert isinstance(found, Answers)
     kept = [0, 1, 2, 4, 5, 6]
     inputs = (pixels[kept] / 255 - data.IMAGENET_MEAN) / data.IMAGENET_STD
     weight, bias = net[2].weight.numpy().astype(np.float64), net[2].bias.numpy()

@@ -24,7 +24,7 @@ from torch import nn
 from shared_core.datasets import BatchLoader, EpochOrder, ImageSet
 from shared_core.datasets.views.augment import EvalView
 from shared_core.for_torch import distributed as d
-from shared_core.for_torch.accuracy import answers_of
+from shared_core.for_torch.accuracy import Answers, answers_of
 from shared_core.for_torch.data import Normalizer, TorchLoader
 
 out, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -96,7 +96,7 @@ source = BatchLoader(
     threads=0,
     order=EpochOrder(7, shuffle=False, rank=rank, world_size=2, uneven="keep"),
 )
-answers = answers_of(normed.train(), TorchLoader(source, Normalizer()), world)
+answers: Answers = answers_of(normed.train(), TorchLoader(source, Normalizer()), world)
 assert normed.training
 result["answers"] = [torch.from_numpy(a) for a in (answers.logits, answers.labels, answers.rows)]
 

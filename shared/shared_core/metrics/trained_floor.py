@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shared_core.datasets import BatchLoader, EvalView, ImageSet
 from shared_core.metrics.intervals import wilson_interval
-from shared_core.metrics.linear import LinearProbe, fit_probe
+from shared_core.metrics.probe import LinearProbe, fit_probe
 from shared_core.runs.progress import progress
 
 NAME = "trained features, linear"

@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 
 from shared_core.datasets import ImageSet, make_scenes
 from shared_core.metrics.intervals import wilson_interval
-from shared_core.metrics.linear import fit_probe
+from shared_core.metrics.probe import fit_probe
 from shared_core.metrics.trained_floor import image_features, trained_floor
 
 
