@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             lay_out(source, folder, number)
             archive = build("build_sdist", folder, output)
             with tarfile.open(archive) as packed:
-                packed.extractall(scratch, filter="data")
+                packed.extractall(scratch)  # our own archive of a moment ago
             wheel = build(
                 "build_wheel", Path(scratch) / archive.name.removesuffix(".tar.gz"), output
             )

@@ -196,7 +196,10 @@ def one_bit(path):
         (truncated, "no readable torch file"),
         (one_bit, "weights are damaged|no readable torch file"),
         (lambda p: p.write_bytes(b""), "is empty"),
-        (lambda p: p.write_bytes(os.urandom(500)), "no readable torch file|refused"),
+        (
+            lambda p: p.write_bytes(np.random.default_rng(0).bytes(500)),
+            "no readable torch file|refused",
+        ),
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
         (lambda p: torch.save({"w": torch.zeros(1)}, p), "holds no facts"),
         (lambda p: torch.save(torch.zeros(1), p), "holds no facts"),

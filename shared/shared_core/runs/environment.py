@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "numpy", "scipy", "opencv-python", "simplejpeg", "safetensors", "torch", "torchvision", "timm",
-    "paddlepaddle", "onnx", "onnxruntime", "openvino", "mlflow", "scikit-learn", "shared-core",
+    "numpy", "scipy", "opencv-python", "simplejpeg", "pillow", "safetensors", "torch", "torchvision",
+    "timm", "paddlepaddle", "onnx", "onnxruntime", "openvino", "mlflow", "scikit-learn",
+    "shared-core",
 )  # fmt: skip
 
 
@@ -24,7 +25,10 @@ def _cpu() -> tuple[str, list[str]]:
             if key.strip() == "model name":
                 model = value.strip()
             elif key.strip() == "flags":
-                wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+                wanted = (
+                    *("avx2", "avx512f", "avx512_vnni", "avx_vnni"),
+                    *("avx512_bf16", "amx_bf16", "amx_int8"),
+                )
                 features = [flag for flag in wanted if flag in value.split()]
                 break
     return model, features
