@@ -97,6 +97,8 @@ def test_every_kind_of_bits_goes_into_the_file_with_its_own_scales(
     packed = tmp_path / "packed.safetensors"
     size = save_packed(packed, shipped(net), known)
     written = export_student(tmp_path / "export", net, known, NOTHING, data, packed=packed)
+    ends = 2**w - symmetric  # values of a weight
+    assert read_facts(tmp_path / "export").more["w_levels"] == dict.fromkeys(names, ends)
     row = written.facts.measured["files"]
     accuracy = mpkd_digits.evaluate(made)
     assert row["onnx"]["accuracy"]["value"] == pytest.approx(accuracy, abs=0.01)

@@ -107,6 +107,12 @@ def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
     return {n: module for n, module in net.named_modules() if isinstance(module, QuantLayer)}
 
 
+def weight_levels(net: nn.Module) -> dict[str, int]:
+    """How many values a weight may have, by layer: 3 (symmetric) or 4 at 2 bits."""
+    found = {name: layer.weight_quantizer for name, layer in quant_layers(net).items()}
+    return {name: one.grid.levels for name, one in found.items() if one is not None}
+
+
 def quantizable(net: nn.Module) -> list[str]:
     """Dotted names of the convolutions and linear layers, in order."""
     return [n for n, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]

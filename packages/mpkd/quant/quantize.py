@@ -23,7 +23,7 @@ from mpkd.quant.budget import (
 )
 from mpkd.quant.cost import LayerFacts, bit_operations, layer_facts, mean_bits, size_bytes
 from mpkd.quant.finish import Material, finish
-from mpkd.quant.layers import FLOAT, fold_batch_norms, quant_layers
+from mpkd.quant.layers import FLOAT, fold_batch_norms, weight_levels
 from mpkd.quant.search.choose import Choice, choose
 from mpkd.quant.settings import PLAIN, QuantSettings
 from mpkd.quant.shipped import shipped
@@ -152,11 +152,7 @@ def _result(
 ) -> QuantizationResult:
     """What is known without any comparison."""
     folded, plan = fold_batch_norms(student), choice.plan
-    levels = {
-        name: layer.weight_quantizer.grid.levels
-        for name, layer in quant_layers(net).items()
-        if layer.weight_quantizer is not None
-    }
+    levels = weight_levels(net)
     notes = list(choice.notes)
     if 3 in levels.values():
         notes.append("2 bits a weight are three levels here (ternary): the grid is symmetric")

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from mpkd.dataset import views
 from mpkd.model.student import build_student
 from mpkd.model.teacher import build_teacher
-from mpkd.quant.layers import FLOAT, fold_batch_norms, quant_layers, quantize_net
+from mpkd.quant.layers import (
+    FLOAT,
+    fold_batch_norms,
+    quant_layers,
+    quantize_net,
+    weight_levels,
+)
 from mpkd.quant.shipped import packed_arrays, unpack_into
 from shared_core import checkpoints
 from shared_core.checkpoints import CheckpointError
@@ -133,13 +139,13 @@ def describe_quantization(net: nn.Module) -> dict[str, Any] | None:
     if not layers:
         return None
     norms = nn.modules.batchnorm._BatchNorm
-    weights = {n: q.weight_quantizer for n, q in layers.items() if q.weight_quantizer is not None}
+    weights = [q.weight_quantizer for q in layers.values() if q.weight_quantizer is not None]
     return {
         "folded": not any(isinstance(module, norms) for module in net.modules()),
-        "symmetric": all(one.symmetric for one in weights.values()),
+        "symmetric": all(one.symmetric for one in weights),
         "w_bits": {name: layer.w_bits for name, layer in layers.items()},
         "a_bits": {name: layer.a_bits for name, layer in layers.items()},
-        "w_levels": {name: one.grid.levels for name, one in weights.items()},
+        "w_levels": weight_levels(net),
     }
 
 
