@@ -9,8 +9,17 @@ from pathlib import Path
 
 from shared_core.runs import UsageError
 from shared_core.runs.options import choose_scale, options_given, start_of
-from visiondistill_gc.options import Settings, StudentOptions, build_parser, settings_of
-from visiondistill_gc.recipes import RECIPES
+from shared_core.weights.catalogue import ALIASES, entry
+from shared_core.weights.efficientnet_lite import block_plan
+from shared_core.weights.finding import NONE, TRAINED, installed_file
+from visiondistill_gc.options import (
+    MOBILENET,
+    Settings,
+    StudentOptions,
+    build_parser,
+    settings_of,
+)
+from visiondistill_gc.recipes import FROM_NOTHING, LITE0, LITE2, RECIPES
 
 SOURCES_OF_TEACHING = ("teacher_weights", "teacher_knowledge", "teacher_pretrained")
 
@@ -27,10 +36,15 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> Settings:
     given = options_given(parser, argv)
     found = first.data_path or _find(first.data_root, first.data_set)
     scale = choose_scale(first.scale, found=bool(found))
-    parser.set_defaults(**RECIPES[scale])
+    if first.scale in (None, "auto") and first.data_path:
+        scale = "short"  # the published recipe is for the published images
+    scratch = FROM_NOTHING if first.init == NONE and scale != "full" else {}
+    parser.set_defaults(**{**RECIPES[scale], **scratch})
     args = parser.parse_args(argv)
     args.scale = scale
     args.data_path = _data_path(args)
+    if "teacher" not in given and args.teacher == LITE2 and not installed_file(entry(LITE2)):
+        args.teacher = LITE0
     if args.data_path is not None and first.data_path and "data_set" not in given:
         args.data_set = args.data_path.resolve().name or "images"
     if args.output is None:
@@ -41,7 +55,7 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> Settings:
     _check_numbers(settings)
     _check_data(settings, given)
     _check_teacher(settings, given, prog)
-    return replace(settings, student=_student(settings.student, given))
+    return _from_trained(replace(settings, student=_student(settings.student, given)), given)
 
 
 def _find(root: Path, name: str) -> Path | None:
@@ -121,17 +135,32 @@ def _student(student: StudentOptions, given: set[str]) -> StudentOptions:
 
     Layers are frozen only above trained weights; a network of paddleclas has its own head.
     """
-    if student.init == "none":
-        student = replace(student, init=None)
-    if student.init is None:
+    student = replace(student, student=ALIASES.get(student.student, student.student))
+    if student.init == NONE:
         if "frozen" in given and student.frozen:
             raise UsageError(
-                f"--frozen {student.frozen} without --init would freeze random weights: expected "
-                "--init FILE with it, or --frozen 0"
+                f"--frozen {student.frozen} with --init {NONE} would freeze random weights: "
+                "expected --init FILE with it, or --frozen 0"
             )
         student = replace(student, frozen=0)
-    elif not Path(student.init).is_file():
+    elif student.init != TRAINED and not entry(student.init) and not Path(student.init).is_file():
         raise FileNotFoundError(f"--init {student.init}: there is no such file")
+    if student.student != MOBILENET:
+        for name in ("head", "hidden", "student_scale", "student_source"):
+            if name in given:
+                raise UsageError(f"{_flag(name)} would have no effect: it is of {MOBILENET}")
+    elif student.init == TRAINED and "student_scale" in given and student.student_scale != 1:
+        raise UsageError(
+            f"--student-scale {student.student_scale:g}: trained weights are of width 1, expected "
+            f"--init FILE or --init {NONE} with it"
+        )
+    most = _units(student.student)
+    if student.frozen > most:
+        if "frozen" in given:
+            raise UsageError(
+                f"--frozen {student.frozen}: expected 0 to {most} of {student.student}"
+            )
+        student = replace(student, frozen=most)
     if student.student_source == "paddleclas":
         wanted = {"head": "plain", "student_scale": 1.0}
         for name, value in wanted.items():
@@ -146,6 +175,37 @@ def _student(student: StudentOptions, given: set[str]) -> StudentOptions:
     return student
 
 
+def _units(name: str) -> int:
+    """How many parts of a network can be frozen, from the first."""
+    if entry(name):
+        return sum(map(len, block_plan(name))) + 2
+    return 19 if name == MOBILENET else 0
+
+
+def _from_trained(settings: Settings, given: set[str]) -> Settings:
+    """What only a network above trained weights can have: a probe, and frozen units.
+
+    A recipe's teacher that is a probe is trained where there is nothing to probe.
+    """
+    teacher, training = settings.teacher, settings.training
+    name = ALIASES.get(teacher.teacher, teacher.teacher)
+    if settings.student.init == NONE and teacher.teacher_pretrained is None:
+        for word, value in (("probe", training.probe), ("teacher_frozen", teacher.teacher_frozen)):
+            if word in given and value:
+                raise UsageError(f"{_flag(word)} needs trained weights, but --init is {NONE}")
+        frozen = 0
+        training = replace(training, probe=False)
+    else:
+        frozen = teacher.teacher_frozen
+    most = _units(name) if name != MOBILENET else 0
+    if frozen > most:
+        if "teacher_frozen" in given:
+            raise UsageError(f"--teacher-frozen {frozen}: expected 0 to {most} of {name}")
+        frozen = most
+    teacher = replace(teacher, teacher=name, teacher_frozen=frozen)
+    return replace(settings, teacher=teacher, training=training)
+
+
 def _check_teacher(settings: Settings, given: set[str], prog: str) -> None:
     """One source of teaching, and one that is used."""
     teacher, alpha = settings.teacher, settings.training.alpha
@@ -156,11 +216,13 @@ def _check_teacher(settings: Settings, given: set[str], prog: str) -> None:
         raise UsageError(f"{_flag(named[0])} would have no effect with --alpha 1")
     if len(named) > 1:
         raise UsageError(f"{' and '.join(map(_flag, named))}: expected one source of teaching")
-    untrained = not teacher.teacher_epochs and not named and alpha != 1
+    probed = settings.training.probe and settings.student.init != NONE
+    untrained = not teacher.teacher_epochs and not named and alpha != 1 and not probed
     if untrained and not teacher.allow_untrained_teacher:
         raise UsageError(
             "--teacher-epochs 0 without --teacher-weights or --teacher-knowledge leaves the "
-            "teacher's head untrained: expected one of them, or --allow-untrained-teacher"
+            "teacher's head untrained: expected one of them, --probe above trained weights, or "
+            "--allow-untrained-teacher"
         )
     if settings.records.compare_seeds and alpha == 1:
         raise UsageError("--compare-seeds compares teachers: expected --alpha below 1")

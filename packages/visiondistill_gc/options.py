@@ -22,6 +22,7 @@ FOLD_KINDS = ("stratified", "plain")
 SCHEDULES = ("epoch", "step")
 ENGINES = ("auto", "dygraph", "inference")
 HEADS = ("improved", "plain")
+MOBILENET = "mobilenet_v2"  # the README's student
 AMP = ("fp32", "bf16", "fp16", "bf16-O2", "fp16-O2")
 AMP_FIRST = {"O0": "fp32", "O1": "fp16", "O2": "fp16-O2"}  # what earlier commands called them
 
@@ -60,8 +61,9 @@ class RunOptions:
     scale: str = common(
         "scale", None,
         help="The recipe. full is the README's, short takes half an hour on a CPU, rehearsal "
-        "takes built-in images, auto is full where the data set is found and else rehearsal "
-        "(default: auto). What you say yourself wins over the recipe.",
+        "takes built-in images, auto is short for --data-path, full where the data set is found "
+        "in DATA_ROOT and else rehearsal (default: auto). What you say yourself wins over the "
+        "recipe.",
     )
     stage: str = own("all", str, "Run this stage only; what comes before it must be done.",
                      choices=("all", *STAGES))
@@ -149,13 +151,13 @@ class ViewOptions:
 class TeacherOptions:
     """teacher"""
 
-    teacher: str = own("resnet50", str, "The network: any classifier of paddle.vision.",
-                       metavar="NAME")
+    teacher: str = own("resnet50", str, "The network: efficientnet_lite0, 1 or 2, or any of "
+                       "paddle.vision's.", metavar="NAME")
     teacher_source: str = own("paddle.vision", str, "The package the network comes from.",
                               choices=SOURCES)
     teacher_pretrained: Path | None = own(
-        None, Path, "Weights to start the training of the teacher from; its head is new.",
-        metavar="FILE")
+        None, Path, "Weights to start the training of the teacher from; its head is new (default: "
+        "as --init says).", metavar="FILE")
     teacher_weights: Path | None = own(None, Path, "A finished teacher. It is not trained.",
                                        metavar="FILE")
     teacher_knowledge: Path | None = own(None, Path, "A store of a teacher's answers.",
@@ -163,7 +165,10 @@ class TeacherOptions:
     knowledge_seed: int = own(0, COUNT, "The seed of the views that the stored teacher was shown.",
                               metavar="N")
     teacher_epochs: int = own(10, COUNT, "How many epochs the teacher is trained for; 0 leaves its "
-                              "head untrained.", metavar="N")
+                              "head as the probe of trained features made it, or untrained.",
+                              metavar="N")
+    teacher_frozen: int = own(0, COUNT, "How many units (stem, blocks, last convolution) of an "
+                              "EfficientNet-lite teacher do not learn.", metavar="N")
     teacher_lr: float = own(1e-4, POSITIVE, "The teacher's learning rate after the warm-up.",
                             metavar="RATE")
     teacher_batch_size: int = own(16, SIZE, "How many images a step of the teacher learns from, in "
@@ -180,20 +185,24 @@ class TeacherOptions:
 class StudentOptions:
     """student"""
 
+    student: str = own(MOBILENET, str, "The network: mobilenet_v2, or any that can teach.",
+                       metavar="NAME")
     student_source: str = own("paddle.vision", str, "The package MobileNetV2 comes from.",
                               choices=SOURCES)
     student_scale: float = own(1.0, POSITIVE, "The width of MobileNetV2.", metavar="FACTOR")
-    head: str = own("improved", str, "The classifier: improved has a hidden layer, plain none.",
-                    choices=HEADS)
+    head: str = own("improved", str, "The classifier of MobileNetV2: improved has a hidden layer, "
+                    "plain none.", choices=HEADS)
     hidden: int = own(1024, SIZE, "The width of the improved head's hidden layer.", metavar="N")
     dropout: float = own(0.5, _BELOW_ONE, "The probability of dropout before the last layer.",
                          metavar="P")
     init: str | None = common(
-        "init", None, "--pretrained", metavar="FILE",
-        help="Weights to start the student's layers below the head from, a .pdparams file or "
-        "safetensors; none (default) trains from nothing.")
-    frozen: int = own(14, number(int, 0, 19), "How many of the 19 blocks do not learn. Without "
-                      "--init nothing is frozen.", metavar="N")
+        "init", "trained", "--pretrained",
+        help="The weights below the heads: trained (default) is an installed weights package for "
+        "an EfficientNet-lite and paddle.vision's download for others; a FILE of Paddle, torch or "
+        "safetensors is the student's; none trains teacher and student from nothing.")
+    frozen: int = own(14, number(int, 0, 25), "How many of MobileNetV2's 19 blocks, or of an "
+                      "EfficientNet-lite's units, do not learn. With --init none nothing is "
+                      "frozen.", metavar="N")
     freeze_bn: bool = own(True, None, "Keep the statistics of the frozen blocks' batch norms, "
                           "too.")
 
@@ -203,9 +212,13 @@ class TrainingOptions:
     """training"""
 
     epochs: int = common("epochs", 50)
+    probe: bool = own(False, None, "Start the heads above trained weights from a linear classifier "
+                      "of stored features. A head with a hidden layer cannot.")
     batch_size: int = common("batch-size", 16, help="How many images a step learns from, in all "
                              "processes together.")
     lr: float = common("lr", 1e-4, "--base-lr")
+    head_rate: float = own(1.0, POSITIVE, "By how much the heads learn faster than what is below "
+                           "them.", metavar="FACTOR")
     warmup_epochs: int = own(5, COUNT, "For how many epochs the learning rate rises.", metavar="N")
     schedule: str = own("epoch", str, "When the learning rate changes.", choices=SCHEDULES)
     optimizer: str = own("adam", str, "adam decays through the gradients, adamw decays the "
@@ -239,8 +252,8 @@ class RecordOptions:
     """records"""
 
     visualdl: bool = own(True, None, "Log curves, images and histograms for VisualDL.")
-    floor: bool = own(True, None, "Measure what a linear classifier of plain image features "
-                      "reaches without a network.")
+    floor: bool = own(True, None, "Measure what linear classifiers reach: of plain image "
+                      "features, and of a trained network's.")
     compare_seeds: tuple[int, ...] = own(
         (), COUNT, "Seeds of the comparison: distilled or not, Mixup or not, the right teacher or "
         "one with a random head (default: no comparison).", nargs="*", metavar="SEED")

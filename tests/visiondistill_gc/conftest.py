@@ -23,6 +23,7 @@ _spec.loader.exec_module(sys.modules["vgc_tools"])
 # teacher is not what makes these runs pass: nobody asks here how good it is.
 TINY = (
     *("--scale", "rehearsal", "--builtin-classes", "2", "--builtin-images", "24"),
+    *("--init", "none", "--student", "mobilenet_v2"),
     *("--input-size", "32", "--n-splits", "2", "--teacher", "shufflenet_v2_x0_25"),
     *("--teacher-epochs", "1", "--teacher-batch-size", "8", "--epochs", "2", "--batch-size", "8"),
     *("--student-scale", "0.1", "--hidden", "16", "--mixup-start", "1", "--warmup-epochs", "1"),

@@ -9,7 +9,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOK = REPOSITORY / "packages" / "visiondistill_gc" / "notebooks" / "distill.ipynb"
 # Added to the notebook's own words: the last of a flag counts.
 SMALLER = (
-    "words += '--builtin-images 12 --input-size 32 --teacher shufflenet_v2_x0_25 "
+    "words += '--init none --student mobilenet_v2 --builtin-images 12 --input-size 32 "
+    "--teacher shufflenet_v2_x0_25 "
     "--teacher-epochs 1 --teacher-batch-size 8 --epochs 2 --student-scale 0.1 --hidden 16 "
     "--batch-size 8 --num-workers 1 --allow-untrained-teacher --no-visualdl'.split()"
 )

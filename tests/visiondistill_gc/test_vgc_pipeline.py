@@ -105,7 +105,8 @@ def test_the_arms_of_the_comparison_are_what_they_are_called(finished, trainings
 def test_what_it_leaves(finished):
     folder, done = finished
     lines = done.out.strip().splitlines()
-    assert lines[0].startswith("REHEARSAL") and lines[-1] == lines[0]
+    assert lines[0].startswith("REHEARSAL")
+    assert lines[-1].startswith(f"{lines[0]} Distillation ")
     assert "the student starts from nothing, so no block is frozen" in done.out
     for name in ("result.json", "report.md", "report.html", "folds.json", "augmentations.png"):
         assert (folder / name).stat().st_size > 0
@@ -324,7 +325,11 @@ def test_own_folder_with_a_bad_file(tmp_path, tiny, command):
         (("--knowledge-seed", "3"), "--teacher-knowledge"),
         (("--fresh", "--resume"), "expected one of them"),
         (("--student-source", "paddleclas", "--head", "improved"), "--head improved"),
-        (("--frozen", "14"), "--frozen 14 without --init"),
+        (("--frozen", "14"), "--frozen 14 with --init none"),
+        (("--probe",), "--probe needs trained weights"),
+        (("--teacher-frozen", "3"), "--teacher-frozen needs trained weights"),
+        (("--student", "lite0"), "--hidden would have no effect: it is of mobilenet_v2"),
+        (("--init", "trained"), "--student-scale 0.1: trained weights are of width 1"),
         (("--split", __file__, "--test-share", "0.2"), "--test-share"),
         (("--amp", "O1"), "needs a GPU"),
         (("--mixup", "-1"), "[0, inf)"),
@@ -370,7 +375,7 @@ def test_defaults_are_the_originals(tmp_path):
     from visiondistill_gc.config import parse
 
     (tmp_path / "x").mkdir()
-    settings = parse(["--data-path", str(tmp_path)], prog="main.py")
+    settings = parse(["--scale", "full", "--data-path", str(tmp_path)], prog="main.py")
     found = settings.plain()
     assert (found["input_size"], found["seed"], found["n_splits"]) == (224, 42, 5)
     assert (found["batch_size"], found["epochs"], found["patience"]) == (16, 50, 10)

@@ -51,7 +51,7 @@ def facts_of(model: LoadedModel) -> ModelFacts:
             "data": known.get("data"),
             "split_hash": known["split_hash"],
             "teacher": config.get("teacher"),
-            "initial_weights": config.get("init"),
+            "initial_weights": known.get("start") or None,
             "epoch": known["epoch"],
             "metrics": known["metrics"],
             "checkpoint_sha256": known["sha256"],

@@ -1,4 +1,4 @@
-"""The student: MobileNetV2 with an improved head, its first blocks frozen with their statistics."""
+"""The student: MobileNetV2 with an improved head, or another network; first blocks frozen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from paddle import Tensor, nn
 from paddle.utils import unique_name
 from paddle.vision.models import MobileNetV2
 
-from visiondistill_gc.options import HEADS, SOURCES
+from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD
+from visiondistill_gc.models.teacher_model import build_teacher
+from visiondistill_gc.options import HEADS, MOBILENET, SOURCES
 
 BLOCKS = 19  # children of MobileNetV2's ``features``
 FROZEN = 14  # of them, in the original
@@ -92,6 +94,7 @@ class Student(nn.Layer):
 def build_student(
     *,
     num_classes: int,
+    name: str = MOBILENET,
     scale: float = 1.0,
     head: str = "improved",
     frozen: int = FROZEN,
@@ -103,6 +106,8 @@ def build_student(
     """A student with random weights; ``built_from`` of it holds what rebuilds it.
 
     Args:
+        name: ``mobilenet_v2``, or any network that can be a teacher: an EfficientNet-lite has
+            ``frozen``, ``freeze_bn`` and ``dropout`` of these settings, others none.
         source: ``paddle.vision``, or ``paddleclas`` for that package's MobileNetV2 with its own
             head (``plain``, without dropout) and width.
 
@@ -112,6 +117,11 @@ def build_student(
         ValueError: a value out of range, or one that the source cannot do.
         ImportError: paddleclas is not installed.
     """
+    if name != MOBILENET:
+        lite = {"frozen": frozen, "freeze_bn": freeze_bn, "dropout": dropout}
+        net = build_teacher(name, num_classes=num_classes, source=source, **lite)
+        net.built_from["kind"] = "student"
+        return net
     shape: dict[str, Any] = {"scale": scale, "head": head, "frozen": frozen, "freeze_bn": freeze_bn}
     if source == "paddleclas":
         if head != "plain" or scale != 1.0:
@@ -128,6 +138,7 @@ def build_student(
             net = Student(num_classes=num_classes, **shape)
     else:
         raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
+    net.normal = (IMAGENET_MEAN, IMAGENET_STD)
     recipe = {"kind": "student", "source": source, "num_classes": num_classes}
     net.built_from = {**recipe, **shape}
     return net

@@ -1,4 +1,4 @@
-"""The teacher: ResNet50, or any other classifier of paddle.vision (or paddleclas) by name."""
+"""The teacher: ResNet50, or any other classifier of paddle.vision, the core or paddleclas."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from paddle import Tensor, nn
 from paddle.utils import unique_name
 from paddle.vision import models as vision
 
+from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD
+from shared_core.weights.catalogue import ALIASES, entry, names
+from visiondistill_gc.models.lite_model import Lite
 from visiondistill_gc.options import SOURCES
 
 DEFAULT = "resnet50"
@@ -26,8 +29,37 @@ class MainOutput(nn.Layer):
         return self.net(images)[0]
 
 
+class Renormalised(nn.Layer):
+    """A network that is given images normalised for another: ``from_normal`` to ``net.normal``."""
+
+    def __init__(self, net: nn.Layer, from_normal: tuple[Any, Any]) -> None:
+        super().__init__()
+        self.net = net
+        (mean, std), (own_mean, own_std) = (
+            [paddle.to_tensor(part, "float32").reshape([1, 3, 1, 1]) for part in normal]
+            for normal in (from_normal, net.normal)
+        )
+        self.register_buffer("factor", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.net(images * self.factor + self.shift)
+
+
+def normal_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, RGB in [0, 1], that a network's trained weights expect."""
+    known = entry(name)
+    return (known.mean, known.std) if known else (IMAGENET_MEAN, IMAGENET_STD)
+
+
 def teacher_names() -> list[str]:
-    """Names of paddle.vision's classifiers that take images of any size; LeNet takes digits."""
+    """The core's networks and paddle.vision's that take images of any size; LeNet takes digits."""
+    return [*names(), *ALIASES, *vision_names()]
+
+
+def vision_names() -> list[str]:
+    """Names of paddle.vision's classifiers."""
     return sorted(
         name
         for name in vision.__all__
@@ -36,7 +68,7 @@ def teacher_names() -> list[str]:
 
 
 def build_teacher(
-    name: str = DEFAULT, *, num_classes: int, source: str = "paddle.vision"
+    name: str = DEFAULT, *, num_classes: int, source: str = "paddle.vision", **lite: Any
 ) -> nn.Layer:
     """A classifier with random weights; ``built_from`` of it holds what rebuilds it.
 
@@ -44,6 +76,7 @@ def build_teacher(
         name: see :func:`teacher_names`; with ``paddleclas`` one of its classes, ``ResNet50``.
         num_classes: at least 2.
         source: ``paddle.vision`` or ``paddleclas``.
+        lite: ``frozen``, ``dropout`` ... of :class:`Lite`; other networks have no such settings.
 
     Raises:
         ValueError: a name or source that is not there.
@@ -51,22 +84,26 @@ def build_teacher(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}, expected at least 2")
+    lite = lite if entry(name) else {}
     if source == "paddleclas":
         from visiondistill_gc.models.paddleclas_models import build_paddleclas
 
         net = build_paddleclas(name, num_classes=num_classes)
     elif source == "paddle.vision":
         if name not in teacher_names():
-            raise ValueError(
-                f"teacher is {name!r}, expected one of paddle.vision: {', '.join(teacher_names())}"
-            )
+            raise ValueError(f"network {name!r}, expected one of {', '.join(teacher_names())}")
+        name = ALIASES.get(name, name)
         with unique_name.guard():
-            net = getattr(vision, name)(pretrained=False, num_classes=num_classes)
+            if entry(name):
+                net = Lite(name, num_classes=num_classes, **lite)
+            else:
+                net = getattr(vision, name)(pretrained=False, num_classes=num_classes)
             if name == "googlenet":
                 net = MainOutput(net)
     else:
         raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
-    recipe: dict[str, Any] = {"kind": "teacher", "source": source, "name": name}
+    net.normal = normal_of(name)
+    recipe: dict[str, Any] = {"kind": "teacher", "source": source, "name": name, **lite}
     net.built_from = {**recipe, "num_classes": num_classes}
     return net
 

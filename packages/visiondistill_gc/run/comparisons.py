@@ -15,7 +15,8 @@ from shared_core.for_paddle.seeds import seed_all
 from shared_core.runs import derive_seed
 from shared_core.trials import Cell, Difference, Trials, compare, spread
 from visiondistill_gc.run.context import Run, predict
-from visiondistill_gc.run.stages import load_teacher, make_teacher, new_student, train
+from visiondistill_gc.run.stages import load_teacher, make_teacher, train
+from visiondistill_gc.run.starting import STUDENT, new_net
 from visiondistill_gc.utils.teaching import Teacher, with_random_head
 from visiondistill_gc.utils.train_utils import Plan
 from visiondistill_gc.utils.visual_log import VisualLog
@@ -63,7 +64,7 @@ def train_cell(run: Run, cell: Cell) -> dict[str, Any]:
             with_random_head(net, seed=seed % 2**32)
         teacher = make_teacher(run, fold_of(run), net=net)
     seed_all(seed % 2**32)
-    student = new_student(run)
+    student = new_net(run, STUDENT, fold_of(run))
     own = replace(
         how,
         epochs=epochs,

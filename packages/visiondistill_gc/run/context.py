@@ -9,13 +9,13 @@ from paddle import nn
 
 from shared_core.datasets import ImageSet
 from shared_core.for_paddle.accuracy import Answers, answers_of
+from shared_core.for_paddle.checkpoints import unwrap
 from shared_core.for_paddle.data import Normalizer, PaddleLoader
 from shared_core.for_paddle.distributed import World
 from shared_core.for_paddle.precision import Precision
 from shared_core.runs import OpenRun, StageLog
 from visiondistill_gc.options import Settings
 from visiondistill_gc.utils.data_utils import GarbageData, eval_loader
-from visiondistill_gc.utils.transforms import MEAN, STD
 from visiondistill_gc.utils.visual_log import VisualLog
 
 
@@ -79,11 +79,6 @@ class Run:
         return Precision(self.world.device, dtype, level=level or "O1")
 
 
-def normalizer() -> Normalizer:
-    """ImageNet mean and deviation, as the original's transforms."""
-    return Normalizer(MEAN, STD)
-
-
 def predict(
     run: Run, net: nn.Layer, images: ImageSet, *, precision: Precision | None = None
 ) -> Answers:
@@ -91,4 +86,6 @@ def predict(
     data = run.settings.data
     batches = eval_loader(images, data.input_size, workers=data.workers)
     alone = replace(run.world, rank=0, world_size=1)
-    return answers_of(net, PaddleLoader(batches, normalizer()), alone, precision=precision)
+    return answers_of(
+        net, PaddleLoader(batches, Normalizer(*unwrap(net).normal)), alone, precision=precision
+    )

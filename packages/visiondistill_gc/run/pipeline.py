@@ -20,12 +20,26 @@ from visiondistill_gc.run import plots
 from visiondistill_gc.run.comparisons import cells_of, stage_of, summary, train_cell
 from visiondistill_gc.run.context import Run
 from visiondistill_gc.run.evaluation import held_out, out_of_fold
-from visiondistill_gc.run.report import headline, teacher_facts, write_record, write_report
+from visiondistill_gc.run.report import (
+    headline,
+    teacher_facts,
+    verdicts,
+    write_record,
+    write_report,
+)
 from visiondistill_gc.run.stages import (
     given_teacher,
     stored_teacher,
     train_student,
     train_teacher,
+)
+from visiondistill_gc.run.starting import (
+    STUDENT,
+    TEACHER,
+    features_of,
+    probes,
+    started,
+    trained_floor,
 )
 from visiondistill_gc.utils.data_utils import prepare, train_view
 
@@ -60,9 +74,15 @@ def run_recipe(settings: Settings, command: str) -> None:
             run = Run(settings, opened, data, world)
             run.log.say(headline(run))
             _stages(run, command)
-            run.log.say(headline(run))
+            run.log.say(" ".join([headline(run), *_last_words(run)]))
     finally:
         stop()
+
+
+def _last_words(run: Run) -> list[str]:
+    """What the report found of floors and teaching; nothing before there is a report."""
+    names = "-".join(map(str, run.settings.run.folds))
+    return list((run.log.done(f"report{names}") or {}).get("verdicts", []))
 
 
 def _check(settings: Settings, world: World) -> None:
@@ -70,9 +90,12 @@ def _check(settings: Settings, world: World) -> None:
     training, teacher = settings.training, settings.teacher
     if training.amp != "fp32" and world.device.startswith("cpu"):
         raise UsageError(f"--amp {training.amp}: mixed precision needs a GPU, this run is on a CPU")
-    if teacher.teacher_source == "paddle.vision" and teacher.teacher not in teacher_names():
-        names = ", ".join(teacher_names())
-        raise UsageError(f"--teacher {teacher.teacher}: expected one of {names}")
+    asked = {"--student": settings.student.student}
+    if teacher.teacher_source == "paddle.vision":
+        asked["--teacher"] = teacher.teacher
+    for flag, name in asked.items():
+        if name not in teacher_names():
+            raise UsageError(f"{flag} {name}: expected one of {', '.join(teacher_names())}")
     if training.batch_size % world.world_size or teacher.teacher_batch_size % world.world_size:
         raise UsageError(
             f"--batch-size {training.batch_size} and --teacher-batch-size "
@@ -114,8 +137,7 @@ def _prepare(run: Run, command: str) -> dict[str, Any]:
     sizes = np.bincount(data.folds, minlength=settings.data.n_splits).tolist()
     run.log.say(data.prepared.manifest.summary())
     run.log.say(f"folds of {sizes} images, {data.groups} groups of copies kept together")
-    if settings.student.init is None:
-        run.log.say("the student starts from nothing, so no block is frozen (--init FILE)")
+    result["start"] = main_writes(lambda: _look_at_starts(run), run.world)
     if settings.teacher.teacher_knowledge is not None and settings.training.alpha != 1:
         result["knowledge"] = _look_at_knowledge(run)
     if not run.world.is_main:
@@ -123,6 +145,7 @@ def _prepare(run: Run, command: str) -> dict[str, Any]:
     _show_augmentations(run)
     if settings.records.floor:
         result["floor"] = _measure_floor(run)
+        result["trained_floor"] = _measure_trained_floor(run)
     return {**result, "seconds": time.monotonic() - begun}
 
 
@@ -153,6 +176,41 @@ def _measure_floor(run: Run) -> dict[str, float]:
         f"{floor['engineered']:.4f} with engineered ones"
     )
     return floor
+
+
+def _look_at_starts(run: Run) -> dict[str, Any]:
+    """Where teacher and student start; the features that their heads start from are stored."""
+    found = {}
+    own = run.teacher_runs and run.settings.teacher.teacher_weights is None
+    for who in (TEACHER, STUDENT) if own else (STUDENT,):
+        net, facts = started(run, who)
+        if not facts:
+            run.log.say(f"the {who} starts from nothing, so no block is frozen (--init)")
+            continue
+        found[who], how = facts, "new"
+        if facts["head"] != "new":
+            how = "the file's"
+        elif probes(run, who):
+            features_of(run, net, facts)
+            how = "that of a linear classifier of stored features"
+        licence = facts.get("licence", "not known")
+        run.log.say(f"the {who} starts from {facts['name']} (licence {licence}); its head is {how}")
+    return found
+
+
+def _measure_trained_floor(run: Run) -> dict[str, Any] | None:
+    """What a line through trained features reaches, said and kept."""
+    found = trained_floor(run)
+    if found is None:
+        run.log.say("no trained weights are installed, so trained features are no floor here")
+        return None
+    said = ", ".join(
+        f"{found[name]['accuracy']:.4f} {name.replace('_', ' ')}"
+        for name in ("out_of_fold", "test")
+        if name in found
+    )
+    run.log.say(f"trained features, linear ({found['network']}): {said}")
+    return found
 
 
 def _look_at_knowledge(run: Run) -> dict[str, Any]:
@@ -193,8 +251,10 @@ def _report(run: Run, evaluated: str, command: str) -> dict[str, Any]:
     stages, fold = run.log.stages, run.settings.run.folds[0]
     prepared = stages["prepare"]
     measured: dict[str, Any] = {"teacher": teacher_facts(run)}
-    if "floor" in prepared:
-        measured["floor"] = prepared["floor"]
+    measured["start"] = prepared["start"]
+    for name in ("floor", "trained_floor"):
+        if prepared.get(name):
+            measured[name] = prepared[name]
     for name in ("out_of_fold", "test"):
         if name in stages[evaluated]:
             measured[name] = stages[evaluated][name]
@@ -213,4 +273,4 @@ def _report(run: Run, evaluated: str, command: str) -> dict[str, Any]:
     if "test" in measured:
         run.log.say(f"ensemble, held out: {measured['test']['ensemble']['accuracy']:.4f}")
     run.log.say(f"report: {run.folder / 'report.html'}")
-    return {}
+    return {"verdicts": verdicts(measured)}

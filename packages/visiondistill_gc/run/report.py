@@ -14,6 +14,7 @@ from visiondistill_gc.run.context import Run
 from visiondistill_gc.utils.prediction_files import load_predictions
 
 NOT_REPRODUCED = "rehearsal on built-in data: this is not a reproduction of any published number"
+FLOOR = "trained features, linear"
 WRONG_SHOWN = 12
 
 
@@ -85,9 +86,43 @@ def _floor(measured: dict[str, Any]) -> float | None:
     return measured.get("floor", {}).get("plain")
 
 
+def verdicts(measured: dict[str, Any]) -> list[str]:
+    """Whether the result is above the floors, and whether distillation helped: whole sentences."""
+    said, folds = [], measured["out_of_fold"]
+    trained, plain = measured.get("trained_floor"), measured.get("floor")
+    if trained:
+        floor = trained["out_of_fold"]["accuracy"]
+        said.append(_against(folds["pooled_accuracy"], floor, "out of fold", FLOOR))
+    if plain:
+        best = max(plain.values())
+        where, found = "out of fold", folds["pooled_accuracy"]
+        if "test" in measured:
+            where, found = "on held-out images", measured["test"]["ensemble"]["accuracy"]
+        said.append(_against(found, best, where, "the best floor without a network"))
+    gap = measured.get("comparison", {}).get("differences", {}).get("distilled - undistilled")
+    if gap:
+        low, high = gap["low"], gap["high"]
+        helped = "did not help for sure"
+        if low is not None and low > 0:
+            helped = "helped"
+        elif high is not None and high < 0:
+            helped = "did not help, it hurt"
+        interval = "one seed"
+        if low is not None:
+            interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {gap['n']} seeds"
+        said.append(f"Distillation {helped}: {100 * gap['mean']:+.1f} points ({interval}).")
+    return said
+
+
+def _against(found: float, floor: float, where: str, name: str) -> str:
+    side = "above" if found > floor else "BELOW" if found < floor else "equal to"
+    return f"{found:.4f} {where}, {side} {name} ({floor:.4f})."
+
+
 def _opening(run: Run, report: Report, record: dict[str, Any]) -> None:
     """On what, where, and what a reader must be warned of."""
-    (report.note if run.data.prepared.rehearsal else report.text)(headline(run))
+    first = " ".join([headline(run), *verdicts(record["measured"])])
+    (report.note if run.data.prepared.rehearsal else report.text)(first)
     for note in run.data.prepared.notes:
         report.text(f"Differs from the published set: {note}.")
     environment = record["environment"]
@@ -112,6 +147,11 @@ def _results(report: Report, measured: dict[str, Any]) -> None:
     if floor is not None:
         add("held out", "plain features, linear (floor)", floor)
         add("held out", "engineered features, linear", measured["floor"]["engineered"])
+    trained = measured.get("trained_floor", {})
+    for images in ("test", "out_of_fold"):
+        if images in trained:
+            where = "held out" if images == "test" else "out of fold"
+            add(where, f"{FLOOR} ({trained['network']})", trained[images]["accuracy"])
     if test:
         for name, model in (("teachers", "teachers"), ("students", "students, one a fold")):
             if name in test:
@@ -135,13 +175,20 @@ def _results(report: Report, measured: dict[str, Any]) -> None:
 
 def _networks(run: Run, measured: dict[str, Any]) -> str:
     """How large the student is, what it began with, who taught it."""
-    size, teacher, init = measured["parameters"], measured["teacher"], run.settings.student.init
+    size, teacher = measured["parameters"], measured["teacher"]
+    starts = measured["start"]
+    words = ". ".join(
+        f"Initial weights of the {who}: {facts['name']}, licence {facts.get('licence')}, sha256 "
+        f"{facts['sha256'][:12]}"
+        for who, facts in starts.items()
+    )
     return (
-        f"Student: {size['total'] / 1e6:.2f} M parameters, "
+        f"Student: {run.settings.student.student}, {size['total'] / 1e6:.2f} M parameters, "
         f"{size['trainable'] / 1e6:.2f} M of them trained, from "
-        + (f"the weights of {init}. " if init else "nothing: no block is frozen. ")
+        + ("trained weights. " if "student" in starts else "nothing: no block is frozen. ")
         + f"Teacher: {teacher.get('name', '')} {teacher['kind']}"
-        + (f", head {teacher['head']}." if "head" in teacher else ".")
+        + (f", head {teacher['head']}. " if "head" in teacher else ". ")
+        + (f"{words}." if words else "")
     )
 
 

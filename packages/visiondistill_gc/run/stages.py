@@ -12,21 +12,30 @@ from paddle import nn
 
 from shared_core.checkpoints import CheckpointError
 from shared_core.for_paddle.checkpoints import unwrap
+from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import main_writes
 from shared_core.for_paddle.seeds import seed_all
 from shared_core.metrics import nll_from_logits, softmax
 from shared_core.runs import derive_seed
-from visiondistill_gc.models.student_model import build_student, count_parameters
-from visiondistill_gc.models.teacher_model import build_teacher, freeze
+from visiondistill_gc.models.lite_model import Lite
+from visiondistill_gc.models.student_model import count_parameters
+from visiondistill_gc.models.teacher_model import Renormalised, freeze
 from visiondistill_gc.options import TrainingOptions
-from visiondistill_gc.run.context import Run, normalizer, predict
+from visiondistill_gc.run.context import Run, predict
+from visiondistill_gc.run.starting import (
+    STUDENT,
+    TEACHER,
+    new_net,
+    normal_of_student,
+    probes,
+)
 from visiondistill_gc.utils.data_utils import train_loader, train_view
 from visiondistill_gc.utils.loss import DistillationLoss, balanced_weights
 from visiondistill_gc.utils.model_files import (
     LoadedModel,
     check_categories,
+    is_of_head,
     load_model,
-    load_pretrained,
     save_model,
 )
 from visiondistill_gc.utils.prediction_files import save_predictions
@@ -37,8 +46,17 @@ from visiondistill_gc.utils.visual_log import VisualLog
 
 
 def make_optimizer(net: nn.Layer, how: TrainingOptions) -> Any:
-    """Adam with L2 through the gradients, as the original; or AdamW, which decays the weights."""
-    learned = [p for p in net.parameters() if not p.stop_gradient]
+    """Adam with L2 through the gradients, as the original; or AdamW, which decays the weights.
+
+    The head's rate is ``head_rate`` times that of what is below it.
+    """
+    learned = []
+    for name, parameter in net.named_parameters():
+        if parameter.stop_gradient:
+            continue
+        learned.append(parameter)
+        if is_of_head(name):
+            parameter.optimize_attr["learning_rate"] = how.head_rate
     kind = {"adam": paddle.optimizer.Adam, "adamw": paddle.optimizer.AdamW}[how.optimizer]
     return kind(learning_rate=how.lr, parameters=learned, weight_decay=how.weight_decay)
 
@@ -70,6 +88,13 @@ def train(
         views=views,
     )
     precision = run.precision()
+    if isinstance(net, Lite) and run.world.device.startswith("cpu"):
+        net.hasten(
+            run.folder / "state" / f"front_{run.world.rank}",
+            input_size=run.settings.data.input_size,
+            threads=run.threads,
+        )
+    normal = net.normal
     net, optimizer = precision.decorate(net, make_optimizer(net, how))
 
     def validate(trained: nn.Layer) -> dict[str, float]:
@@ -87,7 +112,7 @@ def train(
         loader=loader,
         validate=validate,
         num_classes=len(data.classes),
-        normalizer=normalizer(),
+        normalizer=Normalizer(*normal),
         precision=precision,
         plan=plan,
         log=run.log,
@@ -120,6 +145,9 @@ def _save(run: Run, path: Path, net: nn.Layer, fold: int, **facts: Any) -> None:
         net,
         class_names=run.data.classes,
         input_size=run.settings.data.input_size,
+        mean=net.normal[0],
+        std=net.normal[1],
+        start=run.log.stages["prepare"]["start"],
         weights={k: v.astype("float32") for k, v in net.state_dict().items()},
         split_hash=run.data.prepared.manifest.hash,
         config=run.opened.config,
@@ -160,14 +188,7 @@ def train_teacher(run: Run, fold: int) -> dict[str, Any]:
     options, stage = run.settings.teacher, f"teacher{fold}"
     seed = derive_seed(run.settings.run.seed, stage)
     seed_all(seed % 2**32)
-    classes = len(run.data.classes)
-    net = build_teacher(options.teacher, num_classes=classes, source=options.teacher_source)
-    if options.teacher_pretrained is not None:
-        new = load_pretrained(options.teacher_pretrained, net)
-        run.log.say(
-            f"{stage}: starts from {options.teacher_pretrained}, "
-            + (f"new: {', '.join(new)}" if new else "with its head")
-        )
+    net = new_net(run, TEACHER, fold)
     epoch, seconds = 0, 0.0
     if options.teacher_epochs:
         visual = run.visual(f"teacher_fold_{fold}")
@@ -183,7 +204,8 @@ def train_teacher(run: Run, fold: int) -> dict[str, Any]:
         )
         visual.close()
         epoch, seconds = best.epoch + 1, state.seconds
-    result = _judge_teacher(run, net, fold, trained=bool(options.teacher_epochs))
+    trained = bool(options.teacher_epochs) or probes(run, TEACHER)
+    result = _judge_teacher(run, net, fold, trained=trained)
     facts: dict[str, Any] = {
         "architecture": options.teacher,
         "epoch": epoch,
@@ -243,8 +265,9 @@ def make_teacher(run: Run, fold: int, *, net: nn.Layer | None = None) -> Teacher
         return None
     if not run.teacher_runs:
         return stored_teacher(run)
+    net, normal = net or load_teacher(run, fold).net, normal_of_student(run)
     return LiveTeacher(
-        load_teacher(run, fold).net if net is None else net,
+        net if net.normal == normal else Renormalised(net, normal),
         engine=run.settings.teacher.teacher_engine,
         folder=run.folder / "state" / f"teacher_engine_{run.world.rank}",
         input_size=run.settings.data.input_size,
@@ -267,31 +290,13 @@ def stored_teacher(run: Run) -> StoredTeacher:
 # -- the student ----------------------------------------------------------------------------------
 
 
-def new_student(run: Run) -> nn.Layer:
-    """A student of the options, from the weights of ``--init`` if there are any."""
-    options = run.settings.student
-    net = build_student(
-        num_classes=len(run.data.classes),
-        scale=options.student_scale,
-        head=options.head,
-        frozen=options.frozen,
-        freeze_bn=options.freeze_bn,
-        dropout=options.dropout,
-        hidden=options.hidden,
-        source=options.student_source,
-    )
-    if options.init is not None:
-        load_pretrained(options.init, net)
-    return net
-
-
 def train_student(run: Run, fold: int) -> dict[str, Any]:
     """The student of a fold; its best epoch by validation accuracy is kept."""
     stage = f"fold{fold}"
     seed = derive_seed(run.settings.run.seed, stage)
     teacher = make_teacher(run, fold)
     seed_all(seed % 2**32)
-    net = new_student(run)
+    net = new_net(run, STUDENT, fold)
     views = teacher.views if isinstance(teacher, StoredTeacher) else None
     visual = run.visual(f"fold_{fold}")
     best, state = train(
@@ -320,7 +325,15 @@ def _keep_student(run: Run, net: nn.Layer, fold: int, best: Best, visual: Visual
     """Model file, predictions of the validation part, and what VisualDL shows at the end."""
     data, path = run.data, run.student_file(fold)
     metrics = {"validation_accuracy": best.accuracy}
-    _save(run, path, net, fold, architecture="mobilenet_v2", epoch=best.epoch, metrics=metrics)
+    _save(
+        run,
+        path,
+        net,
+        fold,
+        architecture=run.settings.student.student,
+        epoch=best.epoch,
+        metrics=metrics,
+    )
     rows = data.validation_rows(fold)
     answers = predict(run, load_model(path).net, data.images.subset(rows))
     probs = softmax(answers.logits)

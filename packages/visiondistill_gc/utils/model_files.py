@@ -13,22 +13,27 @@ from numpy.typing import NDArray
 from paddle import nn
 
 from shared_core import checkpoints
-from shared_core.checkpoints import CheckpointError, check_fit, names
+from shared_core.checkpoints import CheckpointError, check_fit
 from shared_core.for_paddle.checkpoints import (
     fit_into,
     from_numpy,
     load_checkpoint,
-    load_foreign_weights,
     save_checkpoint,
-    to_numpy,
     unwrap,
 )
 from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer
+from shared_core.for_paddle.pretrained import paddle_names
+from shared_core.weights.reading import read_weights
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.models.teacher_model import build_teacher
 
 PROJECT = "visiondistill_gc"
 HEADS = ("classifier.", "fc.", "head.", "out.")  # how the names of a head's weights begin
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a weight is one of the head, by its name."""
+    return name.startswith(HEADS)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def load_model(path: str | Path, *, categories: Sequence[str] | None = None) -> 
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: no network is described there: {reason}") from error
     fit_into(net, weights, path=path)
+    net.normal = (mean, std)
     net.eval()
     return LoadedModel(net, class_names, size, mean, std, facts)
 
@@ -149,9 +155,8 @@ def check_categories(
 def load_pretrained(path: str | Path, net: nn.Layer) -> list[str]:
     """Fill ``net`` with the weights of a file; only the head may be missing or of other classes.
 
-    Takes a ``.pdparams`` file (a bare state dict, or one of this repository) and safetensors under
-    Paddle's or torch's names; torch's are renamed and its linear matrices transposed. A ``.pth`` of
-    torch must become safetensors first: reading it needs torch.
+    Takes files of Paddle, torch and safetensors; torch's weights are renamed and its linear
+    matrices transposed.
 
     Returns:
         Names of the weights of ``net`` that were not filled: those of a new head, or none.
@@ -160,9 +165,11 @@ def load_pretrained(path: str | Path, net: nn.Layer) -> list[str]:
         FileNotFoundError: nothing is there.
         CheckpointError: no weights, or a weight below the head that does not fit.
     """
-    arrays = to_numpy(load_foreign_weights(path))
-    if any(name.endswith("running_mean") for name in arrays):
-        arrays = names.to_paddle(arrays, names.linear_names(arrays))
+    return fill_body(net, paddle_names(read_weights(path)), path=path)
+
+
+def fill_body(net: nn.Layer, arrays: Mapping[str, NDArray[Any]], *, path: str | Path) -> list[str]:
+    """As :func:`load_pretrained`, of arrays under Paddle's names; ``path`` is for messages."""
     own = {name: list(value.shape) for name, value in net.state_dict().items()}
     fitting = {k: v for k, v in arrays.items() if k in own and list(v.shape) == own[k]}
     if not fitting:

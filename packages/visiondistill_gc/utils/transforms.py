@@ -17,8 +17,6 @@ from shared_core.datasets.views.random_ops import (
     random_resized_crop_box,
 )
 
-MEAN = (0.485, 0.456, 0.406)  # RGB, fractions of 255: what pretrained networks expect
-STD = (0.229, 0.224, 0.225)
 BLACK = (0.0, 0.0, 0.0)
 NOTHING = (0.0, 0.0, 0.0)
 
