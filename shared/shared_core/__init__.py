@@ -1,2 +1,1 @@
 """What the five projects share: datasets, metrics, checkpoints, teacher knowledge, run records."""
-
