@@ -1,3 +1,1 @@
 """Mixed precision, teacher-only distillation, LoRA and quantization, from fp32 down to 2 bits."""
-
-__version__ = "0.1.0"

@@ -1,3 +1,1 @@
 """Garbage classification in Paddle: ResNet50 taught into MobileNetV2, K-fold, Mixup, VisualDL."""
-
-__version__ = "0.1.0"

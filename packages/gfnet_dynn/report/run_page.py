@@ -41,7 +41,7 @@ def write_report(run: Run, record: dict[str, Any], judged: Judgement) -> None:
     report = Report(f"GFNet with early exits on {run.data.name}")
     (report.note if run.data.rehearsal else report.text)(headline(run))
     for note in run.data.notes:
-        report.text(f"Differs from the published set: {note}.")
+        report.text(f"Of the data: {note}.")
     report.text(_circumstances(run, record))
     report.heading("Result on the test split")
     _result_table(report, measured)

@@ -124,7 +124,7 @@ def _opening(run: Run, report: Report, record: dict[str, Any]) -> None:
     first = " ".join([headline(run), *verdicts(record["measured"])])
     (report.note if run.data.prepared.rehearsal else report.text)(first)
     for note in run.data.prepared.notes:
-        report.text(f"Differs from the published set: {note}.")
+        report.text(f"Of the data: {note}.")
     environment = record["environment"]
     report.text(
         f"Measured on {environment['gpu'] or environment['cpu']} with paddlepaddle "
