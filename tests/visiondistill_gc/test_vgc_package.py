@@ -20,7 +20,7 @@ def test_requirements_are_pyprojects():
     wanted = {}
     for path in (PACKAGE / "pyproject.toml", REPOSITORY / "shared" / "pyproject.toml"):
         for name, version in table(path)["tool"]["poetry"]["dependencies"].items():
-            if name != "shared-core" and not name.endswith("-pytorch-model"):  # torch's weights
+            if name != "shared-core":
                 wanted[name] = version
     lines = (PACKAGE / "requirements.txt").read_text().splitlines()
     found = dict(
