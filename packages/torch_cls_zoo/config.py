@@ -15,8 +15,11 @@ from shared_core.runs.options import options_given, start_of, words_of
 from torch_cls_zoo.options import (
     ACTIONS,
     DEFAULT_ARCH,
+    LEARNING,
     MODES,
+    NONE,
     OPTIONS,
+    RECIPES,
     RESUME_RUN,
     SUMMARY,
     build_parser,
@@ -44,7 +47,8 @@ class NetworkSettings:
     """Which network, and its first weights."""
 
     arch: str | None
-    pretrained: str | None  # "default" for the library's own, or a file
+    init: str  # trained, none, a name of the core's catalogue, or a file
+    drop_path: float
     advprop: bool
     resume: str | None  # a file of weights
     summary: bool
@@ -54,14 +58,20 @@ class NetworkSettings:
 class TrainingSettings:
     """How long, how fast, from what."""
 
+    recipe: str
     epochs: int
     opt: str
     lr: float
+    head_lr: float | None  # None: that of the body
+    layer_decay: float
+    schedule: str
     lr_ratios: list[float] | None
     lr_steps: list[int] | None
     momentum: float
     wd: float
-    warmup: int
+    warmup: int | None  # epochs; None: a tenth of them
+    clip_grad: float  # 0: none
+    probe: bool
     print_freq: int
     amp: str
     sparsity: bool
@@ -77,6 +87,7 @@ class LossSettings:
     """The criterion."""
 
     criterion: str | None
+    label_smoothing: float
     weighted_loss: bool
     threshold_loss: bool
     ghm_loss: bool
@@ -91,6 +102,8 @@ class AugmentSettings:
     """What happens to training images, one by one and in batches."""
 
     aug_policy: str | None
+    crop: float  # least share of the picture; 1: all of it
+    flip: float  # probability
     mixup: bool
     mixup_ratio: float
     mixup_alpha: float
@@ -148,6 +161,7 @@ class RunSettings:
     output: Path
     logdir: Path
     histograms: bool
+    floor: bool | None
     int8: str
     max_accuracy_loss: float
 
@@ -185,6 +199,18 @@ class Config:
             for name, row in OPTIONS.items()
             if row.in_config
         }
+
+    @property
+    def may_do_without(self) -> bool:
+        """Whether a training may start from nothing because the command names no weights."""
+        learns = set(self.run.modes) & set(LEARNING)
+        return bool(learns) and "init" not in self.given and self.network.resume is None
+
+    def from_nothing(self) -> Config:
+        """The same command where no trained weights can be had."""
+        values = {**self.values, "init": NONE}
+        check(values, self.given)
+        return configured(values, self.given, start=self.run.start, command=self.run.command)
 
     def continued(self, stored: Mapping[str, Any]) -> Config:
         """The same command with what it does not say taken from a run's ``config.json``.
@@ -259,9 +285,9 @@ def check(values: Mapping[str, Any], given: Iterable[str]) -> None:
     Raises:
         UsageError: the first such word.
     """
-    modes = modes_of(values)
+    modes, values = modes_of(values), resolved(values)
     _check_useless(values, given, modes)
-    _check_modes(values, modes)
+    _check_modes(values, given, modes)
     _check_pairs(values)
     nodes, rank = values["nodes"], values["rank"]
     if nodes > 1 and not 0 <= rank < nodes:
@@ -272,6 +298,21 @@ def check(values: Mapping[str, Any], given: Iterable[str]) -> None:
 
 def _flag(name: str) -> str:
     return next(flag for flag in OPTIONS[name].flags if flag.startswith("--"))
+
+
+def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with what the command does not say of a training taken from its recipe."""
+    trained = values["init"] != NONE and values["resume"] is None
+    name = values["recipe"] or ("finetune" if trained else "readme")
+    known = dict(RECIPES[name])
+    if values["lr_ratios"] is not None:
+        known["schedule"] = "steps"
+    if values["bias_prior"] is not None:
+        known["probe"] = False
+    if not (values["train"] or values["find_lr"]):
+        known["batch_size"] = None
+    said = {name: values[name] for name in known if values[name] is not None}
+    return {**values, "recipe": name, **known, **said}
 
 
 def _check_useless(values: Mapping[str, Any], given: Iterable[str], modes: tuple[str, ...]) -> None:
@@ -286,11 +327,15 @@ def _check_useless(values: Mapping[str, Any], given: Iterable[str], modes: tuple
             raise UsageError(f"{_flag(name)} does nothing without {wanted}")
     if "warmup" in given and values["lr_ratios"] is not None:
         raise UsageError("--warmup does nothing with --lr_ratios, which say every rate themselves")
+    if values["lr_ratios"] is not None and values["schedule"] != "steps":
+        raise UsageError("--lr_ratios does nothing with --schedule cosine: expected one of them")
+    if values["probe"] and values["bias_prior"] is not None:
+        raise UsageError("--bias_prior does nothing with --probe, which sets the head's biases")
     if values["ghm_counts"] != "loss" and values["criterion"] == "bce":
         raise UsageError("--ghm_counts does nothing with --criterion bce: all its terms count")
 
 
-def _check_modes(values: Mapping[str, Any], modes: tuple[str, ...]) -> None:
+def _check_modes(values: Mapping[str, Any], given: Iterable[str], modes: tuple[str, ...]) -> None:
     if values["find_lr"] and len(modes) > 1:
         raise UsageError("--find_lr stands alone: run it apart from the other modes")
     acting = [name for name in modes if name in ACTIONS]
@@ -298,8 +343,8 @@ def _check_modes(values: Mapping[str, Any], modes: tuple[str, ...]) -> None:
         raise UsageError(
             f"{_flag(acting[0])} needs a trained model: name its weights by --resume FILE"
         )
-    if values["resume"] is not None and values["pretrained"] is not None:
-        raise UsageError("--resume FILE and --pretrained both name weights: expected one of them")
+    if values["resume"] is not None and "init" in given and values["init"] != NONE:
+        raise UsageError("--resume FILE and --init both name weights: expected one of them")
     if values["distill"] and values["knowledge"] == "train":
         raise UsageError("--distill reads the files that --knowledge train writes: run them apart")
     if values["data"] == "builtin" and values["knowledge_dir"] is None:
@@ -314,7 +359,7 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
     if (values["lr_ratios"] is None) != (values["lr_steps"] is None):
         raise UsageError("--lr_ratios and --lr_steps go together, got one of them")
     epochs, warmup = values["epochs"], values["warmup"]
-    if warmup >= epochs and values["train"] and values["lr_ratios"] is None:
+    if (warmup or 0) >= epochs and values["train"] and values["lr_ratios"] is None:
         raise UsageError(f"--warmup is {warmup}, expected less than the {epochs} epochs")
     if values["image_size"] is not None and len(values["image_size"]) > 2:
         raise UsageError("--image_size: expected the height and width, or one number for both")
@@ -331,13 +376,11 @@ def configured(
 ) -> Config:
     """Settings from checked values; what follows from others is filled in."""
     modes = modes_of(values)
-    full = {**values, "modes": modes, "start": start, "command": command}
+    full = {**resolved(values), "modes": modes, "start": start, "command": command}
     full["output"] = values["output"] or _default_output(values)
     full["logdir"] = values["logdir"] or full["output"] / "logs"
     full["aug_policy"] = values["aug_policy"] or ("my" if values["aug"] else None)
     full["bias_prior"] = _priors(values["bias_prior"])
-    if values["pretrained"] == "none":
-        full["pretrained"] = None
     if values["knowledge_dir"] is None and values["data"] != "builtin":
         full["knowledge_dir"] = Path(values["data"])
     if values["image_size"] is not None:

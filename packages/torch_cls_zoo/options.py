@@ -17,9 +17,9 @@ from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, nu
 from shared_core.runs.options import COMMON, CommandParser
 from torch_cls_zoo.dataloader import PARTS, POLICIES
 
-DEFAULT_ARCH = "efficientnet_b0"
+DEFAULT_ARCH = "efficientnet_lite0"  # its weights come as a package
+NONE, TRAINED = "none", "trained"  # as shared_core.weights.finding, which loads numpy, has them
 RESUME_RUN = "run"  # what `--resume` without a value stands for
-LIBRARY = "default"  # what `--pretrained` without a value stands for
 VISUAL_METHODS = ("cam", "grad-cam", "grad-cam++", "grad-camm++", "all")
 ACTIONS = ("evaluate", "knowledge", "make_curriculum", "visual_data", "jit")  # with a network
 MODES = ("train", "find_lr", *ACTIONS)
@@ -90,6 +90,43 @@ def _common(name: str, aliases: str = "", help: str | None = None, **words: Any)
 
 _MIX = ("mixup", "cutmix")
 _TRAINS = {"modes": LEARNING}
+SCHEDULES = ("steps", "cosine")
+# What a training's options are where the command does not say them.
+RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {
+        "epochs": 10, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-3, "layer_decay": 0.9,
+        "schedule": "cosine", "wd": 0.02, "warmup": None, "clip_grad": 5.0, "drop_path": 0.1,
+        "probe": True, "amp": "auto", "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
+        "batch_size": 64,
+    },
+    "scratch": {
+        "epochs": 85, "opt": "adamw", "lr": 2e-3, "head_lr": None, "layer_decay": 1.0,
+        "schedule": "cosine", "wd": 0.05, "warmup": None, "clip_grad": 5.0, "drop_path": 0.0,
+        "probe": False, "amp": "auto", "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
+        "batch_size": 64,
+    },
+    "readme": {
+        "epochs": 85, "opt": "adam", "lr": 1e-4, "head_lr": None, "layer_decay": 1.0,
+        "schedule": "steps", "wd": 5e-4, "warmup": 5, "clip_grad": 0.0, "drop_path": 0.0,
+        "probe": False, "amp": "fp32", "label_smoothing": 0.0, "crop": 1.0, "flip": 0.0,
+        "batch_size": None,
+    },
+}  # fmt: skip
+
+
+def _of_recipe(flags: str, sentence: str, **words: Any) -> Option:
+    """An option of learning whose value, where it is not said, is the recipe's."""
+    name = next(f for f in flags.split() if f.startswith("--")).lstrip("-")
+    told = ", ".join(f"{_word(known[name])} in {each}" for each, known in RECIPES.items())
+    return _row(flags, f"{sentence} Without it that of --recipe: {told}.", modes=LEARNING, **words)
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    return str(value) if not isinstance(value, bool) else "on" if value else "off"
+
+
 _OUTSIDE = {"may_differ": True, "in_facts": False}  # where and how, not what
 
 DATA = (
@@ -115,7 +152,8 @@ DATA = (
     ),
     _common(
         "batch-size", "-b --batch_size", "How many images a step takes, in each process; without "
-        "it 256, and at most a quarter of the training images.",
+        "it 64 in the recipes finetune and scratch, else 256 and at most a quarter of the training "
+        "images.",
     ),
     _row(
         "--quarantine", "A list of files to leave out; check_images.py writes one.",
@@ -131,9 +169,10 @@ NETWORK = (
         metavar="NAME", default=None, modes=(*MODES, SUMMARY),
     ),
     _common(
-        "init", "--pretrained", "The weights that a training starts from: a file, or the library's "
-        "own where nothing follows, or none to train from nothing.",
-        dest="pretrained", nargs="?", const=LIBRARY, **_TRAINS,
+        "init", "--pretrained", "The weights that a training starts from: trained for those of the "
+        "network (an installed package's, or the library's), a file, a name that `smallvision "
+        "weights` lists, or none. Without it trained where they can be had.",
+        dest="init", nargs="?", const=TRAINED, default=TRAINED, **_TRAINS,
     ),
     _row("--advprop", "Scale the pixels to [-1, 1], as networks trained by AdvProp want them."),
     _common(
@@ -175,12 +214,32 @@ DOING = (
 )  # fmt: skip
 
 TRAINING = (
-    _common("epochs", default=85, **_TRAINS),
     _row(
-        "--opt", "The optimizer: any name of optim/build.py or timm.optim.",
-        default="adam", metavar="NAME", **_TRAINS,
+        "--recipe", "The options of a training that the command does not say. finetune: above "
+        "trained weights; scratch: from nothing, as is done today; readme: the first README's. "
+        "Without it finetune where --init brings trained weights, else readme.",
+        choices=tuple(RECIPES), **_TRAINS,
     ),
-    _common("lr", default=1e-4, **_TRAINS),
+    _of_recipe("--epochs", "How often every training image is seen.", type=SIZE, metavar="N"),
+    _of_recipe(
+        "--opt", "The optimizer: any name of optim/build.py or timm.optim.", metavar="NAME"
+    ),
+    _of_recipe(
+        "--lr", "The learning rate, of the body where --head_lr is said.", type=POSITIVE,
+        metavar="R",
+    ),
+    _of_recipe(
+        "--head_lr", "The learning rate of the head; biases and norms are not decayed then.",
+        type=POSITIVE, metavar="R",
+    ),
+    _of_recipe(
+        "--layer_decay", "What the rate is multiplied by from one block to the one before it.",
+        type=number(float, 0, 1, open_low=True), metavar="F",
+    ),
+    _of_recipe(
+        "--schedule", "How the rate goes: steps, the README's rule by epochs, or cosine, rising "
+        "and falling with every batch.", choices=SCHEDULES,
+    ),
     _row(
         "--lr_ratios", "Factors of the learning rate, each up to its epoch of --lr_steps, in place "
         "of the README's rule.", type=POSITIVE, nargs="+", metavar="F", **_TRAINS,
@@ -193,19 +252,34 @@ TRAINING = (
         "--momentum", "The momentum of sgd, and of those of timm that have one.",
         type=number(float, 0, 0.999999), default=0.9, metavar="M", **_TRAINS,
     ),
-    _row(
+    _of_recipe(
         "--wd --weight_decay --weight-decay", "The weight decay, apart from the gradient and for "
-        "all but biases.", type=WEIGHT, default=5e-4, metavar="D", **_TRAINS,
+        "all but biases.", type=WEIGHT, metavar="D",
     ),
-    _row(
-        "--warmup", "How many epochs at a tenth of the rate come first.",
-        type=COUNT, default=5, metavar="N", **_TRAINS,
+    _of_recipe(
+        "--warmup", "How many epochs come first, at a tenth of the rate, with a cosine at a "
+        "rising one.", type=COUNT, metavar="N",
+    ),
+    _of_recipe(
+        "--clip_grad", "The largest norm of the gradient; 0 for any.", type=WEIGHT, metavar="NORM"
+    ),
+    _of_recipe(
+        "--drop_path", "The share of the last block's images that skip it, rising over the blocks.",
+        type=number(float, 0, 0.99), metavar="F",
+    ),
+    _of_recipe(
+        "--probe", "Start the head from a linear classifier on the features of the training "
+        "images.", action=argparse.BooleanOptionalAction,
     ),
     _row(
         "-p --print-freq --print_freq", "How many batches pass between two lines.",
         dest="print_freq", type=SIZE, default=50, metavar="N", modes=("train",), **_OUTSIDE,
     ),
-    _common("amp", **_TRAINS),
+    _of_recipe(
+        "--amp", "The precision of the computation; auto is bf16 where the hardware computes it "
+        "and images have 64 pixels or more.",
+        choices=(*COMMON["amp"]["choices"], "auto"),
+    ),
     _row("--sparsity", "Slim the network: push batch-norm scales to 0, for prune.py.", **_TRAINS),
     _row(
         "--slim", "How hard --sparsity pushes: a step moves a scale by the learning rate times it.",
@@ -227,6 +301,10 @@ LOSS = (
     _row(
         "--criterion", "What the logits mean: softmax, one class of all; bce, a yes or no for each "
         "class. Without it that of the weights, or softmax.", choices=("softmax", "bce"),
+    ),
+    _of_recipe(
+        "--label_smoothing", "The share of each label that is dealt out to all classes.",
+        type=number(float, 0, 0.99), metavar="F",
     ),
     _row("--weighted_loss", "Weigh confusions by the matrix of --class_matrices.", **_TRAINS),
     _row("--threshold_loss", "Leave out what is learned already.", **_TRAINS),
@@ -251,6 +329,13 @@ LOSS = (
 AUGMENTATION = (
     _row("--aug", "Augment by MyAugment, which is --aug_policy my.", **_TRAINS),
     _row("--aug_policy", "Augment by this policy.", choices=POLICIES, **_TRAINS),
+    _of_recipe(
+        "--crop", "Cut a random window of at least that share of each picture; 1 shows all of it.",
+        type=number(float, 0, 1, open_low=True), metavar="SHARE",
+    ),
+    _of_recipe(
+        "--flip", "The probability that a picture is mirrored.", type=FRACTION, metavar="P"
+    ),
     _row("--mixup", "Mix two images each, and their losses.", **_TRAINS),
     _row(
         "--mixup_ratio", "The share of the batches that are mixed at all.",
@@ -344,6 +429,11 @@ PROCESSES = (
 
 OUTPUT = (
     _common("output", in_config=False, in_facts=False),
+    _row(
+        "--floor", "Measure what a linear classifier on trained features reaches, beside the "
+        "result. Without it where the images are a folder of at most 50000 to train on.",
+        action=argparse.BooleanOptionalAction, modes=("train",), **_OUTSIDE,
+    ),
     _row(
         "--int8", "Whether --jit writes an int8 file, too: auto keeps it where it is faster on "
         "this machine and accurate enough, yes where it is accurate enough.",

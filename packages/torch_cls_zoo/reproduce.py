@@ -16,6 +16,7 @@ from shared_core.runs.options import CommandParser, add_common, words_of
 from shared_core.trials.trial_options import add_trial_options, check_trial_options
 from torch_cls_zoo.experiments.recipes import SEEDS
 from torch_cls_zoo.experiments.rows import EXPERIMENTS
+from torch_cls_zoo.options import NONE, TRAINED
 
 
 def build_parser() -> CommandParser:
@@ -43,10 +44,10 @@ def build_parser() -> CommandParser:
         help={
             "output": "The folder of the experiment; without it "
             "runs/torch_cls_zoo/<experiment>-<scale>.",
-            "init": "The weights that every row starts from: a file, or the library's own where "
-            "nothing follows.",
+            "init": "The weights that every row starts from: a file, a name that `smallvision "
+            "weights` lists, trained (also where nothing follows) for the network's own, or none.",
         },
-        more={"init": {"dest": "pretrained", "nargs": "?", "const": "default"}},
+        more={"init": {"nargs": "?", "const": TRAINED, "default": NONE}},
     )
     return parser
 
@@ -60,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch_cls_zoo.experiments.command import Asked, reproduce
 
     words = {name: value for name, value in vars(args).items() if name not in ("go_on", "fresh")}
-    if words["pretrained"] == "none":
-        words["pretrained"] = None
     return reproduce(Asked(**words, start=start, command=words_of(argv)))
 
 

@@ -25,6 +25,7 @@ ARCH = "test_resnet"  # timm's own small test network, with batch norm
 TINY = (
     *("--arch", ARCH, "--image_size", "24", "24", "--epochs", "3", "--warmup", "1"),
     *("--lr", "0.003", "--batch_size", "8", "--threads", "1", "-j", "1", "--no-cuda"),
+    *("--init", "none", "--no-floor"),
 )
 
 # Forks a process for each line of its input, so that torch is imported once.

@@ -29,7 +29,7 @@ def test_every_flag_of_the_first_readme_is_there():
 
 
 def test_the_defaults_of_the_first_version_are_kept():
-    config = parse(["--train"])
+    config = parse(["--train", "--recipe", "readme"])
     training, augment = config.training, config.augment
     assert (training.epochs, training.lr, training.opt) == (85, 1e-4, "adam")
     assert (training.warmup, training.wd, training.slim) == (5, 5e-4, 5e-4)
@@ -62,9 +62,9 @@ def test_every_option_ends_in_one_settings_class_or_says_how_the_run_starts():
         ("--data x", lambda c: c.data.data == "x"),
         ("--batch-size 3", lambda c: c.data.batch_size == 3),
         ("-b 3 -j 2", lambda c: (c.data.batch_size, c.data.workers) == (3, 2)),
-        ("--init", lambda c: c.network.pretrained == "default"),
-        ("--pretrained w.pth", lambda c: c.network.pretrained == "w.pth"),
-        ("--init none", lambda c: c.network.pretrained is None),
+        ("--init", lambda c: c.network.init == "trained"),
+        ("--pretrained w.pth", lambda c: c.network.init == "w.pth"),
+        ("--init none", lambda c: c.network.init == "none"),
         ("--aug", lambda c: c.augment.aug_policy == "my"),
         ("--bias_prior 0.1 0.2", lambda c: c.training.bias_prior == [0.1, 0.2]),
         ("--continue", lambda c: c.run.start == "continue"),
@@ -99,6 +99,8 @@ def test_old_and_new_spellings(words, read):
         ("--train --aug --aug_policy imagenet", "--aug means"),
         ("--train --lr_ratios 1 2", "go together"),
         ("--train --lr_ratios 1 2 --lr_steps 1 2 --warmup 3", "--warmup does nothing with"),
+        ("--train --lr_ratios 1 2 --lr_steps 1 2 --schedule cosine", "--schedule cosine"),
+        ("--train --probe --bias_prior data", "nothing with --probe"),
         ("--train --image_size 1 2 3", "--image_size"),
         ("--train --epochs 5 --warmup 5", "--warmup is 5"),
         ("--train --bias_prior many", "--bias_prior"),
@@ -233,5 +235,5 @@ def test_processes_that_cannot_be_are_refused(flags, gpus, env, message):
 
 
 def test_output_has_a_folder_by_default():
-    assert parse(["--train"]).run.output == Path("runs/torch_cls_zoo/efficientnet_b0")
+    assert parse(["--train"]).run.output == Path("runs/torch_cls_zoo/efficientnet_lite0")
     assert parse(["--train", "-a", "resnet18"]).run.output == Path("runs/torch_cls_zoo/resnet18")

@@ -84,25 +84,25 @@ def _saved(tmp_path, arch: str, classes: int, **more) -> tuple[nn.Module, str]:
 
 def test_a_head_of_another_size_is_replaced_and_said(tmp_path) -> None:
     source, path = _saved(tmp_path, "shufflenet_v2_x0_5", 10)
-    built = build_model("shufflenet_v2_x0_5", num_classes=4, pretrained=path)
+    built = build_model("shufflenet_v2_x0_5", num_classes=4, init=path)
     assert built.notes == ("the head of 10 classes (fc) was replaced by a new one for 4 classes",)
     for (name, mine), theirs in zip(
         built.model.state_dict().items(), source.state_dict().values(), strict=True
     ):
         assert name.startswith("fc.") or torch.equal(mine, theirs), name
-    same = build_model("shufflenet_v2_x0_5", num_classes=10, pretrained=path)
+    same = build_model("shufflenet_v2_x0_5", num_classes=10, init=path)
     assert same.notes == () and torch.equal(same.model.fc.weight, source.fc.weight)
 
 
 def test_weights_of_another_network_are_refused(tmp_path) -> None:
     _source, path = _saved(tmp_path, "shufflenet_v2_x0_5", 4)
     with pytest.raises(CheckpointError, match="shufflenet"):
-        build_model("squeezenet1_1", num_classes=4, pretrained=path)
+        build_model("squeezenet1_1", num_classes=4, init=path)
     with pytest.raises(UsageError, match="there is no such file"):
-        build_model("squeezenet1_1", num_classes=4, pretrained=tmp_path / "none.pth")
+        build_model("squeezenet1_1", num_classes=4, init=tmp_path / "none.pth")
     (tmp_path / "bad.pth").write_bytes(b"not a file of weights")
     with pytest.raises(CheckpointError):
-        build_model("squeezenet1_1", num_classes=4, pretrained=tmp_path / "bad.pth")
+        build_model("squeezenet1_1", num_classes=4, init=tmp_path / "bad.pth")
 
 
 def test_old_names_of_densenet_files_are_read(tmp_path) -> None:
@@ -114,7 +114,7 @@ def test_old_names_of_densenet_files_are_read(tmp_path) -> None:
     }
     assert any("denselayer1.norm.1.weight" in name for name in old)
     torch.save(old, tmp_path / "old.pth")
-    built = build_model("densenet121", num_classes=3, pretrained=tmp_path / "old.pth")
+    built = build_model("densenet121", num_classes=3, init=tmp_path / "old.pth")
     layer = "features.denseblock1.denselayer1.norm1"
     assert torch.equal(built.model.get_submodule(layer).weight, source.get_submodule(layer).weight)
 
@@ -127,7 +127,7 @@ def test_library_weights_that_cannot_be_had_are_one_line(monkeypatch) -> None:
 
     monkeypatch.setattr(models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", refuse)
     with pytest.raises(ValueError, match="give a file by --init FILE") as caught:
-        build_model("resnet18", num_classes=3, pretrained="default")
+        build_model("resnet18", num_classes=3, init="trained")
     assert "\n" not in str(caught.value)
 
 
@@ -137,7 +137,7 @@ def test_library_weights_are_used(monkeypatch) -> None:
     source = models.shufflenet_v2_x0_5()
     kind = models.ShuffleNet_V2_X0_5_Weights
     monkeypatch.setattr(kind, "get_state_dict", lambda self, **more: source.state_dict())
-    built = build_model("shufflenet_v2_x0_5", num_classes=3, pretrained="default")
+    built = build_model("shufflenet_v2_x0_5", num_classes=3, init="trained")
     assert torch.equal(built.model.conv5[0].weight, source.conv5[0].weight)
     assert "head of 1000 classes" in built.notes[0]
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_the_zoo_is_read_as_weights_to_start_from(tmp_path) -> N
         framework="torch",
     )  # fmt: skip
     save_checkpoint(tmp_path / "a.pth", source.state_dict(), facts)
-    built = build_model("shufflenet_v2_x0_5", num_classes=3, pretrained=tmp_path / "a.pth")
+    built = build_model("shufflenet_v2_x0_5", num_classes=3, init=tmp_path / "a.pth")
     assert built.notes == () and torch.equal(built.model.fc.weight, source.fc.weight)
 
 

@@ -27,11 +27,11 @@ from torch_cls_zoo.utils.tensorboard_log import TensorBoardLog
 # A training of three steps at one rate; words that follow win.
 BASE = (
     "--train --data {data} --arch test_resnet --image_size 16 16 --epochs 1 --lr 0.01 "
-    "--lr_ratios 1 --lr_steps 1 -b 8 --threads 1 -j 1 --no-cuda"
+    "--lr_ratios 1 --lr_steps 1 -b 8 --threads 1 -j 1 --no-cuda --init none --no-floor"
 )
 RULE = (
     "--train --data {data} --arch test_resnet --image_size 16 16 --epochs 2 --warmup 1 --lr 0.01 "
-    "-b 12 --threads 1 -j 1 --no-cuda"
+    "-b 12 --threads 1 -j 1 --no-cuda --init none --no-floor"
 )
 USE = "--data {data} --resume {weights} -b 8 --threads 1 -j 1 --no-cuda"
 
@@ -44,7 +44,17 @@ WEIGHTS = {
     "quarantine": (BASE, "--quarantine {quarantine}"),
     "split": (BASE, "--split {split}"),
     "arch": (BASE, "--arch test_efficientnet"),
-    "pretrained": (BASE, "--init {weights}"),
+    "init": (BASE, "--init {weights} --recipe readme"),
+    "recipe": (RULE, "--recipe scratch --amp fp32"),
+    "head_lr": (BASE, "--head_lr 0.1"),
+    "layer_decay": (BASE, "--layer_decay 0.5"),
+    "schedule": (RULE, "--schedule cosine"),
+    "clip_grad": (BASE + " --opt sgd", "--clip_grad 0.1"),
+    "drop_path": (BASE, "--drop_path 0.9"),
+    "probe": (BASE, "--probe"),
+    "label_smoothing": (BASE, "--label_smoothing 0.3"),
+    "crop": (BASE, "--crop 0.3"),
+    "flip": (BASE, "--flip 1"),
     "advprop": (BASE + " --arch shufflenet_v2_x0_5", "--advprop"),
     "resume": (BASE, "--resume {weights}"),
     "epochs": (RULE, "--epochs 3"),
@@ -82,9 +92,9 @@ WEIGHTS = {
 }  # fmt: skip
 # Of what is written and said: the files with their sizes, and the numbers that a mode returns.
 LEFT = {
-    "train": (USE + " -e", "--train --epochs 1 --warmup 0"),
+    "train": (USE + " -e", "--train --epochs 1 --warmup 0 --no-floor"),
     "evaluate": (USE + " --knowledge val --knowledge_dir {made}", "-e"),
-    "find_lr": (BASE.replace("--train ", "--find_lr 5 "), "--find_lr 9"),
+    "find_lr": (BASE.replace("--train ", "--find_lr 5 ").replace(" --no-floor", ""), "--find_lr 9"),
     "knowledge": (USE + " -e", "--knowledge val --knowledge_dir {made}"),
     "knowledge_name": (USE + " --knowledge val --knowledge_dir {made}",
                        "--knowledge_name distill_b.txt"),
@@ -100,6 +110,7 @@ LEFT = {
                      "--visual_layer layer2"),
     "visual_number": (USE + " --visual_data val --visual_number 1 --visual_method grad-cam",
                       "--visual_number 2"),
+    "floor": (BASE, "--floor"),
     "jit": (USE + " -e", "--jit --int8 no"),
     "int8": (USE + " --jit --int8 no", "--int8 yes --max_accuracy_loss 1"),
     "max_accuracy_loss": (USE + " --jit --int8 no --int8 yes --max_accuracy_loss 1",

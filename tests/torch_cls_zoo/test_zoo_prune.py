@@ -262,15 +262,15 @@ def test_the_command_writes_a_checkpoint_that_builds_again(checkpoint, tmp_path,
     built = build_model("shufflenet_v2_x0_5", num_classes=4, kept=facts["pruned"])
     fit_into(built.model, weights, path=path)
     assert sum(p.numel() for p in built.model.parameters()) == report["after"]["params"]
-    started = build_model("shufflenet_v2_x0_5", num_classes=4, pretrained=path)
+    started = build_model("shufflenet_v2_x0_5", num_classes=4, init=path)
     assert started.kept == facts["pruned"] and "a pruned network" in started.notes[0]
     assert torch.equal(started.model.fc.weight, built.model.fc.weight)
     with pytest.raises(CheckpointError, match="holds a pruned shufflenet_v2_x0_5, --arch says"):
-        build_model("shufflenet_v2_x1_0", num_classes=4, pretrained=path)
+        build_model("shufflenet_v2_x1_0", num_classes=4, init=path)
     words[1], words[3] = str(path), str(tmp_path / "again")  # and once more
     assert run_command(prune_command.main, words) == 0
     _weights, facts = load_checkpoint(tmp_path / "again" / path.name)
-    build_model("shufflenet_v2_x0_5", num_classes=4, pretrained=tmp_path / "again" / path.name)
+    build_model("shufflenet_v2_x0_5", num_classes=4, init=tmp_path / "again" / path.name)
 
 
 @pytest.mark.parametrize(

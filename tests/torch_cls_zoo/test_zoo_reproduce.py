@@ -81,13 +81,14 @@ def test_the_published_column_is_the_readme_s():
 
 def test_pretrained_is_taken_out_of_its_row():
     rows = {row.name: row for row in EXPERIMENTS["augment"]}
-    extra = ["--pretrained", "w.pth"]
+    extra = ["--init", "w.pth"]
     whole, without = (
         words_of_row(rows[name], recipe("full", "augment"), extra)
         for name in ("baseline (bce+aug)", "-pretrained")
     )
-    assert "--pretrained" in whole and set(whole) - set(without) == set(extra)
-    assert rows["-pretrained"].reason("full", None) and not rows["-pretrained"].reason("full", "w")
+    assert "w.pth" in whole and set(whole) ^ set(without) == {"w.pth", "none"}
+    reason = rows["-pretrained"].reason
+    assert reason("full", "none") and not reason("full", "w")
 
 
 def test_the_record_s_rows_are_those_by_hand():

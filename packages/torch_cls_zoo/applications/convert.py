@@ -98,7 +98,7 @@ def facts_of_session(session: Session, model: nn.Module) -> ModelFacts:
     """What the network is, where it comes from and what it costs."""
     summary, values = summarize(model, session.settings.size), session.config.values
     config = session.facts.get("config") or values
-    start = session.start or str(config.get("pretrained") or config.get("resume") or "none")
+    start = session.start or session.facts.get("started_from") or {"name": "none"}
     return model_facts(
         arch=session.arch,
         class_names=session.classes,

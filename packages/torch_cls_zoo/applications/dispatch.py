@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,13 +14,16 @@ import torch
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.distributed import World, main_writes
 from shared_core.for_torch.seeds import seed_all
+from shared_core.metrics.trained_floor import NAME, TrainedFloor
 from shared_core.runs import OpenRun, derive_seed, open_run
 from shared_core.runs.lock import RunLock
+from shared_core.weights.finding import NONE
 from torch_cls_zoo.applications.convert import convert
 from torch_cls_zoo.applications.evaluate import evaluate
 from torch_cls_zoo.applications.find_lr import find_lr
+from torch_cls_zoo.applications.floor import measure_floor, verdict, wanted_floor
 from torch_cls_zoo.applications.launch import launch
-from torch_cls_zoo.applications.session import Session, open_session
+from torch_cls_zoo.applications.session import Session, open_session, settled
 from torch_cls_zoo.applications.teach import make_curriculum, make_knowledge
 from torch_cls_zoo.applications.train import Trained, train
 from torch_cls_zoo.applications.visualize import visualize
@@ -44,7 +48,7 @@ def print_summary(config: Config) -> int:
     built = build_model(
         config.network.arch or DEFAULT_ARCH,
         num_classes=config.data.num_classes or 6,
-        pretrained=config.network.resume,
+        init=config.network.resume or NONE,
         image_size=size,
     )
     for note in built.notes:
@@ -62,9 +66,12 @@ def run(config: Config, world: World, *, data: PreparedData | None = None) -> di
     Returns:
         The numbers of training and test, where there are any.
     """
+    config, lacking = settled(config, world)
     with _opened(config, world) as opened:
         if opened is not None:
             config = config.continued(opened.config)
+        if lacking is not None and config.network.init == NONE and world.is_main:
+            print(f"no trained weights to start from, so from nothing: {lacking}", file=sys.stderr)
         if config.processes.threads:
             torch.set_num_threads(config.processes.threads)
         # Before the network is made: its first weights come from here. With several processes the
@@ -85,6 +92,7 @@ def _opened(config: Config, world: World) -> Iterator[OpenRun | None]:
     stored = {**config.stored(), "processes": world.world_size}
     stored["threads"] = stored["threads"] or None  # 0: torch decides, as at the first start
     usual = {name: row.default for name, row in OPTIONS.items() if row.in_config}
+    usual["init"] = config.network.init
     with open_run(
         config.run.output,
         stored,
@@ -117,6 +125,10 @@ def _work(
             f"best weights of epoch {trained.best_epoch + 1} (val {trained.best_accuracy:.4f}): "
             f"{trained.best}; last: {trained.last}"
         )
+    floor = None
+    if opened is not None and wanted_floor(session.data, config.run.floor, session.say):
+        floor = session.only_main(lambda: _floor_of(session))
+        result["floor"] = {NAME: floor.facts()}
     if opened is not None or "evaluate" in config.run.modes:
         result["test"] = evaluate(
             session,
@@ -124,6 +136,7 @@ def _work(
             started=started if opened is None else opened.started,
             seconds=time.monotonic() - clock if opened is None else opened.seconds,
             training=result.get("training"),
+            floor=floor,
         )
     if asked.knowledge:
         result["knowledge"] = make_knowledge(session, asked.knowledge)
@@ -133,7 +146,18 @@ def _work(
         result["pictures"] = visualize(session)
     if "jit" in config.run.modes:
         result["files"] = convert(session)
+    if floor is not None:
+        session.say(verdict(result["test"], floor))
     return result
+
+
+def _floor_of(session: Session) -> TrainedFloor:
+    return measure_floor(
+        session.data,
+        side=max(session.settings.size),
+        threads=session.config.data.workers,
+        device=session.world.device,
+    )
 
 
 def _training_facts(session: Session, trained: Trained) -> dict[str, Any]:
@@ -142,6 +166,8 @@ def _training_facts(session: Session, trained: Trained) -> dict[str, Any]:
         "arch": session.arch,
         "parameters": sum(p.numel() for p in session.model.parameters()),
         "criterion": session.family,
+        "recipe": session.config.training.recipe,
+        "started_from": session.start or {"name": "none"},
         "epochs": trained.epochs,
         "best_epoch": trained.best_epoch + 1,
         "val_accuracy": trained.best_accuracy,

@@ -7,8 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from shared_core.metrics.trained_floor import NAME, TrainedFloor
 from shared_core.runs import write_result
 from torch_cls_zoo.applications.evaluation_report import write_report
+from torch_cls_zoo.applications.floor import verdict
 from torch_cls_zoo.applications.session import PROJECT, Session
 from torch_cls_zoo.applications.test import (
     measure,
@@ -27,6 +29,7 @@ def evaluate(
     started: datetime,
     seconds: float,
     training: Mapping[str, Any] | None = None,
+    floor: TrainedFloor | None = None,
 ) -> dict[str, Any]:
     """Measure a part and write ``result.json`` and the report into ``folder``.
 
@@ -42,6 +45,8 @@ def evaluate(
         measured: dict[str, Any] = {split: values}
         if training:
             measured["training"] = dict(training)
+        if floor is not None:
+            measured["floor"] = {NAME: floor.facts()}
         write_result(
             folder / "result.json",
             task=f"{PROJECT}/{'train' if training else 'evaluate'}",
@@ -61,6 +66,7 @@ def evaluate(
             values,
             title=f"{session.arch} on {session.data.name}, {split}",
             training=training,
+            first=None if floor is None else verdict(numbers, floor),
         )
         return str(page)
 

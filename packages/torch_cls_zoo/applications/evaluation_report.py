@@ -91,6 +91,7 @@ def write_report(
     *,
     title: str,
     training: Mapping[str, Any] | None = None,
+    first: str | None = None,
 ) -> Path:
     """Tables, pictures and ``report.md`` / ``report.html`` of one evaluation; the page's path."""
     classes = session.classes
@@ -98,6 +99,8 @@ def write_report(
     report = Report(title)
     if session.data.rehearsal:
         report.note("Drawn scenes stand in for images: this shows that the command works, no more.")
+    if first is not None:
+        report.text(f"{first[0].upper()}{first[1:]}.")
     rows = [[key, value] for key, value in values.items() if key != "confusion"]
     report.table(["measured on " + outputs.part.name, "value"], rows)
     if training:

@@ -9,6 +9,7 @@ from typing import Any
 from shared_core.checkpoints import atomic_write
 from shared_core.runs import UsageError
 from torch_cls_zoo.applications.prepare import make_learner
+from torch_cls_zoo.applications.probe import start_head
 from torch_cls_zoo.applications.session import Session
 from torch_cls_zoo.optim.lr_range import lr_range, plot_lr_range
 
@@ -25,6 +26,8 @@ def find_lr(session: Session) -> dict[str, Any]:
     if session.world.world_size > 1:
         raise UsageError("--find_lr runs in one process: leave out --gpus and torchrun")
     learner, loader, _schedule = make_learner(session)
+    if session.config.training.probe:
+        start_head(session)
     learner.model.train()
     learner.criterion.train()
     batches = (batch for _epoch in itertools.count() for batch in loader)

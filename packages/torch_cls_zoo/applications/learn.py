@@ -15,6 +15,7 @@ from shared_core.for_torch.distributed import World
 from shared_core.for_torch.precision import Precision
 from torch_cls_zoo.criterions import Criterion
 from torch_cls_zoo.dataloader.batch_ops import BatchOps, mixed_targets, permuted
+from torch_cls_zoo.optim import Schedule
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Learner:
     world: World
     num_classes: int
     mix_targets: bool = False
+    clip: float | None = None  # largest norm of the gradient
 
     def step(self, batch: TorchBatch, number: int) -> tuple[Tensor, Tensor]:
         """One update from batch ``number`` of the run; the device is not waited for.
@@ -110,7 +112,7 @@ class Learner:
         if plan.mix is not None and plan.mix.lam < 0.5:
             labels = permuted(labels, plan.mix)
         hits = (logits.detach().argmax(dim=1) == labels).sum()
-        self.precision.backward_step(loss, self.optimizer)
+        self.precision.backward_step(loss, self.optimizer, clip=self.clip)
         return loss.detach(), hits
 
     def _goals(self, batch: TorchBatch) -> Tensor:
@@ -130,17 +132,20 @@ def run_epoch(
     sums: Sums,
     *,
     first_number: int,
+    schedule: Schedule,
 ) -> Iterator[Sums]:
     """The rest of the loader's epoch; yields the sums after each batch.
 
     Args:
         sums: of the epoch so far; added to.
         first_number: number, in the run, of the epoch's first batch.
+        schedule: sets the rate before each step.
     """
     learner.model.train()
     learner.criterion.train()
     seen = len(loader.loader.skipped)
     for batch in loader:
+        schedule.set_step(first_number + sums.batches)
         loss, hits = learner.step(batch, first_number + sums.batches)
         sums.add(loss, hits, len(batch.labels))
         new = loader.loader.skipped[seen:]

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from shared_core.for_torch.data import TorchLoader
-from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.precision import Precision, computes_bf16
+from shared_core.for_torch.pretrained import parameter_groups
 from shared_core.runs import derive_seed
 from torch_cls_zoo.applications.learn import Learner, Targets
 from torch_cls_zoo.applications.session import Session, criterion_of
@@ -16,11 +17,13 @@ from torch_cls_zoo.dataloader.folders import Part, part
 from torch_cls_zoo.dataloader.knowledge_files import read_knowledge
 from torch_cls_zoo.dataloader.loaders import train_loader
 from torch_cls_zoo.models.bias_prior import set_bias_prior, share_of_classes
-from torch_cls_zoo.optim import PiecewiseSchedule, build_optimizer, build_schedule
+from torch_cls_zoo.optim import Schedule, build_optimizer, build_schedule
 from torch_cls_zoo.pruning.slimming import add_slimming
 
+SMALLEST_BF16 = 64  # pixels
 
-def make_learner(session: Session) -> tuple[Learner, TorchLoader, PiecewiseSchedule]:
+
+def make_learner(session: Session) -> tuple[Learner, TorchLoader, Schedule]:
     """The training step, its batches and its rates; the model is not wrapped yet.
 
     Raises:
@@ -35,8 +38,23 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, PiecewiseSched
         _set_priors(session, train_part)
     if asked.sync_bn:
         session.model = nn.SyncBatchNorm.convert_sync_batchnorm(session.model)
+    groups = None
+    if asked.head_lr is not None or asked.layer_decay < 1:
+        groups = parameter_groups(
+            session.model,
+            num_classes=len(session.classes),
+            body_lr=asked.lr,
+            head_lr=asked.head_lr or asked.lr,
+            weight_decay=asked.wd,
+            layer_decay=asked.layer_decay,
+        )
     optimizer = build_optimizer(
-        asked.opt, session.model, asked.lr, weight_decay=asked.wd, momentum=asked.momentum
+        asked.opt,
+        session.model,
+        asked.lr,
+        weight_decay=asked.wd,
+        momentum=asked.momentum,
+        groups=groups,
     )
     if asked.sparsity:
         add_slimming(optimizer, session.model, asked.slim)
@@ -44,18 +62,21 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, PiecewiseSched
         session.model,
         criterion_of(session),
         optimizer,
-        Precision(world.device, asked.amp),
+        Precision(world.device, _precision(asked.amp, session)),
         _batch_ops(session),
         targets,
         world,
         len(session.classes),
         mix_targets=augment.mix_targets,
+        clip=asked.clip_grad or None,
     )
     loader = train_loader(
         train_part.images,
         session.settings,
         batch_size=session.batch_size,
         policy=augment.aug_policy,
+        crop=augment.crop,
+        flip=augment.flip,
         seed=session.config.data.seed,
         world=world,
         threads=session.config.data.workers,
@@ -64,6 +85,9 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, PiecewiseSched
         optimizer,
         epochs=asked.epochs,
         warmup=asked.warmup,
+        kind=asked.schedule,
+        steps_per_epoch=len(loader),
+        lr=asked.lr,
         lr_ratios=asked.lr_ratios,
         lr_steps=asked.lr_steps,
     )
@@ -99,6 +123,14 @@ def learning_targets(session: Session, train: Part) -> Targets:
             f"mean weight {weights.mean():.3f}"
         )
     return targets
+
+
+def _precision(asked: str, session: Session) -> str:
+    """``auto`` made out; bf16 convolutions of maps of one pixel can give NaN on a processor."""
+    if asked != "auto":
+        return asked
+    large = min(session.settings.size) >= SMALLEST_BF16
+    return "bf16" if large and computes_bf16(session.world.device) else "fp32"
 
 
 def check_sizes(session: Session) -> None:

@@ -14,11 +14,12 @@ from shared_core.checkpoints import CheckpointError
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, load_foreign_weights
 from shared_core.for_torch.distributed import World, main_works
+from shared_core.weights.finding import NONE
 from torch_cls_zoo.config import Config, DataSettings, NetworkSettings
 from torch_cls_zoo.criterions import Criterion, build_criterion, load_matrices
 from torch_cls_zoo.dataloader.folders import check_classes, open_data
 from torch_cls_zoo.dataloader.loaders import InputSettings
-from torch_cls_zoo.models import build_model
+from torch_cls_zoo.models.build import build_model, lacking_weights, takes_drop_path
 from torch_cls_zoo.options import DEFAULT_ARCH
 
 PROJECT = "torch_cls_zoo"
@@ -91,9 +92,10 @@ def open_session(config: Config, world: World, *, data: PreparedData | None = No
     built = build_model(
         arch,
         num_classes=len(data.classes),
-        pretrained=(network.resume or network.pretrained) if learning else None,
+        init=(network.resume or network.init) if learning else NONE,
         image_size=size,
         kept=facts.get("pruned"),
+        drop_path=_drop_path(config, arch) if learning else 0.0,
     )
     if weights is not None:
         fit_into(built.model, weights, path=network.resume)
@@ -157,6 +159,23 @@ def read_weights(network: NetworkSettings) -> tuple[Any, dict[str, Any]]:
     return weights, facts
 
 
+def _drop_path(config: Config, arch: str) -> float:
+    """The rate asked for; that of a recipe only for networks that have a place for it."""
+    if config.network.drop_path == 0:
+        return 0.0
+    if config.values["drop_path"] is None and not takes_drop_path(arch):
+        return 0.0
+    return config.network.drop_path
+
+
+def settled(config: Config, world: World) -> tuple[Config, str | None]:
+    """The command with ``--init none`` where it names no weights and none can be had, and why."""
+    if not config.may_do_without:
+        return config, None
+    lacking = main_works(lambda: lacking_weights(config.network.arch or DEFAULT_ARCH), world)
+    return (config, None) if lacking is None else (config.from_nothing(), lacking)
+
+
 def _arch_of(file: str | None) -> str:
     """The network of a checkpoint that a training starts from; the usual one without its name."""
     if file is not None:
@@ -200,5 +219,6 @@ def criterion_of(session: Session, *, plain: bool = False) -> Criterion:
         matrices=matrices,
         hard_ratio=asked.hard_ratio,
         ghm_counts=asked.ghm_counts,
+        smoothing=0.0 if plain else asked.label_smoothing,
     )
     return made.to(session.world.device)

@@ -22,8 +22,10 @@ from shared_core.runs import OpenRun
 from shared_core.runs.progress import format_seconds
 from torch_cls_zoo.applications.learn import Sums, run_epoch
 from torch_cls_zoo.applications.prepare import make_learner
+from torch_cls_zoo.applications.probe import start_head
 from torch_cls_zoo.applications.session import PROJECT, Session
 from torch_cls_zoo.applications.test import Outputs, measure, plain_criterion, run_network
+from torch_cls_zoo.config import resolved
 from torch_cls_zoo.dataloader.folders import part
 from torch_cls_zoo.dataloader.loaders import eval_loader
 from torch_cls_zoo.options import OPTIONS
@@ -112,6 +114,8 @@ class Training:
         session = self.session
         if not self.state.restore():
             main_writes(self.open_run.log.begin, session.world)
+            if self.asked.probe:
+                start_head(session)
             return
         counters = self.state.counters
         self.epoch, self.unreadable = counters["epoch"], counters["unreadable"]
@@ -134,7 +138,9 @@ class Training:
         asked, total = self.asked, len(self.loader)
         self.rate = self.schedule.set_epoch(self.epoch)
         first = self.epoch * total
-        for sums in run_epoch(self.learner, self.loader, self.sums, first_number=first):
+        for sums in run_epoch(
+            self.learner, self.loader, self.sums, first_number=first, schedule=self.schedule
+        ):
             if sums.batches % asked.print_freq == 0 and sums.batches < total:
                 sums.settle()
                 self.session.say(
@@ -248,7 +254,7 @@ def weight_files(session: Session) -> dict[str, Path]:
 
 def facts_of(session: Session, epochs: int, values: dict[str, Any]) -> dict[str, Any]:
     """What stands beside the weights."""
-    asked = session.config.values
+    asked = resolved(session.config.values)
     config = {
         name: str(asked[name]) if isinstance(asked[name], Path) else asked[name]
         for name, row in OPTIONS.items()
@@ -265,6 +271,7 @@ def facts_of(session: Session, epochs: int, values: dict[str, Any]) -> dict[str,
         epoch=epochs,
         metrics={"val_accuracy": values["accuracy"], "val_loss": values["loss"]},
         split_hash=session.data.manifest.hash,
+        started_from=session.start,
         config={**config, "batch_size": session.batch_size, "criterion": session.family},
         **({"pruned": session.kept} if session.kept else {}),
     )

@@ -37,6 +37,7 @@ def build_criterion(
     bins: int = 30,
     momentum: float = 0.75,
     ghm_counts: str = "loss",
+    smoothing: float = 0.0,
 ) -> Criterion:
     """Make a criterion of any combination of weights.
 
@@ -49,6 +50,7 @@ def build_criterion(
         bins: of ``ghm``.
         momentum: of ``ghm``, in [0, 1).
         ghm_counts: ``loss`` or ``original``, see :class:`GHMWeight`.
+        smoothing: share of a label that training deals out to all classes, in [0, 1).
 
     Raises:
         ValueError: an unknown name or family, a matrix that is missing or of another size, a value
@@ -81,7 +83,7 @@ def build_criterion(
         weights["ghm"] = GHMWeight(
             bins=bins, momentum=momentum, softmax=family == "softmax", counts=ghm_counts
         )
-    return Criterion(family, num_classes, weights)
+    return Criterion(family, num_classes, weights, smoothing)
 
 
 class Criterion(nn.Module):
@@ -92,8 +94,11 @@ class Criterion(nn.Module):
     batch it happens to be in.
     """
 
-    def __init__(self, family: str, num_classes: int, weights: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, family: str, num_classes: int, weights: dict[str, nn.Module], smoothing: float = 0.0
+    ) -> None:
         super().__init__()
+        self.smoothing = smoothing
         self.family = family
         self.num_classes = num_classes
         self.weights = nn.ModuleDict(weights)
@@ -143,6 +148,8 @@ class Criterion(nn.Module):
         target = self.soft_targets(targets.detach())
         counted = None if sample_weights is None else sample_weights > 0
         weight = self.term_weights(logits.detach(), target, counted)
+        if self.training and targets.ndim == 1:  # teachers' answers are soft already
+            target = target * (1 - self.smoothing) + self.smoothing / self.num_classes
         logits = logits.float()
         if self.family == "softmax":
             terms = -target * F.log_softmax(logits, dim=1)

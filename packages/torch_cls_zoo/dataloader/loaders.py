@@ -12,7 +12,7 @@ from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer, 
 from shared_core.for_torch.distributed import World
 from shared_core.runs import derive_seed
 from torch_cls_zoo.dataloader.enhancement.policies import make_augment
-from torch_cls_zoo.dataloader.view import AugmentedView
+from torch_cls_zoo.dataloader.view import AugmentedView, CropView
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ def train_loader(
     *,
     batch_size: int,
     policy: str | None,
+    crop: float = 1.0,
+    flip: float = 0.0,
     seed: int,
     world: World,
     threads: int,
@@ -47,6 +49,8 @@ def train_loader(
         images: all training images.
         batch_size: of each process.
         policy: name of the augmentation, or None.
+        crop: least share of the letterboxed picture that a random window keeps; 1 shows all of it.
+        flip: probability of a mirrored picture.
         seed: of the order and of the views.
         threads: that decode.
     """
@@ -58,8 +62,12 @@ def train_loader(
         uneven="wrap" if world.world_size > 1 else "keep",
     )
     mine, augment = len(order), make_augment(policy)
-    view = LetterboxView(settings.size)
-    if augment is not None:
+    view: LetterboxView | CropView = LetterboxView(settings.size)
+    if crop < 1 or flip > 0:
+        view = CropView(
+            settings.size, least=crop, flip=flip, augment=augment, seed=derive_seed(seed, "views")
+        )
+    elif augment is not None:
         view = AugmentedView(settings.size, augment=augment, seed=derive_seed(seed, "views"))
     loader = BatchLoader(
         images,

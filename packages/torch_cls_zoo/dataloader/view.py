@@ -5,11 +5,12 @@ Evaluation and use take the core's ``LetterboxView`` as it is: the whole image, 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
 
-from shared_core.datasets.views.augment import Plan
+from shared_core.datasets.views.augment import Plan, place, random_resized_crop_box
 from shared_core.datasets.views.evaluation import LetterboxView
 
 
@@ -51,3 +52,61 @@ class AugmentedView(LetterboxView):
     def settings(self) -> dict[str, Any]:
         """What decides the pixels, as plain JSON."""
         return {**super().settings(), "augment": self.augment.name, "seed": self.seed}
+
+
+class CropView(LetterboxView):
+    """A random window of what evaluation sees, resized to the whole, and perhaps mirrored.
+
+    The picture is letterboxed larger first, so that the smallest window has the result's pixels
+    and margins look as they do in evaluation.
+
+    Args:
+        size: height and width of the result in pixels, any.
+        least: the smallest window's share of the picture, above 0.
+        flip: probability of a mirrored picture.
+        augment: applied to the whole image first, or None.
+        seed: of all views.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        least: float,
+        flip: float,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(size, dct_scaled=augment is None)
+        larger = 1 / math.sqrt(least)
+        self.whole = LetterboxView(
+            (math.ceil(size[0] * larger), math.ceil(size[1] * larger)), dct_scaled=augment is None
+        )
+        self.least, self.flip, self.augment, self.seed = least, flip, augment, seed
+
+    def plan(self, rng: np.random.Generator | None, height: int, width: int) -> Plan:
+        """The whole image goes to its place in the larger letterbox."""
+        return self.whole.plan(rng, height, width)
+
+    def finish(
+        self, image: np.ndarray, plan: Plan, rng: np.random.Generator | None, out: np.ndarray
+    ) -> None:
+        """Write the view of ``image`` to ``out``, uint8 ``(height, width, 3)``."""
+        if rng is None:
+            raise ValueError("a random window needs a generator of random numbers")
+        if self.augment is not None:
+            image = self.augment(image, rng)
+        rows, columns = self.whole.size
+        canvas = np.empty((rows, columns, 3), np.uint8)
+        self.whole.finish(image, plan, rng, canvas)
+        box = random_resized_crop_box(
+            rng, rows, columns, scale=(self.least, 1.0), ratio=(3 / 4, 4 / 3)
+        )
+        window = Plan(box, self.size, None, bool(rng.random() < self.flip), False)
+        place(canvas, window, "area", out)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixels, as plain JSON."""
+        name = None if self.augment is None else self.augment.name
+        more = {"least": self.least, "flip": self.flip, "augment": name, "seed": self.seed}
+        return {**super().settings(), "view": "letterbox window", **more}

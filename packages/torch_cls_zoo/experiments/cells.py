@@ -112,7 +112,14 @@ class Bench:
             str(self._matrices(place)) if word == MATRICES else word
             for word in cell.settings["words"]
         ]
-        words += ["--train", "--continue", "--seed", str(cell.seed), "--no-histograms"]
+        words += [
+            "--train",
+            "--continue",
+            "--seed",
+            str(cell.seed),
+            "--no-histograms",
+            "--no-floor",
+        ]
         words += ["--output", str(place / "run"), *self.further]
         if row.writes:
             flag = "--knowledge" if row.writes == "knowledge" else "--make_curriculum"

@@ -9,12 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.metrics.floor import floor_accuracy
+from shared_core.metrics.trained_floor import NAME
 from shared_core.runs import OpenRun, UsageError, open_run, write_result
 from shared_core.runs.opening import Start
 from shared_core.runs.progress import format_seconds
 from shared_core.trials import Cell, Trials, run_cell, run_trials
+from torch_cls_zoo.applications.floor import measure_floor, wanted_floor
 from torch_cls_zoo.experiments.cells import Bench, cells_of
 from torch_cls_zoo.experiments.data import find_data, open_images
 from torch_cls_zoo.experiments.page import Page, summarize_rows, write_page
@@ -40,7 +44,7 @@ class Asked:
     scale: str
     rows: list[str] | None
     output: Path | None
-    pretrained: str | None
+    init: str
     threads: int | None
     workers: int | None
     seeds: list[int]
@@ -62,7 +66,7 @@ def reproduce(asked: Asked) -> int:
         "experiment": asked.experiment,
         "scale": scale,
         "data": folder,
-        "pretrained": asked.pretrained,
+        "init": asked.init,
         "recipe": asdict(settings),
     }
     with open_run(output, config, keys=RUN_KEYS, start=asked.start, shared=True) as run:
@@ -71,15 +75,16 @@ def reproduce(asked: Asked) -> int:
         with run.one_at_a_time():
             data = open_images(folder, output, known=asked.data_path is None, settings=settings)
         run.log.say(data.manifest.summary())
-        reasons = {row.name: row.reason(scale, asked.pretrained) for row in rows}
+        reasons = {row.name: row.reason(scale, asked.init) for row in rows}
         trials = _run_cells(asked, run, rows, reasons, settings, data)
         if trials.missing:
             run.log.say(trials.missing_text)
             return 0
         floor = _floor(run, data)
+        trained = _trained_floor(run, data, settings)
         models = _models(run, rows, scale) if asked.experiment == "models" else []
         table = summarize_rows(rows, trials, reasons)
-        measured: dict[str, Any] = {"floor": floor, "rows": table}
+        measured: dict[str, Any] = {"floor": {**floor, **trained}, "rows": table}
         if models:
             measured["models"] = {line["arch"]: line for line in models}
         write_result(
@@ -94,7 +99,7 @@ def reproduce(asked: Asked) -> int:
             wall_seconds=trials.seconds,
         )
         facts = _facts(data, settings, asked.seeds, trials)
-        page = Page(asked.experiment, headline, data.rehearsal, facts, floor, models)
+        page = Page(asked.experiment, headline, data.rehearsal, facts, floor, trained, models)
         path = write_page(output, page, rows, table, trials)
         for row in rows:
             run.log.say(_row_line(row.name, table[row.name]))
@@ -160,10 +165,7 @@ def _run_cells(
     settings: Recipe,
     data: PreparedData,
 ) -> Trials:
-    extra: list[str] = []
-    if asked.pretrained is not None:
-        extra += ["--pretrained"]
-        extra += [asked.pretrained] if asked.pretrained != "default" else []
+    extra = ["--init", asked.init]
     if asked.threads is not None:
         extra += ["--threads", str(asked.threads)]
     workers = () if asked.workers is None else ("--workers", str(asked.workers))
@@ -192,6 +194,22 @@ def _floor(run: OpenRun, data: PreparedData) -> dict[str, float]:
     floor: dict[str, float] = (run_cell(cell, measure, folder=run.folder) or {})["result"]
     run.log.say(f"without a network: {floor['plain']:.4f} with plain features")
     return floor
+
+
+def _trained_floor(run: OpenRun, data: PreparedData, settings: Recipe) -> dict[str, dict[str, Any]]:
+    """What a linear classifier on trained features gives; nothing without their package."""
+    if not wanted_floor(data, True, run.log.say):
+        return {}
+
+    def measure(cell: Cell, place: Path) -> dict[str, Any]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        floor = measure_floor(data, side=settings.image_size, threads=None, device=device)
+        return floor.facts()
+
+    cell = Cell(NAME, {"split": data.manifest.hash, "side": settings.image_size}, 0)
+    found = (run_cell(cell, measure, folder=run.folder) or {})["result"]
+    run.log.say(f"{NAME}: {found['accuracy']:.4f}")
+    return {NAME: found}
 
 
 def _models(run: OpenRun, rows: Sequence[Row], scale: str) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Page:
     rehearsal: bool  # the numbers are no result, which must not be overlooked
     facts: Sequence[tuple[str, Any]]
     floor: Mapping[str, float]  # accuracy without a network, by kind of features
+    trained: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # floor with one, by name
     models: Sequence[Mapping[str, Any]] = ()  # lines of the table of sizes
 
 
@@ -76,6 +79,11 @@ def write_page(
         "Without a network (logistic regression on image features): "
         f"{page.floor['plain']:.4f} with plain features, {page.floor['engineered']:.4f} with "
         f"engineered ones. {EXPLAINED}"
+        + "".join(
+            f" With {name} ({one['network']} at {one['input_size']} px): {one['accuracy']:.4f} "
+            f"[{one['low']:.4f}, {one['high']:.4f}]."
+            for name, one in page.trained.items()
+        )
     )
     try:
         picture = draw_arms(folder / "rows.png", trials, "accuracy", label="test accuracy",

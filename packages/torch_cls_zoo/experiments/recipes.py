@@ -33,7 +33,7 @@ class Recipe:
             *("--arch", self.arch, "--image_size", str(self.image_size), str(self.image_size)),
             *("--epochs", str(self.epochs), "--opt", self.opt),
             *("--batch_size", str(self.batch_size), "--lr", str(self.lr), "--aug"),
-            *("--threads", str(self.threads)),
+            *("--threads", str(self.threads), "--recipe", "readme"),
         ]
         if not self.schedule:
             words += ["--warmup", str(self.warmup)]
@@ -45,8 +45,8 @@ class Recipe:
 
 # COMMAND  make repro-zoo-criteria DATA_ROOT=<folder holding clothing-10> SCALE=full
 # The first README's own settings: EfficientNet-b0, 224 pixels, Adam with warm-up, 85 epochs. Hours
-# on one GPU. The published rows start from ImageNet weights: EXTRA='--pretrained' takes the
-# library's (or EXTRA='--pretrained FILE').
+# on one GPU. The published rows start from ImageNet weights: EXTRA='--init trained' takes the
+# library's (or EXTRA='--init FILE').
 FULL = Recipe(
     arch="efficientnet_b0",
     larger="efficientnet_b4",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch_cls_zoo.options import NONE
+
 NO_DATA = "the author's own private images: not comparable"
 
 
@@ -40,9 +42,9 @@ class Row:
         """The rows whose files this one reads."""
         return tuple(dict.fromkeys(source.removesuffix(LABELS) for source in self.learns_from))
 
-    def reason(self, scale: str, pretrained: str | None) -> str | None:
+    def reason(self, scale: str, init: str) -> str | None:
         """Why it is not run; None when it is."""
-        if "--pretrained" in self.without and pretrained is None:
+        if "--init" in self.without and init == NONE:
             return "no row starts from pretrained weights here, so this is the baseline"
         return dict(self.skip).get(scale)
 
@@ -64,7 +66,7 @@ CRITERIA = (
 
 AUGMENT = (
     Row("baseline (bce+aug)", BCE, 0.890),
-    Row("-pretrained", BCE, 0.8597, without=("--pretrained",)),
+    Row("-pretrained", (*BCE, "--init", NONE), 0.8597, without=("--init",)),
     Row("-aug", BCE, 0.8776, without=("--aug",)),
     Row("+multi-scale", (*BCE, "--multi_scale"), 0.8902),
     Row("+mixup", (*BCE, "--mixup"), 0.8863),

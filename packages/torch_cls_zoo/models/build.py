@@ -20,12 +20,11 @@ from shared_core.for_torch.networks import (
 )
 from shared_core.for_torch.pretrained import library_weights, load_body
 from shared_core.runs import UsageError
-from shared_core.weights.finding import TRAINED, find_weights
+from shared_core.weights.catalogue import CATALOGUE, entry
+from shared_core.weights.finding import NONE, TRAINED, find_weights, how_to_get
 from shared_core.weights.reading import read_weights
 from torch_cls_zoo.models.aliases import FAST, RESNEST_FAST, resolve
 from torch_cls_zoo.pruning.cutting import cut_channels
-
-LIBRARY = "default"  # the library's own weights
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,25 @@ def build_model(
     arch: str,
     *,
     num_classes: int,
-    pretrained: str | Path | None = None,
+    init: str | Path = NONE,
     image_size: tuple[int, int] | None = None,
     kept: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    drop_path: float = 0.0,
 ) -> Built:
     """Build the network ``arch``.
 
     Args:
         arch: see :func:`torch_cls_zoo.models.aliases.resolve`.
         num_classes: outputs of the head, 2 or more.
-        pretrained: None starts from random weights; ``"default"`` takes trained ones (an installed
+        init: ``none`` starts from random weights; ``trained`` takes trained ones (an installed
             package's, or the library's own: from its cache, or fetched by it); else a name of the
             core's catalogue or a file: a checkpoint of this project, safetensors, a state dict of
             torch. A head of another size is left at random and that is noted; every other weight
             must fit.
         image_size: ``(height, width)`` in pixels, for networks that are built for one size.
         kept: channels that a pruned network has left, as its checkpoint says (fact ``pruned``). A
-            pruned file as ``pretrained`` needs no telling.
+            pruned file as ``init`` needs no telling.
+        drop_path: stochastic depth of the last block, in ``[0, 1)``.
 
     Returns:
         The network in training mode, with notes.
@@ -75,17 +76,16 @@ def build_model(
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}, expected 2 or more")
     name = resolve(arch)
-    network = _made(name, num_classes, image_size)
+    network = _made(name, num_classes, image_size, drop_path)
     notes: list[str] = []
-    is_file = pretrained is not None and str(pretrained) != LIBRARY
-    if kept is None and is_file:
-        kept = pruned_widths(Path(str(pretrained)), arch)
+    if kept is None and str(init) not in (NONE, TRAINED):
+        kept = pruned_widths(Path(init), arch)
     if kept:
         cut_channels(network.model, kept)
         notes.append(f"a pruned network: {len(kept)} layers are narrower than {arch} has them")
     start: dict[str, Any] = {}
-    if pretrained is not None:
-        start, more = _start(network, str(pretrained), num_classes, image_size)
+    if str(init) != NONE:
+        start, more = _start(network, str(init), num_classes, image_size)
         notes += more
     return Built(
         network.model,
@@ -98,11 +98,71 @@ def build_model(
     )
 
 
-def _made(name: NetworkName, num_classes: int, image_size: tuple[int, int] | None) -> Network:
+def lacking_weights(arch: str) -> str | None:
+    """Why no trained weights of ``arch`` are here, and what helps; None where they are.
+
+    Nothing is fetched: an installed package and the libraries' caches are looked at.
+
+    Raises:
+        ValueError: unknown name.
+        CheckpointError: an installed file that is not what its package publishes.
+    """
+    name = resolve(arch)
+    if name.library == "core":
+        known = entry(name.name)
+        if find_weights(TRAINED, architecture=name.name) is not None:
+            return None
+        return f"get those of {arch} by: {how_to_get(known or CATALOGUE[0])}"
+    if name.library != FAST and _cached(name):
+        return None
+    return (
+        f"--init {TRAINED} lets the library fetch those of {arch} where there is a network, "
+        f"--init FILE takes yours, and -a {CATALOGUE[0].name} has its own, by: "
+        f"{how_to_get(CATALOGUE[0])}"
+    )
+
+
+def _cached(name: NetworkName) -> bool:
+    """Whether the library fetched a network's weights before."""
+    from torch import hub
+
+    folder = Path(hub.get_dir()) / "checkpoints"
+    if name.library == "torchvision":
+        from torchvision import models
+
+        which = models.get_model_weights(name.name)
+        return len(which) > 0 and (folder / which.DEFAULT.url.rpartition("/")[2]).is_file()
+    from huggingface_hub import try_to_load_from_cache
+    from timm import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name.name)
+    if config is None or not config.has_weights:
+        return False
+    if config.url and (folder / str(config.url).rpartition("/")[2]).is_file():
+        return True
+    files = ("model.safetensors", "pytorch_model.bin")
+    where = config.hf_hub_id
+    return bool(where) and any(isinstance(try_to_load_from_cache(where, f), str) for f in files)
+
+
+def takes_drop_path(arch: str) -> bool:
+    """Whether the network has blocks that can be skipped at random."""
+    try:
+        _made(resolve(arch), 2, None, 0.1)
+    except ValueError:
+        return False
+    return resolve(arch).library != FAST
+
+
+def _made(
+    name: NetworkName, num_classes: int, image_size: tuple[int, int] | None, drop_path: float
+) -> Network:
     if name.library == FAST:
         return Network(_resnest_fast(num_classes, *RESNEST_FAST[name.name]), name)
     try:
-        return make_network(name, num_classes=num_classes, image_size=image_size)
+        return make_network(
+            name, num_classes=num_classes, image_size=image_size, drop_path_rate=drop_path
+        )
     except ValueError as error:
         size = "" if image_size is None else f" with --image_size {image_size[0]} {image_size[1]}"
         raise ValueError(f"--arch {name.asked}{size}: {error}") from error
@@ -113,12 +173,12 @@ def _start(
 ) -> tuple[dict[str, Any], list[str]]:
     """Put trained weights into the network; where they are from, and notes."""
     name = network.name
-    found = find_weights(TRAINED if init == LIBRARY else init, architecture=name.name)
-    if found is not None and (init != LIBRARY or name.library == "core"):
+    found = find_weights(init, architecture=name.name)
+    if found is not None and (init != TRAINED or name.library == "core"):
         weights, origin = from_numpy(read_weights(found.path)), found.path
         start = dict(found.facts())
     elif name.library == FAST:
-        raise UsageError(f"--pretrained: the libraries have no weights for {name.asked}")
+        raise UsageError(f"--init: the libraries have no weights for {name.asked}")
     else:
         weights, word = library_weights(name, image_size)
         origin, start = Path(word), {"name": word, "licence": "as the library says"}

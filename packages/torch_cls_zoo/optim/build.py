@@ -35,6 +35,7 @@ def build_optimizer(
     *,
     weight_decay: float = 5e-4,
     momentum: float = 0.9,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Optimizer:
     """Make the optimizer ``name`` for the trainable parameters of ``model``.
 
@@ -43,6 +44,7 @@ def build_optimizer(
         model: its parameters are grouped into decayed ones and biases.
         lr: base learning rate, above 0.
         weight_decay: decoupled, see the module; 0 or more.
+        groups: parameters with rates and decays of their own, in place of one rate for all.
         momentum: of ``sgd`` and those of timm that have one, in [0, 1).
 
     Raises:
@@ -55,7 +57,13 @@ def build_optimizer(
         raise ValueError(f"--weight-decay {weight_decay}, expected 0 or more")
     if not 0 <= momentum < 1:
         raise ValueError(f"--momentum {momentum}, expected 0 <= momentum < 1")
-    groups = _groups(model, weight_decay)
+    if groups is None:
+        groups = _groups(model, weight_decay)
+    else:  # the decay is done here, see the module
+        groups = [
+            {**group, "decoupled_decay": group["weight_decay"], "weight_decay": 0.0}
+            for group in groups
+        ]
     optimizer = _make(name, groups, lr, momentum)
     base = getattr(optimizer, "_base_optimizer", optimizer)  # inside timm's Lookahead
     base.register_step_pre_hook(_decay)
