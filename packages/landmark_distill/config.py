@@ -14,6 +14,11 @@ from typing import Any, Literal
 from landmark_distill.schedules import Schedule
 
 BACKBONES = ("Swin_base", "Swin_tiny", "Resnet20", "Resnet12", "Resnet50")
+LIBRARIES = ("timm", "torchvision")  # whose networks are taken by LIBRARY/NAME
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+# Of --init; auto is trained weights where they can be had, else none.
+AUTO, TRAINED, NONE = "auto", "trained", "none"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in [0, 1]
 KD_LOSSES = ("KD", "global_KD", "cosine")
 KD_VARIANTS = ("canonical", "original")
 KNOWLEDGE = ("features", "soft", "topk")
@@ -33,7 +38,7 @@ class NetworkConfig:
     """A network and the settings of the head on it; a model file holds it under ``network``.
 
     Attributes:
-        name: one of ``BACKBONES``.
+        name: one of ``BACKBONES`` or ``LITE``, or ``LIBRARY/NAME``.
         image_size: side of the images, pixels.
         feature_dim: numbers of a feature.
         scale, margin: of the cosine head.
@@ -76,6 +81,7 @@ class ViewConfig:
         resize: one of ``RESIZES``.
         views: how many views an image has; 0 is a new one each epoch.
         seed: decides the views, with the image's content and the epoch.
+        mean, std: RGB in [0, 1], that the network is used to.
     """
 
     size: int
@@ -88,6 +94,8 @@ class ViewConfig:
     resize: str = "linear"
     views: int = 0
     seed: int = 0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ class DistillConfig:
     """Which teacher is asked, and how the student learns from it.
 
     Attributes:
-        backbone: the teacher's, one of ``BACKBONES``.
+        backbone: the teacher's, named as a student's.
         weights: its file.
         loss, weight: one of ``KD_LOSSES``, and its share of the loss.
         variant, temperature: of ``KD``; one of ``KD_VARIANTS``.
@@ -218,7 +226,10 @@ class TrainConfig:
         clip: largest norm of the gradient; 0 for any.
         amp: ``fp32``, ``bf16`` or ``fp16``.
         seed: decides first weights, order and dropout.
-        init: file to start from.
+        init: what to start from: ``auto``, ``none``, ``trained``, a name of the catalogue, or a
+            file.
+        body_rate: share of the learning rate that a trained body has; its new layers have all.
+        freeze_body: a trained body does not learn.
         checkpointing, channels_last: ways to compute.
         log_interval: steps between lines of progress.
         eval_interval: epochs between validations.
@@ -236,7 +247,9 @@ class TrainConfig:
     clip: float = 0.0
     amp: str = "fp32"
     seed: int = 0
-    init: Path | None = None
+    init: str = AUTO
+    body_rate: float = 0.1
+    freeze_body: bool = False
     checkpointing: bool = False
     channels_last: bool = False
     log_interval: int = 50

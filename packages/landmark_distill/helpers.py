@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from landmark_distill.config import DistillConfig, NetworkConfig, RunConfig, TrainConfig, ViewConfig
+from landmark_distill.backbones import normalisation
+from landmark_distill.config import (
+    BACKBONES,
+    DistillConfig,
+    NetworkConfig,
+    RunConfig,
+    TrainConfig,
+    ViewConfig,
+)
 from landmark_distill.head.distillation import KDSettings
 from landmark_distill.images.landmark_data import LandmarkData
 from landmark_distill.images.views import ViewLoader, eval_loader, train_loader, view_settings
 from landmark_distill.model import EmbeddingModel, load_weights, share_head
-from landmark_distill.model_files import build, check_channels, load_start, read_head, read_model
+from landmark_distill.model_files import build, check_channels, read_head, read_model
 from landmark_distill.optimizers import build_optimizer
+from landmark_distill.starting import Start, start_model, swin_layout
 from landmark_distill.teacher import Live, Stored, Teacher
 from shared_core.datasets import EpochOrder, EvalView, ImageSet, TrainView
 from shared_core.for_torch.distributed import World
@@ -64,6 +75,8 @@ def make_train_loader(config: RunConfig, images: ImageSet, world: World) -> View
         lighting=views.lighting,
         lighting_order=views.lighting_order,
         bgr=views.bgr,
+        mean=views.mean,
+        std=views.std,
     )
 
 
@@ -79,6 +92,8 @@ def make_eval_loader(config: RunConfig, images: ImageSet, world: World) -> ViewL
         bgr=config.views.bgr,
         method=config.views.resize,
         order=order,
+        mean=config.views.mean,
+        std=config.views.std,
     )
 
 
@@ -103,6 +118,8 @@ def prepare_teacher(config: RunConfig, world: World) -> Teacher:
     if facts is not None and not config.fill_knowledge:
         check_channels(asked.weights, facts, bgr=config.views.bgr)
     model = build(network, num_classes=None)
+    if facts is None and network.name in BACKBONES:  # Microsoft's names and timm's
+        weights = swin_layout(weights, merge_first=False)
     load_weights(model.encoder, weights, source=str(asked.weights))
     head = read_head(
         asked.weights,
@@ -116,7 +133,29 @@ def prepare_teacher(config: RunConfig, world: World) -> Teacher:
     if not asked.mapped_head and model.head is not None:
         model.head.to(world.device)
     names = tuple(facts["class_names"]) if facts else ()
-    return Teacher(model, Precision(world.device, config.train.amp), class_names=names)
+    mean, std = (facts["mean"], facts["std"]) if facts else normalisation(network.name)
+    return Teacher(
+        model,
+        Precision(world.device, config.train.amp),
+        class_names=names,
+        change=change_of(config.views, mean=mean, std=std),
+        start=dict(facts.get("start") or {}) if facts else {},
+    )
+
+
+def change_of(
+    views: ViewConfig, *, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor] | None:
+    """Factor and summand, ``(3, 1, 1)`` each, that turn a student's pixels into a teacher's.
+
+    None where both are used to the same mean and deviation (RGB in [0, 1]).
+    """
+    if (tuple(mean), tuple(std)) == (tuple(views.mean), tuple(views.std)):
+        return None
+    theirs, ours = torch.tensor([mean, std]), torch.tensor([views.mean, views.std])
+    change = torch.stack([ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]])
+    factor, summand = (change.flip(1) if views.bgr else change)[:, :, None, None]
+    return factor, summand
 
 
 def teacher_network(
@@ -148,28 +187,34 @@ def teacher_network(
 
 def prepare_student(
     config: RunConfig, data: LandmarkData, world: World, teacher: Teacher | None
-) -> EmbeddingModel:
-    """The network that learns, on its device, with its own head or the teacher's.
+) -> tuple[EmbeddingModel, Start]:
+    """The network that learns, on its device, with its own head or the teacher's; its start.
 
     Raises:
+        UsageError: no such weights to start from, or a body to freeze that is not trained.
         ValueError: weights to start from that do not fit.
     """
     shared = config.distill is not None and config.distill.head_fixed
     model = build(config.network, num_classes=None if shared else data.num_classes)
     if shared and teacher is not None:
         share_head(model, teacher.model)
-    if config.train.init is not None:
-        load_start(model, config.train.init, bgr=config.views.bgr)
+    start = start_model(model, config.network, config.train.init, bgr=config.views.bgr)
+    if config.train.freeze_body:
+        if not start.facts:
+            raise UsageError(f"--freeze_body: {config.network.name} {start.line}")
+        model.freeze_body()
     model.set_checkpointing(config.train.checkpointing)
     memory = torch.channels_last if config.train.channels_last else torch.preserve_format
     model.encoder.to(world.device, memory_format=memory)
     if model.head is not None and not shared:
         model.head.to(world.device)
-    return model
+    return model, start
 
 
-def prepare_optimizer(train: TrainConfig, model: EmbeddingModel) -> torch.optim.Optimizer:
-    """Over what learns: never a fixed head, never the teacher."""
+def prepare_optimizer(
+    train: TrainConfig, model: EmbeddingModel, start: Start
+) -> torch.optim.Optimizer:
+    """Over what learns: never a fixed head, never the teacher; a trained body more slowly."""
     return build_optimizer(
         train.optimizer,
         model.named_parameters(),
@@ -177,6 +222,8 @@ def prepare_optimizer(train: TrainConfig, model: EmbeddingModel) -> torch.optim.
         weight_decay=train.weight_decay,
         momentum=train.momentum,
         decay_on=train.decay_on,
+        body=model.body if start.trained_body else None,
+        body_rate=train.body_rate,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from landmark_distill.backbones import library_encoder
+from landmark_distill.config import LIBRARIES, LITE
 from landmark_distill.head.cosine_head import MARGIN, SCALE, CosineMarginHead
 from landmark_distill.resnet12 import ResNet12
 from landmark_distill.resnets import resnet20, resnet50
@@ -41,6 +44,11 @@ MODELS = {
 }
 
 
+def is_library(name: str) -> bool:
+    """Whether a network is of the core or a library, not of this project."""
+    return name in LITE or name.startswith(tuple(f"{one}/" for one in LIBRARIES))
+
+
 class EmbeddingModel(nn.Module):
     """``encoder``: images to features; ``head``: features to logits, or None.
 
@@ -58,6 +66,7 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
         self.feature_dim: int = encoder.feature_dim
+        self.frozen_body: list[nn.Module] = []  # in a list: its weights have a name already
 
     def embed(self, images: Tensor) -> Tensor:
         """Features ``(N, feature_dim)``, not normalised, of normalised images ``(N, 3, H, W)``.
@@ -85,6 +94,23 @@ class EmbeddingModel(nn.Module):
             return features, None
         return features, self.head(features, labels)
 
+    @property
+    def body(self) -> nn.Module:
+        """What trained weights fill: all of the encoder, or what comes before its new layer."""
+        return getattr(self.encoder, "body", self.encoder)
+
+    def freeze_body(self) -> None:
+        """The body does not learn, and stays in eval mode: its norms keep their statistics."""
+        self.frozen_body = [self.body.requires_grad_(False)]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> EmbeddingModel:
+        """Training mode for all but a frozen body."""
+        super().train(mode)
+        for body in self.frozen_body:
+            body.eval()
+        return self
+
     def set_checkpointing(self, on: bool) -> None:
         """Keep less for backward: each block is computed again there. The numbers stay the same."""
         self.encoder.checkpointing = on
@@ -103,7 +129,7 @@ def build_model(
     """A network by the name that ``--backbone_class`` takes.
 
     Args:
-        name: one of ``MODELS``.
+        name: one of ``MODELS`` or ``LITE``, or ``LIBRARY/NAME``.
         num_classes: rows of a new head; None for no head (see :func:`share_head`).
         image_size: pixels; it sets the windows of a Swin. Every network takes other sizes, too.
         feature_dim: features; the widths of all networks but Resnet20 grow with it.
@@ -111,14 +137,20 @@ def build_model(
         margin: of the head.
         options: of this network: ``window``, ``drop_path``, ``depths``, ``heads``, ``mlp_ratio``
             (Swin); ``drop_rate``, ``drop_block``, ``drop_block_steps`` (Resnet12); ``width``
-            (Resnet20). None leaves the default.
+            (Resnet20); ``drop_rate``, ``drop_path`` (a library's). None leaves the default.
 
     Raises:
         ValueError: an unknown name, an option that this network does not have, a bad value.
     """
-    if name not in MODELS:
-        raise ValueError(f"backbone is {name!r}, expected one of {', '.join(MODELS)}")
-    make, known = MODELS[name]
+    if is_library(name):
+        make, known = partial(library_encoder, name), ("image_size", "drop_rate", "drop_path")
+    elif name in MODELS:
+        make, known = MODELS[name]
+    else:
+        raise ValueError(
+            f"backbone is {name!r}, expected one of {', '.join((*MODELS, *LITE))}, timm/NAME or "
+            "torchvision/NAME"
+        )
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if key not in known:

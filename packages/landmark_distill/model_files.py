@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from landmark_distill.config import NetworkConfig
+from landmark_distill.config import NetworkConfig, ViewConfig
 from landmark_distill.head.cosine_head import CosineMarginHead
 from landmark_distill.model import EmbeddingModel, build_model, load_weights
 from shared_core.checkpoints import CheckpointError, make_facts
 from shared_core.for_torch.checkpoints import load_checkpoint, load_foreign_weights, save_checkpoint
-from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 PROJECT = "landmark_distill"
 TEACHER = "teacher."
@@ -66,10 +65,14 @@ def save_model(
     metrics: Mapping[str, float],
     split_hash: str | None,
     config: Mapping[str, Any],
-    bgr: bool,
-    resize: str,
+    views: ViewConfig,
+    start: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write weights (``encoder.*``, maybe ``head.weight`` and ``teacher.*``) with their facts."""
+    """Write weights (``encoder.*``, maybe ``head.weight`` and ``teacher.*``) with their facts.
+
+    Args:
+        start: where the first weights came from; empty: from nothing.
+    """
     size = network.image_size
     facts = make_facts(
         project=PROJECT,
@@ -77,15 +80,16 @@ def save_model(
         class_names=class_names,
         framework="torch",
         input_size=(3, size, size),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=views.mean,
+        std=views.std,
         epoch=epoch,
         metrics=metrics,
         split_hash=split_hash,
         config=config,
         network=network.as_dict(),
-        bgr=bgr,
-        resize=resize,
+        bgr=views.bgr,
+        resize=views.resize,
+        start=start,
     )
     return save_checkpoint(path, weights, facts)
 
@@ -99,13 +103,11 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
     Raises:
         FileNotFoundError, CheckpointError: missing, damaged, hostile, or of another project.
     """
-    try:
-        weights, facts = load_checkpoint(path, project=PROJECT)
-    except CheckpointError as error:
-        if "facts" not in str(error) and "schema" not in str(error):
-            raise
-        weights, facts = _foreign(Path(path)), None
-    return {k: v for k, v in weights.items() if not k.startswith(TEACHER)}, facts
+    own = read_own(path)
+    if own is not None:
+        return own
+    weights = _foreign(Path(path))
+    return {k: v for k, v in weights.items() if not k.startswith(TEACHER)}, None
 
 
 def _foreign(path: Path) -> dict[str, Tensor]:
@@ -143,22 +145,19 @@ def load_model(
     return model, facts
 
 
-def load_start(model: EmbeddingModel, path: str | Path, *, bgr: bool) -> None:
-    """``--init_weights``: every weight of the network must be in the file and fit.
-
-    The head is taken when the model has a head of its own and the file has one; a file without a
-    head leaves a new head as it is drawn. A shared head is never touched.
+def read_own(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Weights and facts of a file of this project; None for a foreign one.
 
     Raises:
-        ValueError: weights are missing, not known, or of another shape; the first are named; or
-            the file's network learned from another order of the channels than ``bgr`` says.
+        FileNotFoundError, CheckpointError: missing, damaged, hostile, or of another project.
     """
-    weights, facts = read_model(path)
-    check_channels(path, facts, bgr=bgr)
-    has_head = any(name.endswith("head.weight") for name in weights)
-    own_head = model.head is not None and not model.head.frozen
-    target: nn.Module = model if has_head and own_head else model.encoder
-    load_weights(target, weights, source=str(path))
+    try:
+        weights, facts = load_checkpoint(path, project=PROJECT)
+    except CheckpointError as error:
+        if "facts" not in str(error) and "schema" not in str(error):
+            raise
+        return None
+    return {k: v for k, v in weights.items() if not k.startswith(TEACHER)}, facts
 
 
 def check_channels(path: str | Path, facts: Mapping[str, Any] | None, *, bgr: bool) -> None:

@@ -23,7 +23,12 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, decay_on: str = "all"
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    decay_on: str = "all",
+    body: nn.Module | None = None,
+    body_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups of the parameters that learn; frozen ones are left out.
 
@@ -31,6 +36,10 @@ def parameter_groups(
         named: names and parameters.
         weight_decay: of those that get one.
         decay_on: ``all`` as the original, or ``matrices`` (see :func:`decays`).
+        body: a trained part that learns at ``body_rate`` of the rate.
+
+    Returns:
+        Groups with ``params``, ``weight_decay`` and ``rate``, their share of the learning rate.
 
     Raises:
         ValueError: unknown ``decay_on``, or nothing that learns.
@@ -40,15 +49,16 @@ def parameter_groups(
     learning = [(name, p) for name, p in named if p.requires_grad]
     if not learning:
         raise ValueError("no weight learns: expected at least one that is not frozen")
-    if decay_on == "all":
-        return [{"params": [p for _, p in learning], "weight_decay": weight_decay}]
-    with_decay = [p for name, p in learning if decays(name, p)]
-    without = [p for name, p in learning if not decays(name, p)]
-    groups = [
-        {"params": with_decay, "weight_decay": weight_decay},
-        {"params": without, "weight_decay": 0.0},
+    trained = {id(p) for p in body.parameters()} if body is not None else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in learning:
+        decay = weight_decay if decay_on == "all" or decays(name, parameter) else 0.0
+        rate = body_rate if id(parameter) in trained else 1.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate": rate}
+        for (rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])[::-1]
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
@@ -59,16 +69,21 @@ def build_optimizer(
     weight_decay: float,
     momentum: float = 0.0,
     decay_on: str = "all",
+    body: nn.Module | None = None,
+    body_rate: float = 1.0,
 ) -> torch.optim.Optimizer:
     """``SGD``, ``Adam`` (decay added to the gradient) or ``AdamW`` (decay apart from it).
 
     Args:
         momentum: of SGD; the original had none.
+        body, body_rate: see :func:`parameter_groups`.
 
     Raises:
         ValueError: an unknown kind, or momentum where there is none.
     """
-    groups = parameter_groups(named, weight_decay=weight_decay, decay_on=decay_on)
+    groups = parameter_groups(
+        named, weight_decay=weight_decay, decay_on=decay_on, body=body, body_rate=body_rate
+    )
     if kind == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     if kind not in OPTIMIZERS:
@@ -80,6 +95,6 @@ def build_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group this rate."""
+    """Give every group its share of this rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]

@@ -12,6 +12,7 @@ from landmark_distill.schedules import COSINES, SCHEDULERS
 from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
 from shared_core.runs.options import CommandParser, add_common
 
+ALIASED = {f"lite{n}": name for n, name in enumerate(config.LITE)}
 SHARE = number(float, 0, 0.99)
 ALIASES = {  # the spellings of the first README, and those that this package had before
     "data-path": ("--data_path",),
@@ -44,8 +45,18 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 2,2,6,2") from None
 
 
-def _file_or_none(text: str) -> Path | None:
-    return None if text == "none" else Path(text)
+def _backbone(text: str) -> str:
+    """A network of ours, of the core, or of a library; ``timm:NAME`` counts as ``timm/NAME``."""
+    name = ALIASED.get(text, text).replace(":", "/", 1)
+    library, slash, inside = name.partition("/")
+    if name in (*config.BACKBONES, *config.LITE) or (
+        slash and library in config.LIBRARIES and inside and "/" not in inside
+    ):
+        return name
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: expected one of {', '.join((*config.BACKBONES, *config.LITE))}, timm/NAME or "
+        "torchvision/NAME"
+    )
 
 
 # Group: the common options in it, and rows of our own: name, what its value is (bool: none, a
@@ -63,7 +74,9 @@ RUN: tuple[Row, ...] = (
      "starts processes on several machines."),
 )  # fmt: skip
 NETWORK: tuple[Row, ...] = (
-    ("backbone_class", config.BACKBONES, "Resnet12", "The network that learns."),
+    ("backbone_class", _backbone, "Resnet12", "The network that learns: "
+     f"{', '.join((*config.BACKBONES, *config.LITE))}, timm/NAME or torchvision/NAME. Those of a "
+     "library get a new layer that makes the features.", {"metavar": "NAME"}),
     ("feature_dim", SIZE, 1024, "The numbers in a feature, of student and teacher."),
     ("num_classes", SIZE, None, "The rows of a new head. Without it there is one for each class "
      "of the data."),
@@ -85,7 +98,8 @@ NETWORK: tuple[Row, ...] = (
 )  # fmt: skip
 DISTILLATION: tuple[Row, ...] = (
     ("is_distill", bool, False, "Learn from a teacher."),
-    ("teacher_backbone_class", ("", *config.BACKBONES), "", "The teacher's network."),
+    ("teacher_backbone_class", _backbone, None, "The teacher's network, named as the student's.",
+     {"metavar": "NAME"}),
     ("teacher_init_weights", Path, None, "The teacher's file."),
     ("teacher_classes", ("by-name", "by-number"), "by-name", "How a class of the data finds its "
      "row in the teacher's head. by-number takes row i for class i, for a teacher whose file "
@@ -115,6 +129,9 @@ DISTILLATION: tuple[Row, ...] = (
 TRAINING: tuple[Row, ...] = (
     ("warmup_epoch", COUNT, 0, "The epochs in which the rate rises."),
     ("min_lr", WEIGHT, 1e-6, "The rate that the cosine falls to."),
+    ("body_rate", number(float, 0, 1, open_low=True), 0.1, "The share of the rate that a trained "
+     "body learns with. Its new layers learn with all of it."),
+    ("freeze_body", bool, False, "A trained body does not learn, only what is new above it."),
     ("optim", config.OPTIMIZERS, "SGD", "The optimizer."),
     ("momentum", number(float, 0, 0.9999), 0.0, "The momentum of SGD."),
     ("weight_decay", WEIGHT, 5e-4, "The weight decay."),
@@ -227,15 +244,16 @@ def _common_network(group: argparse._ArgumentGroup) -> None:
     add_common(
         group,
         ("input-size", "init"),
-        defaults={"input-size": 384},
+        defaults={"input-size": 384, "init": config.AUTO},
         aliases={name: ALIASES[name] for name in ("input-size", "init")},
         help={
-            "init": "The file of the weights to start from, or with --test_only to test. Every "
-            "weight must fit. none starts from nothing."
+            "init": "What to start from: a file of weights (with --test_only the file to test), "
+            "a name that `smallvision weights` lists, trained (an installed package's weights or "
+            "the library's download), none, or auto, which is trained for networks of a library "
+            "where such weights can be had, and else none."
         },
         more={
             "input-size": {"type": number(int, 8, 4096)},
-            "init": {"type": _file_or_none, "metavar": "FILE"},
         },
     )
 

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from landmark_distill.config import (
+    AUTO,
+    BACKBONES,
+    NONE,
+    TRAINED,
     DataConfig,
     DistillConfig,
     DrawnScenes,
@@ -27,6 +31,7 @@ from landmark_distill.utils import run_folder
 from shared_core.runs.command import UsageError
 from shared_core.runs.json_files import as_plain
 from shared_core.runs.options import COMMON, options_given
+from shared_core.weights.catalogue import ALIASES, names
 
 T = TypeVar("T")
 NETWORK = (
@@ -74,9 +79,10 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> RunConfig:
     _check_data(args, given)
     _check_training(args, given)
     network = _network(args)
-    views = _filled(ViewConfig, args, size="input_size", seed="view_seed")
+    mean, std = _normalisation(args)
+    views = _filled(ViewConfig, args, size="input_size", seed="view_seed", mean=mean, std=std)
     if args.test_only:
-        network, views = _of_the_file(args.init, network, views, args, given)
+        network, views = _of_the_file(Path(args.init), network, views, args, given)
     data, distill, train = _data(args), _distill(args), _train(args)
     folder = args.output or run_folder(
         args.save_dir, args.suffix, network=network, views=views, data=data, distill=distill,
@@ -160,7 +166,10 @@ def _of_the_file(
                 f"{_flag(name)} {_shown(getattr(args, name))}: {path} says {_shown(value)}, "
                 "expected that, or no such option"
             )
-    sees = replace(views, size=found.image_size, bgr=facts["bgr"], resize=facts["resize"])
+    sees = replace(
+        views, size=found.image_size, bgr=facts["bgr"], resize=facts["resize"],
+        mean=tuple(facts["mean"]), std=tuple(facts["std"]),
+    )  # fmt: skip
     return found, sees
 
 
@@ -244,9 +253,34 @@ def _refuse(given: set[str], names: Sequence[str], reason: str) -> None:
             raise UsageError(f"{_flag(name)} would have no effect: {reason}")
 
 
+def _normalisation(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the network is used to: that of its trained weights.
+
+    Raises:
+        UsageError: no such network, or options that it does not obey.
+    """
+    from landmark_distill.backbones import normalisation
+
+    teacher = args.teacher_backbone_class if args.is_distill else None
+    for name in filter(None, (args.backbone_class, teacher)):
+        if name not in BACKBONES and args.bgr:
+            raise UsageError(f"--bgr: {name} sees red first, expected it without")
+    if args.backbone_class not in BACKBONES and args.grad_checkpointing:
+        raise UsageError(f"--grad_checkpointing: {args.backbone_class} cannot, expected it without")
+    try:
+        return normalisation(args.backbone_class)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def _check_files(args: argparse.Namespace) -> None:
+    words = (AUTO, NONE, TRAINED, *names(), *ALIASES)
+    if args.init not in words and not Path(args.init).is_file():
+        raise FileNotFoundError(
+            f"--init {args.init}: there is no such file; expected one, or one of {', '.join(words)}"
+        )
     for name in (
-        *("init", "teacher_init_weights", "remap", "val_list", "test_list"),
+        *("teacher_init_weights", "remap", "val_list", "test_list"),
         *("coarse_mask", "fine_mask", "split"),
     ):
         path = getattr(args, name)
@@ -310,8 +344,8 @@ def _check_folder(args: argparse.Namespace, given: set[str]) -> None:
 def _check_training(args: argparse.Namespace, given: set[str]) -> None:
     _start(args)
     if args.test_only:
-        if args.init is None:
-            raise UsageError("--test_only needs --init: the file to test")
+        if not Path(args.init).is_file():
+            raise UsageError(f"--test_only needs --init FILE to test, got {args.init}")
         if args.resume == "always" or args.is_distill:
             raise UsageError("--test_only neither resumes nor distils: expected it without")
         return
@@ -326,6 +360,8 @@ def _check_training(args: argparse.Namespace, given: set[str]) -> None:
         _refuse(given, ("step_size", "gamma"), "--lr_scheduler is cosine")
     else:
         _refuse(given, ("min_lr",), f"--lr_scheduler is {args.lr_scheduler}")
+    if args.init == NONE:
+        _refuse(given, ("body_rate", "freeze_body"), "--init none has no trained body")
     if args.optim != "SGD":
         _refuse(given, ("momentum",), f"--optim is {args.optim}")
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -16,6 +16,11 @@ from landmark_distill.gallery.features import FEATURE_FILE, extract_features, lo
 from landmark_distill.helpers import make_train_loader
 from landmark_distill.images.landmark_data import LandmarkData, prepare_landmarks
 from landmark_distill.judging.judge import OpenSetResult, openset_test, write_results
+from landmark_distill.judging.trained_features import (
+    fine_numbers,
+    trained_features,
+    verdict,
+)
 from landmark_distill.model import load_weights
 from landmark_distill.model_files import build, check_channels, read_model
 from landmark_distill.teacher import fill_store
@@ -106,17 +111,21 @@ def _run(config: RunConfig, opened: OpenRun, world: World, command: str) -> dict
     for note in data.untested:
         opened.log.say(note)
     measured: dict[str, Any] = {}
-    best = config.train.init
+    best = Path(config.train.init)
     if not config.test_only:
         trainer = Trainer(config, folder, data, world)
         measured["training"] = trainer.train()
         measured["parameters"] = sum(p.numel() for p in trainer.model.encoder.parameters())
-        measured |= trainer.notes
+        measured |= {**trainer.notes, "start": trainer.start.facts}
+        if trainer.teacher is not None:
+            measured["teacher_start"] = trainer.teacher.start
         best = folder / BEST
         barrier(world)  # the last one that all take part in
     if not world.is_main:
         return measured
     measured |= _test(config, folder, data, best, world)
+    judged = _hold_to_floor(config, data, measured, world)
+    Record(folder).write(judged)
     write_result(
         folder / RESULT,
         task=f"landmark_distill/{config.data.name.lower()}",
@@ -129,7 +138,8 @@ def _run(config: RunConfig, opened: OpenRun, world: World, command: str) -> dict
         wall_seconds=opened.seconds,
     )
     if data.rehearsal:
-        opened.log.say(_rehearsal(config))
+        below = f" The student is {judged}." if judged.startswith("BELOW") else ""
+        opened.log.say(_rehearsal(config) + below)
     return measured
 
 
@@ -181,4 +191,21 @@ def _test(
     result: OpenSetResult = openset_test(load_features(found.path), data.truths)
     write_results(folder, result, more={"features": FEATURE_FILE, "images": len(data.test)})
     Record(folder).write(result.line())
-    return {"open_set": result.as_dict()}
+    return {"open_set": result.as_dict(), **fine_numbers(result)}
+
+
+def _hold_to_floor(
+    config: RunConfig, data: LandmarkData, measured: dict[str, Any], world: World
+) -> str:
+    """Test plain trained features on the same images, into ``measured``; the line that compares."""
+    floor = trained_features(
+        data.test,
+        data.truths,
+        pixels=config.network.image_size,
+        device=world.device,
+        threads=config.data.threads,
+    )
+    if isinstance(floor, str):
+        return floor
+    measured["trained_features"] = floor.facts()
+    return verdict(measured, floor)

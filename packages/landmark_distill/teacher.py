@@ -37,15 +37,25 @@ class Teacher:
         model: with its head.
         precision: of its forward passes.
         class_names: of the head's rows; empty where its file names none.
+        change: factor and summand, ``(3, 1, 1)``, that turn the student's normalised pixels into
+            those that it is used to; None where they are the same.
+        start: where its own first weights came from, for records.
     """
 
     def __init__(
-        self, model: EmbeddingModel, precision: Precision, *, class_names: Sequence[str] = ()
+        self,
+        model: EmbeddingModel,
+        precision: Precision,
+        *,
+        class_names: Sequence[str] = (),
+        change: tuple[Tensor, Tensor] | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         if model.head is None:
             raise ValueError("the teacher has no head, expected one to teach with")
         self.model, self.precision = model.eval().requires_grad_(False), precision
-        self.class_names = tuple(class_names)
+        self.class_names, self.start = tuple(class_names), dict(start or {})
+        self.change = change and tuple(one.to(precision.device) for one in change)
 
     @property
     def head(self) -> Any:
@@ -55,6 +65,8 @@ class Teacher:
     def features(self, images: Tensor) -> Tensor:
         """``(N, D)`` float32."""
         with torch.no_grad(), self.precision.autocast():
+            if self.change is not None:
+                images = images * self.change[0] + self.change[1]
             return self.model.embed(images).float()
 
     def digest(self, *, head: bool) -> str:

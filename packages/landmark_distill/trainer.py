@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ class Trainer:
         if self.teacher is not None and asked is not None:
             data, self.notes = in_the_teachers_rows(data, self.teacher, asked)
         self.data = data
-        self.model = prepare_student(config, data, world, self.teacher)
-        self.optimizer = prepare_optimizer(config.train, self.model)
+        self.model, self.start = prepare_student(config, data, world, self.teacher)
+        self.optimizer = prepare_optimizer(config.train, self.model, self.start)
         self.precision = Precision(world.device, config.train.amp)
         self.loader = make_train_loader(config, data.train, world)
         self.validation = make_eval_loader(config, data.calibration, world)
@@ -262,6 +263,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "sums": gather_objects(self.sums, self.world),
             "seconds": self.seconds,
+            "start": self.start.facts,
             "log_position": self.log.position(),
             "record_position": self.record.position(),
         }
@@ -279,6 +281,7 @@ class Trainer:
             self.epoch, self.max_acc = counters["epoch"], counters["max_acc"]
             self.best_epoch, self.sums = counters["best_epoch"], counters["sums"][self.world.rank]
             self._seconds, self._since = counters["seconds"], time.monotonic()
+            self.start = replace(self.start, facts=counters["start"])
         barrier(self.world)
         if not self.world.is_main:
             return
@@ -304,6 +307,7 @@ class Trainer:
             f"len(test_loader): {test}",
             f"torch.cuda.is_available(): {torch.cuda.is_available()}",
             f"device: {self.world.device}",
+            f"{self.config.network.name} {self.start.line}",
             parameters_line(
                 (student["trainable"], student["all"]),
                 (teacher["trainable"], teacher["all"]) if teacher else None,
@@ -327,8 +331,8 @@ class Trainer:
             metrics={"max_acc": self.max_acc},
             split_hash=self.data.split_hash,
             config=self.config.stored,
-            bgr=self.config.views.bgr,
-            resize=self.config.views.resize,
+            views=self.config.views,
+            start=self.start.facts,
         )
 
 

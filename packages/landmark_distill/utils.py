@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from landmark_distill.config import (
+    AUTO,
+    NONE,
     DataConfig,
     DistillConfig,
     NetworkConfig,
@@ -35,9 +37,9 @@ def run_folder(
     written with two digits, so two runs can have one name: the second is refused, and
     ``--suffix`` tells them apart.
     """
-    task = f"{data.name}-{network.name}"
+    task = f"{data.name}-{network.name.replace('/', '-')}"
     task += f"-{distill.loss}-{distill.weight}" if distill else "-no_distill"
-    if train.init is not None:
+    if train.init not in (AUTO, NONE):
         task += "-Pre"
     if not views.augment:
         task += "-NoAug"

@@ -10,7 +10,7 @@ import torch
 
 from command_tools import run_main
 from landmark_distill import embed, export_model, model_folder
-from landmark_distill.config import NetworkConfig
+from landmark_distill.config import NetworkConfig, ViewConfig
 from landmark_distill.gallery.embedder import load_embedder
 from landmark_distill.gallery.features import weights_of
 from landmark_distill.judging.retrieval import retrieval
@@ -36,7 +36,7 @@ def _save(path, name, *, bgr=False):
     weights = {**model.state_dict(), "teacher.encoder.big": torch.zeros(3)}
     save_model(
         path, weights, network=network, class_names=["a"], epoch=1, metrics={}, split_hash=None,
-        config={}, bgr=bgr, resize="linear",
+        config={}, views=ViewConfig(network.image_size, bgr=bgr), start={},
     )  # fmt: skip
     return model
 

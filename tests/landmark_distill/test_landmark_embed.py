@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from landmark_distill import embed, search
-from landmark_distill.config import NetworkConfig
+from landmark_distill.config import NetworkConfig, ViewConfig
 from landmark_distill.gallery.embedder import load_embedder
 from landmark_distill.gallery.features import embed_folder
 from landmark_distill.model import build_model
@@ -30,7 +30,7 @@ def save_small(path, *, seed=0, bgr=False):
     network = NetworkConfig("Resnet12", SIZE, WIDTH)
     save_model(
         path, model.state_dict(), network=network, class_names=["a"], epoch=1, metrics={},
-        split_hash=None, config={}, bgr=bgr, resize="linear",
+        split_hash=None, config={}, views=ViewConfig(SIZE, bgr=bgr), start={},
     )  # fmt: skip
     return model
 

@@ -17,7 +17,7 @@ from landmark_distill.model_files import PROJECT, load_model
 from shared_core.datasets.reading.loader import usable_cores
 from shared_core.deploy.facts import ModelError, ModelFacts, read_facts
 from shared_core.deploy.predictor import NetworkPredictor, Predictor, activate, open_model
-from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer
+from shared_core.for_torch.data import Normalizer
 from shared_core.for_torch.precision import Precision
 from shared_core.runs.command import UsageError
 
@@ -27,16 +27,21 @@ PROGRAM_FILE = "model.pt2"
 
 def file_facts(stored: Mapping[str, Any]) -> ModelFacts:
     """What has to be known beside the weights, from the facts of a model file."""
-    config = stored.get("config") or {}
+    config, network = stored.get("config") or {}, NetworkConfig.of_file(stored["network"])
     return _facts(
-        NetworkConfig.of_file(stored["network"]),
-        bgr=bool(stored.get("bgr", False)),
-        resize=str(stored.get("resize", "linear")),
+        network,
+        ViewConfig(
+            network.image_size,
+            bgr=bool(stored.get("bgr", False)),
+            resize=str(stored.get("resize", "linear")),
+            mean=tuple(stored["mean"]),
+            std=tuple(stored["std"]),
+        ),
         provenance={
             "checkpoint_sha256": stored["sha256"],
             "data": config.get("dataset"),
             "split_hash": stored.get("split_hash"),
-            "initial_weights": config.get("init"),
+            "initial_weights": stored.get("start") or None,
             "teacher": config.get("teacher_init_weights"),
             "seed": config.get("seed"),
             "epoch": stored.get("epoch"),
@@ -47,11 +52,11 @@ def file_facts(stored: Mapping[str, Any]) -> ModelFacts:
 
 def asked_facts(network: NetworkConfig, views: ViewConfig) -> ModelFacts:
     """Of a network that no file says anything of: what the options say."""
-    return _facts(network, bgr=views.bgr, resize=views.resize, provenance={})
+    return _facts(network, views, provenance={})
 
 
 def _facts(
-    network: NetworkConfig, *, bgr: bool, resize: str, provenance: Mapping[str, Any]
+    network: NetworkConfig, views: ViewConfig, *, provenance: Mapping[str, Any]
 ) -> ModelFacts:
     size = (network.image_size, network.image_size)
     return ModelFacts(
@@ -59,12 +64,12 @@ def _facts(
         architecture=network.name,
         class_names=(),
         input_size=size,
-        view=whole_view(network.image_size, resize).settings(),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        view=whole_view(network.image_size, views.resize).settings(),
+        mean=views.mean,
+        std=views.std,
         task="embed",
         activation="unit",
-        bgr=bgr,
+        bgr=views.bgr,
         provenance=provenance,
         more={"feature_dim": network.feature_dim},
     )

@@ -12,6 +12,7 @@ from landmark_distill.config import LIGHTING_ORDERS
 from shared_core.datasets import BatchLoader, EpochOrder, EvalView, ImageSet, TrainView
 from shared_core.datasets.views.augment import view_rng
 from shared_core.for_torch.data import (
+    IMAGENET_MEAN,
     IMAGENET_STD,
     Normalizer,
     TorchBatch,
@@ -53,7 +54,7 @@ class ViewLoader:
 
     Args:
         loader: whose batches these are.
-        normalizer: ImageNet's; its device is where batches go.
+        normalizer: of what the network is used to; its device is where batches go.
         lighting: deviation of the lighting noise, 0 for none.
         lighting_order: ``right`` adds to each channel what belongs to it; ``original`` adds the
             RGB vector to BGR channels as it stands, as the original did.
@@ -78,7 +79,7 @@ class ViewLoader:
         self.loader, self.normalizer = loader, normalizer
         self.lighting, self.lighting_order, self.bgr = lighting, lighting_order, bgr
         self.seed = seed
-        self._std = torch.tensor(IMAGENET_STD)
+        self._std = torch.tensor(normalizer.std)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -147,6 +148,8 @@ def train_loader(
     lighting: float = 0.0,
     lighting_order: str = "right",
     bgr: bool = False,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> ViewLoader:
     """Shuffled batches of this process; the images' views are decided by seed, image and epoch.
 
@@ -173,7 +176,7 @@ def train_loader(
     )
     return ViewLoader(
         loader,
-        Normalizer(device=device),
+        Normalizer(mean, std, device=device),
         lighting=lighting if isinstance(view, TrainView) else 0.0,
         lighting_order=lighting_order,
         bgr=bgr,
@@ -191,8 +194,10 @@ def eval_loader(
     bgr: bool = False,
     method: str = "linear",
     order: EpochOrder | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> ViewLoader:
     """Every image once, in order, squeezed; ``order`` shares them out among processes."""
     view = whole_view(image_size, method)
     loader = BatchLoader(images, view=view, batch_size=batch_size, order=order, threads=threads)
-    return ViewLoader(loader, Normalizer(device=device), bgr=bgr)
+    return ViewLoader(loader, Normalizer(mean, std, device=device), bgr=bgr)
