@@ -70,6 +70,20 @@ def test_the_head_is_the_probe(tuned):
     np.testing.assert_array_equal(seen["head"].numpy(), seen["probe"].weight)
 
 
+def test_a_tuning_that_ruins_the_network_ends_as_the_probe_left_it(
+    tuned, tmp_path, zoo_command, zoo_data
+):
+    rates = ("--lr", "0.05", "--head_lr", "0.5", "--amp", "fp32")
+    done = zoo_command("--train", "--data", zoo_data, *QUICK, *rates, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    (file,) = (tmp_path / "run" / "checkpoints").glob("model_best_*")
+    weights, facts = load_checkpoint(file)
+    assert facts["epoch"] == 0
+    np.testing.assert_array_equal(weights["classifier.weight"].numpy(), tuned[1]["probe"].weight)
+    said = float(done.out.split("linear probe, val ")[1].split(",")[0])
+    assert facts["metrics"]["val_accuracy"] == pytest.approx(said, abs=1e-4)
+
+
 def test_rates_fall_with_depth_and_the_head_has_its_own(tuned):
     seen = tuned[1]
     optimizer = seen["optimizer"]

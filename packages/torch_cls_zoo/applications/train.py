@@ -116,11 +116,20 @@ class Training:
             main_writes(self.open_run.log.begin, session.world)
             if self.asked.probe:
                 start_head(session)
+                self._offer_start()
             return
         counters = self.state.counters
         self.epoch, self.unreadable = counters["epoch"], counters["unreadable"]
         self.sums = Sums(**counters["sums"][session.world.rank])
         session.say(f"going on at epoch {self.epoch + 1}, batch {self.sums.batches + 1}")
+
+    def _offer_start(self) -> None:
+        """The network as the probe leaves it is the first to beat: tuning may not end below it."""
+        session = self.session
+        outputs = run_network(session.model, self.validation, self.part, session.world)
+        values = measure(outputs, self.plain, num_classes=len(session.classes))
+        self.best.offer(session.model, values["accuracy"], -1)
+        main_writes(lambda: self._write_weights(values, True), session.world)
 
     def _save(self) -> None:
         """Write the whole state; all processes call this at the same place."""
