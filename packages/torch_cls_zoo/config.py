@@ -72,6 +72,7 @@ class TrainingSettings:
     warmup: int | None  # epochs; None: a tenth of them
     clip_grad: float  # 0: none
     probe: bool
+    freeze_bn: bool
     print_freq: int
     amp: str
     sparsity: bool

@@ -96,19 +96,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {
         "epochs": 10, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-3, "layer_decay": 0.9,
         "schedule": "cosine", "wd": 0.02, "warmup": None, "clip_grad": 5.0, "drop_path": 0.1,
-        "probe": True, "amp": "auto", "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
+        "probe": True, "freeze_bn": True, "amp": "auto",
+        "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
         "batch_size": 64,
     },
     "scratch": {
         "epochs": 85, "opt": "adamw", "lr": 2e-3, "head_lr": None, "layer_decay": 1.0,
         "schedule": "cosine", "wd": 0.05, "warmup": None, "clip_grad": 5.0, "drop_path": 0.0,
-        "probe": False, "amp": "auto", "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
+        "probe": False, "freeze_bn": False, "amp": "auto",
+        "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
         "batch_size": 64,
     },
     "readme": {
         "epochs": 85, "opt": "adam", "lr": 1e-4, "head_lr": None, "layer_decay": 1.0,
         "schedule": "steps", "wd": 5e-4, "warmup": 5, "clip_grad": 0.0, "drop_path": 0.0,
-        "probe": False, "amp": "fp32", "label_smoothing": 0.0, "crop": 1.0, "flip": 0.0,
+        "probe": False, "freeze_bn": False, "amp": "fp32",
+        "label_smoothing": 0.0, "crop": 1.0, "flip": 0.0,
         "batch_size": None,
     },
 }  # fmt: skip
@@ -270,6 +273,10 @@ TRAINING = (
     _of_recipe(
         "--probe", "Start the head from a linear classifier on the features of the training "
         "images.", action=argparse.BooleanOptionalAction,
+    ),
+    _of_recipe(
+        "--freeze_bn", "Keep the means and variances of batch norms as they are: trained ones say "
+        "more than the small batches of a small set.", action=argparse.BooleanOptionalAction,
     ),
     _row(
         "-p --print-freq --print_freq", "How many batches pass between two lines.",

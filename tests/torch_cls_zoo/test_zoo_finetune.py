@@ -70,6 +70,18 @@ def test_the_head_is_the_probe(tuned):
     np.testing.assert_array_equal(seen["head"].numpy(), seen["probe"].weight)
 
 
+def test_batch_norms_keep_their_trained_statistics(tuned):
+    folder, _seen = tuned
+    (last,) = (folder / "checkpoints").glob("checkpoint_*")
+    now = load_checkpoint(last)[0]
+    from shared_core.for_torch.pretrained import start_network
+
+    first = start_network("lite0", init="trained", num_classes=1000).model.state_dict()
+    kept = [name for name in first if "running_" in name]
+    assert kept and all(torch.equal(now[name], first[name]) for name in kept)
+    assert not torch.equal(now["conv_head.weight"], first["conv_head.weight"])
+
+
 def test_a_tuning_that_ruins_the_network_ends_as_the_probe_left_it(
     tuned, tmp_path, zoo_command, zoo_data
 ):

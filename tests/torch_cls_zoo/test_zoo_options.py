@@ -52,6 +52,7 @@ WEIGHTS = {
     "clip_grad": (BASE + " --opt sgd", "--clip_grad 0.1"),
     "drop_path": (BASE, "--drop_path 0.9"),
     "probe": (BASE, "--probe"),
+    "freeze_bn": (BASE, "--freeze_bn"),
     "label_smoothing": (BASE, "--label_smoothing 0.3"),
     "crop": (BASE, "--crop 0.3"),
     "flip": (BASE, "--flip 1"),

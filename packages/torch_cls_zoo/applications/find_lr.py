@@ -28,8 +28,7 @@ def find_lr(session: Session) -> dict[str, Any]:
     learner, loader, _schedule = make_learner(session)
     if session.config.training.probe:
         start_head(session)
-    learner.model.train()
-    learner.criterion.train()
+    learner.train()
     batches = (batch for _epoch in itertools.count() for batch in loader)
     numbers = itertools.count(1)
 

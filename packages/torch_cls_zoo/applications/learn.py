@@ -86,6 +86,15 @@ class Learner:
     num_classes: int
     mix_targets: bool = False
     clip: float | None = None  # largest norm of the gradient
+    freeze_bn: bool = False  # batch norms keep their means and variances
+
+    def train(self) -> None:
+        """Into training mode, all but the statistics that are to stay."""
+        self.model.train()
+        self.criterion.train()
+        for module in self.model.modules() if self.freeze_bn else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def step(self, batch: TorchBatch, number: int) -> tuple[Tensor, Tensor]:
         """One update from batch ``number`` of the run; the device is not waited for.
@@ -141,8 +150,7 @@ def run_epoch(
         first_number: number, in the run, of the epoch's first batch.
         schedule: sets the rate before each step.
     """
-    learner.model.train()
-    learner.criterion.train()
+    learner.train()
     seen = len(loader.loader.skipped)
     for batch in loader:
         schedule.set_step(first_number + sums.batches)

@@ -69,6 +69,7 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, Schedule]:
         len(session.classes),
         mix_targets=augment.mix_targets,
         clip=asked.clip_grad or None,
+        freeze_bn=asked.freeze_bn,
     )
     loader = train_loader(
         train_part.images,
