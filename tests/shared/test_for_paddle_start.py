@@ -32,6 +32,10 @@ def test_features_are_what_the_head_sees(net):
     found = features.feature_function(net, num_classes=4, mean=mean, std=std)(images)
     assert found == pytest.approx(wanted, abs=1e-4) and found.dtype == np.float32
     assert net.training and isinstance(net[4], nn.Linear)
+    net.eval()
+    tensor = paddle.to_tensor(pixels.reshape(5, 3, 3, 3).astype(np.float32))
+    seen = features.head_inputs(net, tensor, num_classes=4)
+    assert seen.numpy() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_probe_becomes_the_head(net):
