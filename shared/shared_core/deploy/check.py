@@ -104,27 +104,6 @@ def compare_answers(
     return Agreement(len(first), same, float(np.abs(second - first).max()))
 
 
-def check_answers(
-    expected: Array,
-    got: Array,
-    *,
-    task: str = "classify",
-    name: str = "the file",
-    min_same: float = 0.999,
-    max_distance: float = 1e-3,
-) -> Agreement:
-    """The same for a split that is there as a whole, with an error unless they agree.
-
-    Arguments as for :func:`compare_answers` and :meth:`Agreement.check`.
-
-    Raises:
-        ExportError: they do not; the message holds the numbers.
-    """
-    found = compare_answers(expected, got, task=task, name=name)
-    found.check(name=name, min_same=min_same, max_distance=max_distance)
-    return found
-
-
 def check_onnx(
     path: str | Path,
     batches: Sequence[Array],
