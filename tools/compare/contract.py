@@ -303,7 +303,7 @@ class Choice:
 
 
 def write(path: str | Path, value: object) -> None:
-    """Write a dataclass, or ``{"rows": [...]}`` of several, as JSON: the old file or the new one."""
+    """Write a dataclass, or several as ``{"rows": [...]}``; the old file stays until it is done."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if isinstance(value, Sequence):
         write_json(path, {"rows": [asdict(one) for one in value]})
