@@ -1,7 +1,7 @@
 """What the parts of the journey hand to one another, as frozen dataclasses and as JSON files.
 
 The folder of a run: ``data/check.json`` (:class:`DataCheck`) with ``data/split.json`` and
-``data/features.npz``; ``plan.json`` (:class:`Plan`); ``candidates/<name>/job.json`` (:class:`Job`),
+``data/features.npy``; ``plan.json`` (:class:`Plan`); ``candidates/<name>/job.json`` (:class:`Job`),
 ``log.txt`` and ``model/``; ``floors.json`` (:class:`Floors`); ``judged.json`` (:class:`Judged`
 rows); ``choice.json`` (:class:`Choice`); ``winner/``, ``report.html``, ``result.json``.
 """
@@ -20,7 +20,7 @@ from shared_core.runs.json_files import read_object, write_json
 T = TypeVar("T")
 
 CHECK_FILE, SPLIT_FILE = Path("data", "check.json"), Path("data", "split.json")
-FEATURES_FILE = Path("data", "features.npz")
+FEATURES_FILE = Path("data", "features.npy")
 PLAN_FILE, FLOORS_FILE = Path("plan.json"), Path("floors.json")
 JUDGED_FILE, CHOICE_FILE = Path("judged.json"), Path("choice.json")
 CANDIDATES, JOB_FILE, LOG_FILE = Path("candidates"), "job.json", "log.txt"
@@ -58,6 +58,12 @@ class DataCheck:
         notes: sentences for the terminal and the page.
         pictures: contact sheets beside check.json: (file name, caption).
         seconds: what the check took.
+        files: number of files by what became of them (used, duplicate, unreadable ...).
+        ignored: number of files that are not named like images, by ending.
+        sizes: images of each "height x width", the most frequent first.
+        imbalance: images of the largest class over those of the smallest.
+        labels: what the neighbours in trained features say: ``agree`` (a fraction), ``asked``
+            neighbours, ``network``, ``input_size``, ``seconds``; empty where nothing was asked.
     """
 
     name: str
@@ -73,6 +79,11 @@ class DataCheck:
     notes: tuple[str, ...] = ()
     pictures: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    files: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    imbalance: float = 1.0
+    labels: dict[str, Any] = field(default_factory=dict)
 
     def images(self, part: str) -> int:
         """How many images a part has."""
