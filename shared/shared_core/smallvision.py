@@ -75,7 +75,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
     predictor = open_asked(model).with_exits(exits)
     other = None
     if options.against is not None:
-        other = open_asked(replace(model, path=options.against, runtime="auto"))
+        other = open_asked(replace(model, model=options.against, runtime="auto"))
     return run_evaluate(predictor, options, other=other)
 
 

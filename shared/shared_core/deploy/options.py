@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared_core.runs.command import UsageError
 from shared_core.runs.numbers import COUNT, POSITIVE, SIZE, WEIGHT, number
+from shared_core.runs.options import Table, add_options, taken_from
 
 RUNTIMES = ("onnx", "onnx-int8", "openvino")  # of the core; projects add their own
 EXIT_KINDS = ("gate", "jei", "max_prob", "entropy", "margin", "patience")
 STDIN = "-"
-
-Table = dict[str, dict[str, Any]]
-Aliases = Mapping[str, Sequence[str]]
 
 
 def _file(text: str) -> Path:
@@ -231,65 +229,11 @@ SERVE: Table = {
 }  # fmt: skip
 
 
-def add_table(
-    parser: argparse._ActionsContainer,
-    table: Table,
-    *,
-    positional: Sequence[str] = (),
-    without: Sequence[str] = (),
-    defaults: Mapping[str, Any] | None = None,
-    aliases: Aliases | None = None,
-    help: Mapping[str, str] | None = None,
-    underscores: bool = False,
-) -> None:
-    """Add the options of a table; what each group's function passes on.
-
-    Args:
-        positional: names that are given without a flag.
-        without: names to leave out; their defaults hold.
-        defaults, help: by name, instead of the table's.
-        aliases: by name, further spellings. ``paths`` becomes a flag beside the positional one; a
-            ``model`` with aliases is a required flag instead of a positional argument.
-        underscores: also take every flag with underscores for hyphens.
-
-    Raises:
-        ValueError: a name that the table does not have.
-    """
-    aliases, defaults, help = aliases or {}, defaults or {}, help or {}
-    for name in (*without, *defaults, *aliases, *help):
-        if name not in table:
-            raise ValueError(f"option {name!r}: expected one of {', '.join(table)}")
-    changed = (("default", defaults), ("help", help))
-    for name, known in table.items():
-        words = {"default": False if known.get("action") == "store_true" else None, **known}
-        words.update({key: part[name] for key, part in changed if name in part})
-        spellings = list(aliases.get(name, ()))
-        dest = name.replace("-", "_")
-        if name in without:
-            parser.set_defaults(**{dest: words["default"]})
-        elif name not in positional:
-            flags = [f"--{name}", *([f"--{dest}"] if underscores and "-" in name else [])]
-            parser.add_argument(*flags, *spellings, **{**words, "dest": dest})
-        elif name == "paths":
-            parser.add_argument(dest, **words)
-            if spellings:
-                parser.add_argument(
-                    *spellings, dest="more_paths", metavar="PATH", action="append",
-                    help="The same as PATH.",
-                )  # fmt: skip
-        elif spellings:
-            del words["default"]
-            parser.add_argument(*spellings, **{**words, "dest": dest, "required": True})
-        else:
-            del words["default"]
-            parser.add_argument(dest, **words)
-
-
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and what computes it."""
 
-    path: Path
+    model: Path
     runtime: str = "auto"
     threads: int | None = 1  # None: all that the process may use
     device: str = "cpu"
@@ -302,7 +246,7 @@ def add_model_options(
     all_threads: bool = False,
     **how: Any,
 ) -> None:
-    """``MODEL --runtime --threads --device``; see :func:`add_table`.
+    """``MODEL --runtime --threads --device``; see :func:`add_options`.
 
     Args:
         runtimes: further choices of ``--runtime`` that the project's openers know.
@@ -313,12 +257,12 @@ def add_model_options(
     if all_threads:
         text = "How many CPU threads compute. By default all that this process may use."
         table["threads"] = {**MODEL["threads"], "default": None, "help": text}
-    add_table(parser, table, positional=("model",), **how)
+    add_options(parser, table, positional=("model",), **how)
 
 
 def model_options(args: argparse.Namespace) -> ModelOptions:
     """What :func:`add_model_options` parsed."""
-    return ModelOptions(args.model, args.runtime, args.threads, args.device)
+    return taken_from(ModelOptions, args)
 
 
 @dataclass(frozen=True)
@@ -342,8 +286,8 @@ class PredictOptions:
 
 
 def add_predict_options(parser: argparse.ArgumentParser, **how: Any) -> None:
-    """``PATH ... --batch-size --workers --top --format --json ...``; see :func:`add_table`."""
-    add_table(parser, PREDICT, positional=("paths",), **how)
+    """``PATH ... --batch-size --workers --top --format --json ...``; see :func:`add_options`."""
+    add_options(parser, PREDICT, positional=("paths",), **how)
 
 
 def predict_options(args: argparse.Namespace) -> PredictOptions:
@@ -360,10 +304,8 @@ def predict_options(args: argparse.Namespace) -> PredictOptions:
         raise UsageError("- stands twice: standard input is read once")
     if args.show_dir is not None and args.show_dir.exists() and not args.show_dir.is_dir():
         raise UsageError(f"--show-dir {args.show_dir} is a file, expected a folder")
-    return PredictOptions(
-        paths, args.batch_size, args.workers, args.top, args.format, args.json, args.csv,
-        args.every_class, videos, args.camera, args.every, args.frames, args.show, args.show_dir,
-    )  # fmt: skip
+    args.paths, args.videos = paths, videos
+    return taken_from(PredictOptions, args)
 
 
 @dataclass(frozen=True)
@@ -385,8 +327,8 @@ def add_exit_options(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     """``--policy-point``, ``--policy`` with ``--threshold``, and ``--no-exits``."""
     group = parser.add_argument_group("who may leave early (models with exits)")
     which = group.add_mutually_exclusive_group()
-    add_table(which, EXITS, without=without)
-    add_table(group, THRESHOLD)
+    add_options(which, EXITS, without=without)
+    add_options(group, THRESHOLD)
 
 
 def exit_options(args: argparse.Namespace) -> ExitOptions:
@@ -416,16 +358,13 @@ class EvaluateOptions:
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser, **how: Any) -> None:
-    """``DATA --split --part --against --latency-batches ...``; see :func:`add_table`."""
-    add_table(parser, EVALUATE, positional=("data",), **how)
+    """``DATA --split --part --against --latency-batches ...``; see :func:`add_options`."""
+    add_options(parser, EVALUATE, positional=("data",), **how)
 
 
 def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
     """What :func:`add_evaluate_options` parsed."""
-    return EvaluateOptions(
-        args.data, args.split, args.part, args.against, args.batch_size, args.workers,
-        tuple(args.latency_batches), args.json, args.report,
-    )  # fmt: skip
+    return taken_from(EvaluateOptions, args)
 
 
 @dataclass(frozen=True)
@@ -444,12 +383,10 @@ class ServeOptions:
 
 
 def add_serve_options(parser: argparse.ArgumentParser, **how: Any) -> None:
-    """``--host --port --max-batch --max-queue ...``; see :func:`add_table`."""
-    add_table(parser, SERVE, **how)
+    """``--host --port --max-batch --max-queue ...``; see :func:`add_options`."""
+    add_options(parser, SERVE, **how)
 
 
 def serve_options(args: argparse.Namespace) -> ServeOptions:
     """What :func:`add_serve_options` parsed."""
-    return ServeOptions(
-        **{name.replace("-", "_"): vars(args)[name.replace("-", "_")] for name in SERVE}
-    )
+    return taken_from(ServeOptions, args)

@@ -303,7 +303,7 @@ def _open_core(path: Path, runtime: str, threads: int, device: str) -> Predictor
 def open_asked(options: ModelOptions, *, openers: Sequence[Opener] = ()) -> Predictor:
     """The model that a command's options name; see :func:`open_model`."""
     return open_model(
-        options.path,
+        options.model,
         runtime=options.runtime,
         threads=usable_cores() if options.threads is None else options.threads,
         device=options.device,

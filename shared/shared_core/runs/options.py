@@ -9,19 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 from shared_core.runs.command import UsageError
 from shared_core.runs.numbers import COUNT, POSITIVE, SIZE, number
 from shared_core.runs.place import Start
+
+T = TypeVar("T")
+Table = Mapping[str, Mapping[str, Any]]
 
 SCALES = ("auto", "full", "short", "rehearsal")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SEED = number(int, 0, 2**32 - 1)
 
 # Name: what argparse needs, and the sentence of the help. Projects may replace either.
-COMMON: dict[str, dict[str, Any]] = {
+COMMON: Table = {
     "data-path": {
         "type": Path, "metavar": "DIR",
         "help": "The folder with the images: one folder a class, or train/, val/ and test/ with "
@@ -130,42 +134,78 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {line}; {self.prog} --help lists the options\n")
 
 
-def add_common(
+def add_options(
     parser: argparse._ActionsContainer,
-    names: Sequence[str],
+    table: Table,
     *,
+    positional: Sequence[str] = (),
+    without: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
     help: Mapping[str, str] | None = None,
     more: Mapping[str, Mapping[str, Any]] | None = None,
+    underscores: bool = False,
 ) -> None:
-    """Add the options ``names`` of :data:`COMMON` to a parser or a group of it.
+    """Add the options of a table to a parser or a group of it.
 
     Args:
-        parser: a parser, or one of its groups.
-        names: without dashes, for example ``data-path``; the destination is ``data_path``, that
-            of ``continue`` is ``go_on``.
-        defaults: by name, instead of the usual one.
+        table: by name, what argparse needs. ``data-path`` becomes ``--data-path``; unless the
+            table says ``dest``, the destination is ``data_path``.
+        positional: names that are given without a flag. Spellings of one with several values
+            become a flag beside it, collected in ``more_<name>``; another with spellings becomes
+            a required flag.
+        without: names to leave out; their defaults hold.
+        defaults, help, more: by name, instead of the table's default, sentence, other words.
         aliases: by name, further spellings of the option with their dashes.
-        help: by name, another sentence.
-        more: by name, further arguments of argparse (``dest``, ``choices``, ``nargs``).
+        underscores: also take every flag with underscores for hyphens.
+
+    Raises:
+        ValueError: a name that the table does not have.
+    """
+    aliases, defaults, help, more = aliases or {}, defaults or {}, help or {}, more or {}
+    for name in (*without, *defaults, *aliases, *help, *more):
+        if name not in table:
+            raise ValueError(f"option {name!r}: expected one of {', '.join(table)}")
+    changed = (("default", defaults), ("help", help))
+    for name, known in table.items():
+        dest, words = name.replace("-", "_"), {**known, **more.get(name, {})}
+        words.update({key: part[name] for key, part in changed if name in part})
+        spellings = aliases.get(name, ())
+        if name in without:
+            switch = words.get("action") == "store_true"
+            parser.set_defaults(**{dest: words.get("default", False if switch else None)})
+        elif name not in positional:
+            flags = [f"--{name}", *([f"--{dest}"] if underscores and "-" in name else [])]
+            parser.add_argument(*flags, *spellings, **{"dest": dest, **words})
+        elif "nargs" in words:
+            parser.add_argument(dest, **words)
+            if spellings:
+                parser.add_argument(
+                    *spellings, dest=f"more_{dest}", metavar=words["metavar"], action="append",
+                    help=f"The same as {words['metavar']}.",
+                )  # fmt: skip
+        elif spellings:
+            parser.add_argument(*spellings, **{**words, "dest": dest, "required": True})
+        else:
+            parser.add_argument(dest, **words)
+
+
+def add_common(parser: argparse._ActionsContainer, names: Sequence[str], **how: Any) -> None:
+    """Add the options ``names`` of :data:`COMMON`, in this order; see :func:`add_options`.
 
     Raises:
         ValueError: a name that is no common option, here or in the mappings.
     """
-    given = {"defaults": defaults or {}, "aliases": aliases or {}, "help": help or {}}
-    for name in (*names, *(key for part in (*given.values(), more or {}) for key in part)):
-        if name not in COMMON or name not in names:
-            raise ValueError(f"option {name!r}: expected one of {', '.join(COMMON)}, named once")
     for name in names:
-        words = dict(COMMON[name])
-        if name in given["defaults"]:
-            words["default"] = given["defaults"][name]
-        if name in given["help"]:
-            words["help"] = given["help"][name]
-        words.update((more or {}).get(name, {}))
-        words.setdefault("dest", name.replace("-", "_"))
-        parser.add_argument(f"--{name}", *given["aliases"].get(name, ()), **words)
+        if name not in COMMON:
+            raise ValueError(f"option {name!r}: expected one of {', '.join(COMMON)}, named once")
+    add_options(parser, {name: COMMON[name] for name in names}, **how)
+
+
+def taken_from(kind: type[T], args: argparse.Namespace) -> T:
+    """A dataclass whose fields are the destinations of the same names; lists become tuples."""
+    values = {field.name: getattr(args, field.name) for field in fields(cast(Any, kind))}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def options_given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
