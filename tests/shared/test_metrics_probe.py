@@ -36,6 +36,16 @@ def test_the_folded_weights_are_those_of_scikit_learns_pipeline(classes):
     )
 
 
+def test_a_feature_that_hardly_varies_has_no_say():
+    features, labels = cloud()
+    rare = np.where(np.arange(len(labels)) == 0, 1e-3, 0.0)[:, None]  # telling, if it were scaled
+    probe = fit_probe(np.hstack([features, rare, np.ones_like(rare)]), labels, num_classes=3)
+    assert (probe.weight[:, -2:] == 0).all()
+    np.testing.assert_allclose(
+        probe.weight[:, :-2], fit_probe(features, labels, num_classes=3).weight, atol=1e-5
+    )
+
+
 def test_validation_decides_the_strength_and_a_missing_class_is_never_said():
     features, labels = cloud()
     noise = np.random.default_rng(0).permutation(labels)

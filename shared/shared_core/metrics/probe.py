@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 STRENGTHS = (0.003, 0.03, 0.3)  # inverse weights of the penalty, on standardised features
+# A feature that is nearly always the same would get a huge weight, and the answers would jump with
+# the least change of what is below the classifier: below this share of the median spread it has 0.
+HARDLY = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def fit_probe(
         )
     values = np.asarray(features, np.float64)
     mean, scale = values.mean(axis=0), values.std(axis=0)
-    scale[scale < 1e-8] = 1.0
+    scale[scale <= max(HARDLY * float(np.median(scale)), 1e-8)] = np.inf  # weight 0
     standard = ((values - mean) / scale).astype(np.float32)
     tried = strengths if validation is not None else (sorted(strengths)[len(strengths) // 2],)
     found: list[tuple[float, LinearProbe]] = []
