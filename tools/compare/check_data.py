@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compare.contract import CHECK_FILE, FEATURES_FILE, SPLIT_FILE, DataCheck, Finding, read, write
+from compare.contract import (
+    CHECK_FILE,
+    FEATURES_FILE,
+    FINDINGS,
+    SPLIT_FILE,
+    TINY,
+    DataCheck,
+    Finding,
+    read,
+    write,
+)
 from compare.labels import (
     LabelCheck,
     StoredFeatures,
@@ -43,18 +53,9 @@ from shared_core.texts import printable
 
 SMALL = 40  # images of a class; fewer are dealt out exactly, more by hash
 SMALL_SHARES = (("train", 0.6), ("calibration", 0.15), ("test", 0.25))
-TINY = 25  # images of a class; fewer say little about it
 LISTED = 200  # findings of a kind that are kept
 SHOWN = 40  # pictures of a contact sheet
 SCENES = {"num_classes": 4, "image_size": 64, "images_per_class": 40}
-KINDS = {
-    "left_out": "files left out",
-    "copy_exact": "groups of exact copies",
-    "copy_near": "groups of near copies",
-    "leak": "files of training with a copy in another part",
-    "tiny_class": f"classes of fewer than {TINY} images",
-    "label": "suspicious labels",
-}
 
 
 def check(
@@ -101,7 +102,7 @@ def check(
     found = [*_findings(data, report), *_doubts(data, labels)]
     done = replace(
         facts,
-        found={kind: n for kind in KINDS if (n := sum(one.kind == kind for one in found))},
+        found={kind: n for kind in FINDINGS if (n := sum(one.kind == kind for one in found))},
         findings=tuple(_first(found)),
         labels=labels.facts(),
         notes=(*facts.notes, *labels.notes),
@@ -147,7 +148,7 @@ def printed(check: DataCheck) -> list[str]:
         f"parts ({how}): {parts}",
     ]
     if check.found:
-        lines.append("found: " + ", ".join(f"{n} {KINDS[k]}" for k, n in check.found.items()))
+        lines.append("found: " + ", ".join(f"{n} {FINDINGS[k]}" for k, n in check.found.items()))
     if check.labels:
         lines.append(
             f"labels: {100 * check.labels['agree']:.1f} % agree with their {check.labels['asked']} "

@@ -28,12 +28,23 @@ WINNER = Path("winner")
 FLOAT, INT8 = "onnx", "onnx-int8"  # the forms, by the names of model.json's ``files``
 
 
+TINY = 25  # images of a class; fewer say little about it
+FINDINGS = {
+    "left_out": "files left out",
+    "copy_exact": "groups of exact copies",
+    "copy_near": "groups of near copies",
+    "leak": "files of training with a copy in another part",
+    "tiny_class": f"classes of fewer than {TINY} images",
+    "label": "suspicious labels",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that the data check found: files, what is the matter, one sentence.
 
     Attributes:
-        kind: ``left_out``, ``copy_exact``, ``copy_near``, ``leak``, ``tiny_class``, ``label``.
+        kind: a key of ``FINDINGS``.
         paths: below the data's root; at most a few.
         text: for people.
     """
