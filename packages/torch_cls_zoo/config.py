@@ -21,6 +21,7 @@ from torch_cls_zoo.options import (
     OPTIONS,
     RECIPES,
     RESUME_RUN,
+    STEPS,
     SUMMARY,
     build_parser,
 )
@@ -73,6 +74,11 @@ class TrainingSettings:
     clip_grad: float  # 0: none
     probe: bool
     freeze_bn: bool
+    ema: float  # share that a step keeps of the average; 0: none
+    accumulate: int  # batches of a step
+    patience: int  # epochs; 0: for ever
+    unfreeze: int  # epochs until all of it learns; 0: from the start
+    compile: bool
     print_freq: int
     amp: str
     sparsity: bool
@@ -105,6 +111,9 @@ class AugmentSettings:
     aug_policy: str | None
     crop: float  # least share of the picture; 1: all of it
     flip: float  # probability
+    quarter_turns: bool
+    erasing: float  # probability
+    balanced: bool
     mixup: bool
     mixup_ratio: float
     mixup_alpha: float
@@ -290,6 +299,7 @@ def check(values: Mapping[str, Any], given: Iterable[str]) -> None:
     _check_useless(values, given, modes)
     _check_modes(values, given, modes)
     _check_pairs(values)
+    _check_weights(values, given)
     nodes, rank = values["nodes"], values["rank"]
     if nodes > 1 and not 0 <= rank < nodes:
         raise UsageError(f"--rank is {rank}, expected 0 to {nodes - 1} of --nodes")
@@ -354,14 +364,34 @@ def _check_modes(values: Mapping[str, Any], given: Iterable[str], modes: tuple[s
                 raise UsageError(f"--{name} with --data builtin needs --knowledge_dir DIR")
 
 
+def _check_weights(values: Mapping[str, Any], given: Iterable[str]) -> None:
+    """Refuse what stands on trained weights where there are none, and steps of a probe."""
+    trained = values["init"] != NONE or values["resume"] is not None
+    needing = {"recipe": values["recipe"] == "probe", "unfreeze": values["unfreeze"] > 0}
+    for name, needs in needing.items():
+        if needs and not trained:
+            raise UsageError(f"{_flag(name)} {values[name]} needs trained weights: expected --init")
+    if values["recipe"] == "probe":
+        for name in given:
+            if name in STEPS:
+                raise UsageError(f"{_flag(name)} does nothing with --recipe probe: no step is made")
+
+
 def _check_pairs(values: Mapping[str, Any]) -> None:
     if values["aug"] and values["aug_policy"] not in (None, "my"):
         raise UsageError(f"--aug means --aug_policy my, got --aug_policy {values['aug_policy']}")
     if (values["lr_ratios"] is None) != (values["lr_steps"] is None):
         raise UsageError("--lr_ratios and --lr_steps go together, got one of them")
     epochs, warmup = values["epochs"], values["warmup"]
-    if (warmup or 0) >= epochs and values["train"] and values["lr_ratios"] is None:
+    if (warmup or 0) >= max(epochs, 1) and values["train"] and values["lr_ratios"] is None:
         raise UsageError(f"--warmup is {warmup}, expected less than the {epochs} epochs")
+    if values["patience"] >= epochs > 0:
+        raise UsageError(f"--patience {values['patience']} does nothing in {epochs} epochs")
+    if values["save_every"] % values["accumulate"]:
+        raise UsageError(
+            f"--save_every is {values['save_every']}, expected a multiple of --accumulate "
+            f"{values['accumulate']}: gathered gradients are not saved"
+        )
     if values["image_size"] is not None and len(values["image_size"]) > 2:
         raise UsageError("--image_size: expected the height and width, or one number for both")
     said = {True: "cuda", False: "cpu"}.get(values["cuda"])

@@ -21,7 +21,14 @@ DEFAULT_ARCH = "efficientnet_lite0"  # its weights come as a package
 NONE, TRAINED = "none", "trained"  # as shared_core.weights.finding, which loads numpy, has them
 RESUME_RUN = "run"  # what `--resume` without a value stands for
 VISUAL_METHODS = ("cam", "grad-cam", "grad-cam++", "grad-camm++", "all")
-ACTIONS = ("evaluate", "knowledge", "make_curriculum", "visual_data", "jit")  # with a network
+ACTIONS = (
+    "evaluate",
+    "knowledge",
+    "make_curriculum",
+    "visual_data",
+    "export",
+    "jit",
+)  # with a network
 MODES = ("train", "find_lr", *ACTIONS)
 SUMMARY = "summary"  # the mode without a mode: print the network
 LEARNING = ("train", "find_lr")
@@ -93,35 +100,46 @@ _TRAINS = {"modes": LEARNING}
 SCHEDULES = ("steps", "cosine")
 # What a training's options are where the command does not say them.
 RECIPES: dict[str, dict[str, Any]] = {
+    "probe": {
+        "epochs": 0, "opt": "sgd", "lr": 1.0, "head_lr": None, "layer_decay": 1.0,
+        "schedule": "cosine", "wd": 0.0, "warmup": None, "clip_grad": 0.0, "drop_path": 0.0,
+        "probe": True, "freeze_bn": True, "ema": 0.0, "amp": "fp32",
+        "label_smoothing": 0.0, "crop": 1.0, "flip": 0.0,
+        "batch_size": 64,
+    },
     "finetune": {
         "epochs": 10, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-3, "layer_decay": 0.9,
         "schedule": "cosine", "wd": 0.02, "warmup": None, "clip_grad": 5.0, "drop_path": 0.1,
-        "probe": True, "freeze_bn": True, "amp": "auto",
+        "probe": True, "freeze_bn": True, "ema": 0.98, "amp": "auto",
         "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
         "batch_size": 64,
     },
     "scratch": {
         "epochs": 85, "opt": "adamw", "lr": 2e-3, "head_lr": None, "layer_decay": 1.0,
         "schedule": "cosine", "wd": 0.05, "warmup": None, "clip_grad": 5.0, "drop_path": 0.0,
-        "probe": False, "freeze_bn": False, "amp": "auto",
+        "probe": False, "freeze_bn": False, "ema": 0.0, "amp": "auto",
         "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
         "batch_size": 64,
     },
     "readme": {
         "epochs": 85, "opt": "adam", "lr": 1e-4, "head_lr": None, "layer_decay": 1.0,
         "schedule": "steps", "wd": 5e-4, "warmup": 5, "clip_grad": 0.0, "drop_path": 0.0,
-        "probe": False, "freeze_bn": False, "amp": "fp32",
+        "probe": False, "freeze_bn": False, "ema": 0.0, "amp": "fp32",
         "label_smoothing": 0.0, "crop": 1.0, "flip": 0.0,
         "batch_size": None,
     },
 }  # fmt: skip
 
 
-def _of_recipe(flags: str, sentence: str, **words: Any) -> Option:
+def _of_recipe(
+    flags: str, sentence: str, modes: tuple[str, ...] = LEARNING, **words: Any
+) -> Option:
     """An option of learning whose value, where it is not said, is the recipe's."""
     name = next(f for f in flags.split() if f.startswith("--")).lstrip("-")
-    told = ", ".join(f"{_word(known[name])} in {each}" for each, known in RECIPES.items())
-    return _row(flags, f"{sentence} Without it that of --recipe: {told}.", modes=LEARNING, **words)
+    told = ", ".join(
+        f"{_word(known[name])} in {each}" for each, known in RECIPES.items() if each != "probe"
+    )
+    return _row(flags, f"{sentence} Without it that of --recipe: {told}.", modes=modes, **words)
 
 
 def _word(value: Any) -> str:
@@ -199,8 +217,12 @@ DOING = (
         in_facts=False,
     ),
     _row(
-        "--jit", "Write the network for use elsewhere: TorchScript, ONNX and torch.export files "
-        "and a model folder, each checked against the network on the test images.", **_OUTSIDE,
+        "--export", "Write the model folder, which every command of the repository opens, checked "
+        "against the network on the test images.", **_OUTSIDE,
+    ),
+    _row(
+        "--jit", "Write the model folder and, beside the weights, TorchScript, ONNX and "
+        "torch.export files, each checked against the network on the test images.", **_OUTSIDE,
     ),
     _row(
         "--knowledge", "Write what the network says of that part's images, to teach others with.",
@@ -219,8 +241,9 @@ DOING = (
 TRAINING = (
     _row(
         "--recipe", "The options of a training that the command does not say. finetune: above "
-        "trained weights; scratch: from nothing, as is done today; readme: the first README's. "
-        "Without it finetune where --init brings trained weights, else readme.",
+        "trained weights; probe: the head alone, a linear classifier, in seconds; scratch: from "
+        "nothing, as is done today; readme: the first README's. Without it finetune where --init "
+        "brings trained weights, else readme.",
         choices=tuple(RECIPES), **_TRAINS,
     ),
     _of_recipe("--epochs", "How often every training image is seen.", type=SIZE, metavar="N"),
@@ -277,6 +300,29 @@ TRAINING = (
     _of_recipe(
         "--freeze_bn", "Keep the means and variances of batch norms as they are: trained ones say "
         "more than the small batches of a small set.", action=argparse.BooleanOptionalAction,
+    ),
+    _of_recipe(
+        "--ema", "Judge and keep a moving average of the weights, of which a step keeps that "
+        "share; 0 keeps the weights themselves.", type=number(float, 0, 0.99999), metavar="F",
+        modes=("train",),
+    ),
+    _row(
+        "--accumulate", "How many batches a step learns from: their mean gradient, as of one "
+        "large batch that would not fit into memory.", type=SIZE, default=1, metavar="N",
+        modes=("train",),
+    ),
+    _row(
+        "--patience", "Stop after that many epochs without a better validation; 0 never does.",
+        type=COUNT, default=0, metavar="N", modes=("train",),
+    ),
+    _row(
+        "--unfreeze", "Open the network from the head downwards: in the first epoch only the head "
+        "learns, from epoch N on all of it. 0 opens all at once.", type=COUNT, default=0,
+        metavar="N", modes=("train",),
+    ),
+    _row(
+        "--compile", "Let torch.compile translate the training step; it needs a C++ compiler and "
+        "a minute or more at the start.", modes=("train",),
     ),
     _row(
         "-p --print-freq --print_freq", "How many batches pass between two lines.",
@@ -342,6 +388,18 @@ AUGMENTATION = (
     ),
     _of_recipe(
         "--flip", "The probability that a picture is mirrored.", type=FRACTION, metavar="P"
+    ),
+    _row(
+        "--quarter_turns", "Turn each picture by a random number of right angles: for scenes from "
+        "above, which have no upper side.", **_TRAINS,
+    ),
+    _row(
+        "--erasing", "The probability that noise covers a rectangle of the picture.",
+        type=FRACTION, default=0.0, metavar="P", **_TRAINS,
+    ),
+    _row(
+        "--balanced", "Show every class as often as any other, whatever its number of images.",
+        **_TRAINS,
     ),
     _row("--mixup", "Mix two images each, and their losses.", **_TRAINS),
     _row(
@@ -442,13 +500,13 @@ OUTPUT = (
         action=argparse.BooleanOptionalAction, modes=("train",), **_OUTSIDE,
     ),
     _row(
-        "--int8", "Whether --jit writes an int8 file, too: auto keeps it where it is faster on "
+        "--int8", "Whether the model folder gets an int8 file: auto keeps it where it is faster on "
         "this machine and accurate enough, yes where it is accurate enough.",
-        choices=("no", "auto", "yes"), default="auto", needs=("jit",), **_OUTSIDE,
+        choices=("no", "auto", "yes"), default="auto", needs=("export", "jit"), **_OUTSIDE,
     ),
     _row(
         "--max_accuracy_loss", "How much accuracy int8 may cost, as a fraction.",
-        type=FRACTION, default=0.01, metavar="F", needs=("jit",), **_OUTSIDE,
+        type=FRACTION, default=0.01, metavar="F", needs=("export", "jit"), **_OUTSIDE,
     ),
     _row(
         "--logdir", "TensorBoard's folder; without it logs/ in the run's.",
@@ -473,6 +531,9 @@ GROUPS = {
     "output": OUTPUT,
 }
 OPTIONS: dict[str, Option] = {row.dest: row for rows in GROUPS.values() for row in rows}
+# What a training by steps looks at, and --recipe probe does not.
+STEPS = {row.dest for rows in (TRAINING, LOSS, AUGMENTATION) for row in rows}
+STEPS = STEPS - {"recipe", "go_on", "fresh"} | {"find_lr", "distill", "curriculum_learning"}
 
 
 def build_parser(prog: str = "main.py") -> CommandParser:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from shared_core.for_torch.checkpoints import load_checkpoint
+from shared_core.metrics.intervals import wilson_interval
 from shared_core.metrics.probe import LinearProbe, fit_probe
 from shared_core.runs import UsageError, read_result
 from torch_cls_zoo.applications import floor as floor_module
@@ -114,9 +115,12 @@ def test_rates_fall_with_depth_and_the_head_has_its_own(tuned):
 def test_the_last_line_says_where_the_floor_is(tuned):
     folder, seen = tuned
     record = read_result(folder / "result.json")["measured"]
-    (name, floor), *_ = record["floor"].items()
+    floor = record["floor"]["trained features, linear"]
     last = seen["done"].out.strip().splitlines()[-1]
-    assert name == "trained features, linear" and f"{floor['accuracy']:.4f}" in last
+    assert f"{floor['accuracy']:.4f}" in last
+    assert f"{max(record['floor']['plain'], record['floor']['engineered']):.4f}" in last
+    ends = wilson_interval(round(record["test"]["accuracy"] * 15), 15)
+    assert (record["test"]["low"], record["test"]["high"]) == pytest.approx(ends)
     below = record["test"]["accuracy"] < floor["accuracy"]
     assert ("is BELOW the floor" in last) == below
     assert last[1:] in (folder / "report.md").read_text()
@@ -124,8 +128,13 @@ def test_the_last_line_says_where_the_floor_is(tuned):
 
 @pytest.mark.parametrize(("accuracy", "word"), [(0.5, "is BELOW"), (0.9, "is not below")])
 def test_a_result_below_the_floor_is_called_so(accuracy, word):
-    floor = floor_module.TrainedFloor(0.6, 0.5, 0.7, 10, "lite0", 32, 0.3)
-    assert word in floor_module.verdict({"accuracy": accuracy, "images": 10}, floor)
+    trained = floor_module.TrainedFloor(0.6, 0.5, 0.7, 10, "lite0", 32, 0.3)
+    plain = {"plain": 0.3, "engineered": 0.4}
+    said = floor_module.Floors(plain, trained).verdict({"accuracy": accuracy, "images": 10})
+    assert word in said and said.endswith("without a network 0.4000")
+    assert f"{word} the floor (engineered" in floor_module.Floors(
+        {"plain": 0.3, "engineered": 0.6}, None
+    ).verdict({"accuracy": accuracy, "images": 10})
 
 
 def test_without_weights_it_starts_from_nothing_and_says_so(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,12 @@ WEIGHTS = {
     "drop_path": (BASE, "--drop_path 0.9"),
     "probe": (BASE, "--probe"),
     "freeze_bn": (BASE, "--freeze_bn"),
+    "ema": (BASE, "--ema 0.5"),
+    "accumulate": (BASE, "--accumulate 2"),
+    "unfreeze": (BASE + " --init {weights} --recipe readme", "--unfreeze 1"),
+    "erasing": (BASE, "--erasing 1"),
+    "quarter_turns": (BASE, "--quarter_turns"),
+    "balanced": (BASE, "--balanced"),
     "label_smoothing": (BASE, "--label_smoothing 0.3"),
     "crop": (BASE, "--crop 0.3"),
     "flip": (BASE, "--flip 1"),
@@ -112,9 +119,12 @@ LEFT = {
     "visual_number": (USE + " --visual_data val --visual_number 1 --visual_method grad-cam",
                       "--visual_number 2"),
     "floor": (BASE, "--floor"),
-    "jit": (USE + " -e", "--jit --int8 no"),
-    "int8": (USE + " --jit --int8 no", "--int8 yes --max_accuracy_loss 1"),
-    "max_accuracy_loss": (USE + " --jit --int8 no --int8 yes --max_accuracy_loss 1",
+    "patience": (RULE + " --epochs 6 --lr 1e-9", "--patience 2"),
+    "compile": (BASE, "--compile"),
+    "export": (USE + " -e", "--export --int8 no"),
+    "jit": (USE + " --export --int8 no", "--jit"),
+    "int8": (USE + " --export --int8 no", "--int8 yes --max_accuracy_loss 1"),
+    "max_accuracy_loss": (USE + " --export --int8 no --int8 yes --max_accuracy_loss 1",
                           "--max_accuracy_loss 0.9"),
     "summary": (USE + " -e", "--summary"),
     "print_freq": (BASE, "--print-freq 1"),
@@ -203,7 +213,7 @@ def perform(places, zoo_command) -> Callable[[str], dict]:
         home = places["root"] / f"run{len(known)}"
         filled = words.format(**places, made=home / "made")
         more = [] if "--output" in filled else ["--output", home / "out"]
-        seen: dict = {"threads": set(), "saves": 0, "gammas": 0}
+        seen: dict = {"threads": set(), "saves": 0, "gammas": 0, "graphs": 0}
         with pytest.MonkeyPatch.context() as patch:
             _watch(patch, seen)
             done = zoo_command(*filled.split(), *more)
@@ -230,9 +240,14 @@ def _watch(patch: pytest.MonkeyPatch, seen: dict) -> None:
     def gammas(self, model, step):
         seen["gammas"] += 1
 
+    def graph(module, inputs):
+        seen["graphs"] += 1
+        return module.forward
+
     patch.setattr(loaders, "BatchLoader", make)
     patch.setattr(training.Training, "_save", counted)
     patch.setattr(TensorBoardLog, "gammas", gammas)
+    patch.setattr(torch, "compile", partial(torch.compile, backend=graph))
 
 
 def _plain(text: str, home: Path) -> str:
@@ -262,7 +277,13 @@ def left_by(seen: dict) -> tuple:
     int8 = [json.loads(path.read_text())["measured"]["int8"] for path in home.rglob("model.json")]
     wished = [one and one["max_accuracy_loss"] for one in int8]
     folders = sorted(path.name for path in home.rglob("*") if path.is_dir())
-    notes = (sorted(seen["threads"]), seen["saves"], seen["gammas"], seen["out"])
+    notes = (
+        sorted(seen["threads"]),
+        seen["saves"],
+        seen["gammas"],
+        seen["graphs"] > 0,
+        seen["out"],
+    )
     return files, shapes, wished, folders, notes
 
 

@@ -1,13 +1,15 @@
-"""``--jit``: the network for use elsewhere, each file checked against it on the whole test part.
+"""``--export`` and ``--jit``: the network for use elsewhere, each file checked on the test part.
 
-``checkpoints/`` gets TorchScript, ONNX and torch.export files that take normalised images and give
-logits; ``model/`` is the model folder that every command of the repository opens.
+``model/`` is the model folder that every command of the repository opens. With ``--jit``,
+``checkpoints/`` also gets TorchScript, ONNX and torch.export files that take normalised images and
+give logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ def convert(session: Session) -> dict[str, dict[str, Any]]:
     """Write the files.
 
     Returns:
-        By format the file, its size, and how far its answers lie from the network's.
+        By format of ``--jit`` the file, its size, and how far its answers lie from the network's.
 
     Raises:
         ExportError: a file does not answer as the network.
@@ -60,9 +62,36 @@ def convert(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def _written(session: Session, model: nn.Module) -> dict[str, dict[str, Any]]:
-    facts, folder = facts_of_session(session, model), session.output / "checkpoints"
-    network = predictor_of(model, facts)
-    files = export_all(model, folder, arch=session.arch.replace("/", "_"), facts=facts)
+    facts, arch = facts_of_session(session, model), session.arch.replace("/", "_")
+    network, files = predictor_of(model, facts), {}
+    with TemporaryDirectory() as scratch:
+        if "jit" in session.config.run.modes:
+            folder = session.output / "checkpoints"
+            files = export_all(model, folder, arch=arch, facts=facts)
+            _check_files(session, files, folder, network)
+            source = folder / files["onnx"]["file"]
+        else:
+            made = export_all(model, scratch, arch=arch, facts=facts, formats=("onnx",))
+            source = Path(scratch, made["onnx"]["file"])
+        written = write_model_folder(
+            session.output / FOLDER,
+            facts=facts,
+            network=network,
+            sources=[source],
+            test=views(session, "test"),
+            calibration=calibration_of(session),
+            int8=Int8Wish(session.config.run.int8, session.config.run.max_accuracy_loss),
+        )
+    for line in written.lines:
+        session.say(line)
+    return files
+
+
+def _check_files(
+    session: Session, files: dict[str, dict[str, Any]], folder: Path, network: NetworkPredictor
+) -> None:
+    """Ask each file all test images; what they say of it is added to ``files``."""
+    facts = network.facts
     for name, about in files.items():
         opened = _opened(folder / about["file"], facts)
         agreement = agreement_of(network, opened, views(session, "test"))
@@ -73,18 +102,6 @@ def _written(session: Session, model: nn.Module) -> dict[str, dict[str, Any]]:
             f"{about['max_abs']:.1e}; the same class for {about['same_class']:.2%} of "
             f"{about['images']} test images"
         )
-    written = write_model_folder(
-        session.output / FOLDER,
-        facts=facts,
-        network=network,
-        sources=[folder / files["onnx"]["file"]],
-        test=views(session, "test"),
-        calibration=calibration_of(session),
-        int8=Int8Wish(session.config.run.int8, session.config.run.max_accuracy_loss),
-    )
-    for line in written.lines:
-        session.say(line)
-    return files
 
 
 def _opened(path: Path, facts: ModelFacts) -> Predictor:
@@ -120,7 +137,7 @@ def facts_of_session(session: Session, model: nn.Module) -> ModelFacts:
     )
 
 
-def predictor_of(model: nn.Module, facts: ModelFacts) -> Predictor:
+def predictor_of(model: nn.Module, facts: ModelFacts) -> NetworkPredictor:
     """The network itself, asked as its files are."""
 
     def network(batch: np.ndarray) -> np.ndarray:

@@ -14,14 +14,19 @@ import torch
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.for_torch.distributed import World, main_writes
 from shared_core.for_torch.seeds import seed_all
-from shared_core.metrics.trained_floor import NAME, TrainedFloor
 from shared_core.runs import OpenRun, derive_seed, open_run
 from shared_core.runs.lock import RunLock
 from shared_core.weights.finding import NONE
 from torch_cls_zoo.applications.convert import convert
 from torch_cls_zoo.applications.evaluate import evaluate
 from torch_cls_zoo.applications.find_lr import find_lr
-from torch_cls_zoo.applications.floor import measure_floor, verdict, wanted_floor
+from torch_cls_zoo.applications.floor import (
+    Floors,
+    has_weights,
+    measure_trained,
+    plain_floor,
+    wants_floors,
+)
 from torch_cls_zoo.applications.launch import launch
 from torch_cls_zoo.applications.session import Session, open_session, settled
 from torch_cls_zoo.applications.teach import make_curriculum, make_knowledge
@@ -125,10 +130,10 @@ def _work(
             f"best weights of epoch {trained.best_epoch + 1} (val {trained.best_accuracy:.4f}): "
             f"{trained.best}; last: {trained.last}"
         )
-    floor = None
-    if opened is not None and wanted_floor(session.data, config.run.floor, session.say):
-        floor = session.only_main(lambda: _floor_of(session))
-        result["floor"] = {NAME: floor.facts()}
+    floors = None
+    if opened is not None and wants_floors(session.data, config.run.floor):
+        floors = session.only_main(lambda: _floors_of(session))
+        result["floor"] = floors.facts()
     if opened is not None or "evaluate" in config.run.modes:
         result["test"] = evaluate(
             session,
@@ -136,7 +141,7 @@ def _work(
             started=started if opened is None else opened.started,
             seconds=time.monotonic() - clock if opened is None else opened.seconds,
             training=result.get("training"),
-            floor=floor,
+            floors=floors,
         )
     if asked.knowledge:
         result["knowledge"] = make_knowledge(session, asked.knowledge)
@@ -144,20 +149,23 @@ def _work(
         result["curriculum"] = make_curriculum(session, asked.make_curriculum)
     if config.pictures.visual_data:
         result["pictures"] = visualize(session)
-    if "jit" in config.run.modes:
+    if {"jit", "export"} & set(config.run.modes):
         result["files"] = convert(session)
-    if floor is not None:
-        session.say(verdict(result["test"], floor))
+    if floors is not None:
+        session.say(floors.verdict(result["test"]))
     return result
 
 
-def _floor_of(session: Session) -> TrainedFloor:
-    return measure_floor(
-        session.data,
-        side=max(session.settings.size),
-        threads=session.config.data.workers,
-        device=session.world.device,
-    )
+def _floors_of(session: Session) -> Floors:
+    trained = None
+    if has_weights(session.say):
+        trained = measure_trained(
+            session.data,
+            side=max(session.settings.size),
+            threads=session.config.data.workers,
+            device=session.world.device,
+        )
+    return Floors(plain_floor(session.data), trained)
 
 
 def _training_facts(session: Session, trained: Trained) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shared_core.metrics.trained_floor import NAME, TrainedFloor
+from shared_core.metrics.intervals import wilson_interval
 from shared_core.runs import write_result
 from torch_cls_zoo.applications.evaluation_report import write_report
-from torch_cls_zoo.applications.floor import verdict
+from torch_cls_zoo.applications.floor import Floors
 from torch_cls_zoo.applications.session import PROJECT, Session
 from torch_cls_zoo.applications.test import (
     measure,
@@ -29,24 +29,27 @@ def evaluate(
     started: datetime,
     seconds: float,
     training: Mapping[str, Any] | None = None,
-    floor: TrainedFloor | None = None,
+    floors: Floors | None = None,
 ) -> dict[str, Any]:
     """Measure a part and write ``result.json`` and the report into ``folder``.
 
     Returns:
-        The numbers, without the confusion matrix.
+        The numbers, without the confusion matrix; ``low`` and ``high`` are the ends of the
+        accuracy's 95 % interval.
     """
     criterion = plain_criterion(session)
     outputs = outputs_of(session, part(session.data, split))
     values = measure(outputs, criterion, num_classes=len(session.classes))
+    right = round(values["accuracy"] * values["images"])
+    values["low"], values["high"] = wilson_interval(right, values["images"])
     numbers = {key: value for key, value in values.items() if key != "confusion"}
 
     def write() -> str:
         measured: dict[str, Any] = {split: values}
         if training:
             measured["training"] = dict(training)
-        if floor is not None:
-            measured["floor"] = {NAME: floor.facts()}
+        if floors is not None:
+            measured["floor"] = floors.facts()
         write_result(
             folder / "result.json",
             task=f"{PROJECT}/{'train' if training else 'evaluate'}",
@@ -66,7 +69,7 @@ def evaluate(
             values,
             title=f"{session.arch} on {session.data.name}, {split}",
             training=training,
-            first=None if floor is None else verdict(numbers, floor),
+            first=None if floors is None else floors.verdict(numbers),
         )
         return str(page)
 

@@ -15,6 +15,7 @@ from shared_core.metrics import classification_report
 from shared_core.runs import Report
 from torch_cls_zoo.applications.session import Session
 from torch_cls_zoo.applications.test import Outputs
+from torch_cls_zoo.utils.fonts import lacking_font
 from torch_cls_zoo.utils.pictures import confusion_picture, write_picture
 from torch_cls_zoo.utils.tensorboard_log import prediction_sheet
 
@@ -126,6 +127,8 @@ def write_report(
         report.figure(picture, "Confusion: rows are the true classes.")
     except ImportError:  # without matplotlib the table above still says it
         pass
+    if (lacking := lacking_font(classes)) is not None:
+        report.note(lacking)
     report.heading("Mistakes")
     wrong = len(outputs.rows) - round(values["accuracy"] * len(outputs.rows))
     report.text(f"{wrong} of {len(outputs.rows)} images, all listed in misclassified.csv.")

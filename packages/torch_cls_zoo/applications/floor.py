@@ -1,13 +1,15 @@
-"""The floor: what a linear classifier on a trained network's features reaches."""
+"""The floors: what linear classifiers reach, on a trained network's features and on plain ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from shared_core.datasets.splitting.prepared import PreparedData
+from shared_core.metrics.floor import floor_accuracy
 from shared_core.metrics.intervals import wilson_interval
 from shared_core.metrics.trained_floor import NAME, TrainedFloor, trained_floor
 from shared_core.weights.catalogue import CATALOGUE
@@ -18,17 +20,63 @@ SIDE = 224  # pixels, at most
 NETWORK = CATALOGUE[0]
 
 
-def wanted_floor(data: PreparedData, asked: bool | None, say: Callable[[str], None]) -> bool:
-    """Whether to measure it: as asked, or on real images, not too many, where the weights are."""
+@dataclass(frozen=True)
+class Floors:
+    """What linear classifiers reach on the test part, without training a network.
+
+    Attributes:
+        plain: fractions by kind of features of the image itself, ``plain`` and ``engineered``.
+        trained: on features of a trained network; None where its weights are not here.
+    """
+
+    plain: Mapping[str, float]
+    trained: TrainedFloor | None
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON for records."""
+        return {**self.plain, **({NAME: self.trained.facts()} if self.trained else {})}
+
+    def verdict(self, test: Mapping[str, Any]) -> str:
+        """One line: the test accuracy with its interval beside the floors, and whether it is below.
+
+        Args:
+            test: ``accuracy``, a fraction, and ``images``.
+        """
+        low, high = wilson_interval(round(test["accuracy"] * test["images"]), test["images"])
+        best = max(self.plain, key=lambda name: self.plain[name])
+        name, value, ends = f"{best} features, linear", self.plain[best], ""
+        if self.trained is not None:
+            name, value = NAME, self.trained.accuracy
+            ends = f" [{self.trained.low:.4f}, {self.trained.high:.4f}]"
+        without = f"; without a network {self.plain[best]:.4f}" if self.trained else ""
+        return (
+            f"test accuracy {test['accuracy']:.4f} [{low:.4f}, {high:.4f}] is "
+            f"{'BELOW' if test['accuracy'] < value else 'not below'} the floor ({name}) of "
+            f"{value:.4f}{ends}{without}"
+        )
+
+
+def wants_floors(data: PreparedData, asked: bool | None) -> bool:
+    """Whether to measure them: as asked, or on real images that are not too many."""
     few = len(data.manifest.subset("train")) <= LARGEST
-    wanted = asked if asked is not None else few and not data.rehearsal
-    if wanted and installed_file(NETWORK) is None:
+    return asked if asked is not None else few and not data.rehearsal
+
+
+def plain_floor(data: PreparedData) -> dict[str, float]:
+    """Test accuracy by kind of features: fitted on train, judged on test."""
+    train, test = data.image_set("train"), data.image_set("test")
+    return floor_accuracy(train.paths, train.labels, test.paths, test.labels)
+
+
+def has_weights(say: Callable[[str], None]) -> bool:
+    """Whether the network for :func:`measure_trained` is here; ``say`` is told how to get it."""
+    here = installed_file(NETWORK) is not None
+    if not here:
         say(f"no floor of trained features: get the network by {how_to_get(NETWORK)}")
-        return False
-    return wanted
+    return here
 
 
-def measure_floor(
+def measure_trained(
     data: PreparedData, *, side: int, threads: int | None, device: torch.device
 ) -> TrainedFloor:
     """Fitted on train, its strength chosen on val, judged on test.
@@ -50,14 +98,3 @@ def measure_floor(
         input_size=min(SIDE, side),
         threads=threads,
     )[0]
-
-
-def verdict(test: Mapping[str, Any], floor: TrainedFloor) -> str:
-    """One line: the test accuracy with its interval beside the floor, and whether it is below."""
-    low, high = wilson_interval(round(test["accuracy"] * test["images"]), test["images"])
-    below = test["accuracy"] < floor.accuracy
-    return (
-        f"test accuracy {test['accuracy']:.4f} [{low:.4f}, {high:.4f}] is "
-        f"{'BELOW' if below else 'not below'} the floor ({NAME}) of {floor.accuracy:.4f} "
-        f"[{floor.low:.4f}, {floor.high:.4f}]"
-    )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shared_core.for_torch.data import TorchBatch, TorchLoader
-from shared_core.for_torch.distributed import World
+from shared_core.for_torch.distributed import World, accumulating, unwrap
+from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.precision import Precision
 from torch_cls_zoo.criterions import Criterion
 from torch_cls_zoo.dataloader.batch_ops import BatchOps, mixed_targets, permuted
@@ -87,21 +88,43 @@ class Learner:
     mix_targets: bool = False
     clip: float | None = None  # largest norm of the gradient
     freeze_bn: bool = False  # batch norms keep their means and variances
+    accumulate: int = 1  # batches of a step
+    ema: Ema | None = None  # of the weights
 
     def train(self) -> None:
         """Into training mode, all but the statistics that are to stay."""
         self.model.train()
         self.criterion.train()
-        for module in self.model.modules() if self.freeze_bn else ():
+        for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+                closed = module.affine and not module.weight.requires_grad
+                module.train(not (self.freeze_bn or closed))
 
-    def step(self, batch: TorchBatch, number: int) -> tuple[Tensor, Tensor]:
-        """One update from batch ``number`` of the run; the device is not waited for.
+    def step(
+        self, batch: TorchBatch, number: int, *, gathered: int = 1, update: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Learn from batch ``number`` of the run; the device is not waited for.
+
+        Args:
+            gathered: batches whose mean gradient makes an update.
+            update: this is the last of them.
 
         Returns:
             Its loss in nats, and how many images were right before the update; both scalars.
         """
+        with accumulating(self.model, last=update):
+            loss, logits, labels = self._forward(batch, number)
+            scaled = loss / gathered
+            done = self.precision.backward_step(
+                scaled, self.optimizer, clip=self.clip, update=update
+            )
+        if self.ema is not None and done.stepped:
+            self.ema.update(unwrap(self.model))
+        hits = (logits.detach().argmax(dim=1) == labels).sum()
+        return loss.detach(), hits
+
+    def _forward(self, batch: TorchBatch, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, logits ``(N, C)``, and the labels by which hits are counted ``(N,)``."""
         plan = self.ops.draw(number, len(batch.labels), rank=self.world.rank)
         images = self.ops.apply(batch.images, plan)
         goals, weights = self._goals(batch), self._weights(batch)
@@ -120,9 +143,7 @@ class Learner:
         labels = batch.labels
         if plan.mix is not None and plan.mix.lam < 0.5:
             labels = permuted(labels, plan.mix)
-        hits = (logits.detach().argmax(dim=1) == labels).sum()
-        self.precision.backward_step(loss, self.optimizer, clip=self.clip)
-        return loss.detach(), hits
+        return loss, logits, labels
 
     def _goals(self, batch: TorchBatch) -> Tensor:
         if self.targets.soft is None:
@@ -151,10 +172,17 @@ def run_epoch(
         schedule: sets the rate before each step.
     """
     learner.train()
-    seen = len(loader.loader.skipped)
+    seen, total = len(loader.loader.skipped), len(loader)
     for batch in loader:
-        schedule.set_step(first_number + sums.batches)
-        loss, hits = learner.step(batch, first_number + sums.batches)
+        at = sums.batches
+        last = min(at - at % learner.accumulate + learner.accumulate, total)
+        schedule.set_step(first_number + at)
+        loss, hits = learner.step(
+            batch,
+            first_number + at,
+            gathered=last - (at - at % learner.accumulate),
+            update=at + 1 == last,
+        )
         sums.add(loss, hits, len(batch.labels))
         new = loader.loader.skipped[seen:]
         seen += len(new)

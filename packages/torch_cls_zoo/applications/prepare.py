@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from shared_core.for_torch.data import TorchLoader
+from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.precision import Precision, computes_bf16
 from shared_core.for_torch.pretrained import parameter_groups
 from shared_core.runs import derive_seed
@@ -70,6 +71,8 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, Schedule]:
         mix_targets=augment.mix_targets,
         clip=asked.clip_grad or None,
         freeze_bn=asked.freeze_bn,
+        accumulate=asked.accumulate,
+        ema=Ema(session.model, decay=asked.ema) if asked.ema else None,
     )
     loader = train_loader(
         train_part.images,
@@ -78,6 +81,9 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, Schedule]:
         policy=augment.aug_policy,
         crop=augment.crop,
         flip=augment.flip,
+        quarter_turns=augment.quarter_turns,
+        erasing=augment.erasing,
+        balanced=augment.balanced,
         seed=session.config.data.seed,
         world=world,
         threads=session.config.data.workers,

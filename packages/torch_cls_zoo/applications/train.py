@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from shared_core.checkpoints import make_facts
 from shared_core.for_torch.checkpoints import save_checkpoint
@@ -18,7 +23,7 @@ from shared_core.for_torch.distributed import (
     wrap,
 )
 from shared_core.for_torch.run_state import Best, StageState
-from shared_core.runs import OpenRun
+from shared_core.runs import OpenRun, UsageError
 from shared_core.runs.progress import format_seconds
 from torch_cls_zoo.applications.learn import Sums, run_epoch
 from torch_cls_zoo.applications.prepare import make_learner
@@ -28,6 +33,7 @@ from torch_cls_zoo.applications.test import Outputs, measure, plain_criterion, r
 from torch_cls_zoo.config import resolved
 from torch_cls_zoo.dataloader.folders import part
 from torch_cls_zoo.dataloader.loaders import eval_loader
+from torch_cls_zoo.models.blocks import body_blocks
 from torch_cls_zoo.options import OPTIONS
 from torch_cls_zoo.pruning.slimming import slimming_note, slimming_reach, sparsity_facts
 from torch_cls_zoo.utils.tensorboard_log import TensorBoardLog
@@ -76,6 +82,9 @@ class Training:
         )
         self.best, self.sums, self.epoch, self.unreadable = Best(), Sums(), 0, 0
         self.plain = plain_criterion(session)
+        if asked.unfreeze and session.world.world_size > 1:
+            raise UsageError("--unfreeze runs in one process: leave out --gpus and torchrun")
+        self.blocks = body_blocks(session.model, len(session.classes)) if asked.unfreeze else []
         parts = {
             "model": session.model,
             "criterion": self.learner.criterion,
@@ -85,6 +94,8 @@ class Training:
             "loader": self.loader,
             "best": self.best,
         }
+        if self.learner.ema is not None:
+            parts["ema"] = self.learner.ema
         self.state = StageState("train", parts, run.log, world=session.world)
 
     def run(self) -> Trained:
@@ -94,14 +105,21 @@ class Training:
         if self.asked.sparsity:
             self._say_reach()
         # After the state is back: wrapping copies the weights to the other processes.
-        self.learner.model = wrap(session.model, world)
+        model = session.model
+        self.learner.model = wrap(torch.compile(model) if self.asked.compile else model, world)
         self.board = TensorBoardLog(
             session.config.run.logdir, enabled=world.is_main, first_step=self.epoch
         )
         started, begun = time.monotonic(), self.epoch
         try:
-            while self.epoch < self.asked.epochs:
-                self._learn()
+            while self.epoch < self.asked.epochs and not self._gives_up():
+                if self.asked.unfreeze:
+                    self._open()
+                try:
+                    self._learn()
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    reason = " ".join(str(error).split())[:200]
+                    raise UsageError(f"--compile: not possible here ({reason})") from error
                 line = self._close_epoch()
                 each = (time.monotonic() - started) / (self.epoch - begun)
                 left = format_seconds(each * (self.asked.epochs - self.epoch))
@@ -110,13 +128,32 @@ class Training:
             self.board.close()
         return self._finish()
 
+    def _gives_up(self) -> bool:
+        """Whether validation has not become better for so long that no more epochs are tried."""
+        waited = self.epoch - 1 - self.best.epoch
+        if not self.asked.patience or waited < self.asked.patience:
+            return False
+        self.session.say(f"stopped early: no better validation in {waited} epochs")
+        return True
+
+    def _open(self) -> None:
+        """Let as much of the body learn as the epoch's turn is, the last blocks first."""
+        opened = math.ceil(len(self.blocks) * min(1, self.epoch / self.asked.unfreeze))
+        for number, parameters in enumerate(reversed(self.blocks)):
+            for parameter in parameters:
+                parameter.requires_grad_(number < opened)
+        self.session.say(f"epoch {self.epoch + 1}: {opened} of {len(self.blocks)} blocks learn")
+
     def _restore(self) -> None:
         session = self.session
         if not self.state.restore():
             main_writes(self.open_run.log.begin, session.world)
             if self.asked.probe:
                 start_head(session)
+                if (ema := self.learner.ema) is not None:  # it begins where the weights do
+                    ema.load_state_dict({**ema.state_dict(), "weights": session.model.state_dict()})
                 self._offer_start()
+                self._save()
             return
         counters = self.state.counters
         self.epoch, self.unreadable = counters["epoch"], counters["unreadable"]
@@ -164,15 +201,16 @@ class Training:
         session, world = self.session, self.session.world
         self.sums.settle()
         trained = sums_of_all(self.sums, session)
-        share_buffers(session.model, world)
-        outputs = run_network(session.model, self.validation, self.part, world)
-        values = measure(outputs, self.plain, num_classes=len(session.classes))
-        improved = self.best.offer(session.model, values["accuracy"], self.epoch)
-        if world.is_main:
-            self._log(trained, values, outputs if improved else None)
-        self.unreadable = len(self.sums.unreadable)
-        self.epoch, self.sums = self.epoch + 1, Sums()
-        main_writes(lambda: self._write_weights(values, improved), world)
+        with self._judged() as model:
+            share_buffers(model, world)
+            outputs = run_network(model, self.validation, self.part, world)
+            values = measure(outputs, self.plain, num_classes=len(session.classes))
+            improved = self.best.offer(model, values["accuracy"], self.epoch)
+            if world.is_main:
+                self._log(trained, values, outputs if improved else None)
+            self.unreadable = len(self.sums.unreadable)
+            self.epoch, self.sums = self.epoch + 1, Sums()
+            main_writes(lambda: self._write_weights(values, improved), world)
         self._save()
         return (
             f"epoch {self.epoch}/{self.asked.epochs}: lr {self.rate:.3g}, loss "
@@ -180,6 +218,11 @@ class Training:
             f"{values['accuracy']:.4f} (best {self.best.accuracy:.4f} of epoch "
             f"{self.best.epoch + 1})"
         )
+
+    def _judged(self) -> AbstractContextManager[nn.Module]:
+        """The network as it is validated and kept: with the averaged weights, if there are any."""
+        model, ema = self.session.model, self.learner.ema
+        return nullcontext(model) if ema is None else ema.applied(model)
 
     def _log(self, trained: dict[str, Any], values: dict[str, Any], shown: Outputs | None) -> None:
         session, epoch, log = self.session, self.epoch, self.open_run.log.metrics
@@ -215,7 +258,8 @@ class Training:
     def _say_reach(self) -> None:
         """Whether slimming can get anywhere in this training."""
         rates = [self.asked.lr * self.schedule.factor(n) for n in range(self.asked.epochs)]
-        reach = slimming_reach(rates, len(self.loader), self.asked.slim)
+        steps = math.ceil(len(self.loader) / self.asked.accumulate)
+        reach = slimming_reach(rates, steps, self.asked.slim)
         if (note := slimming_note(reach, self.asked.slim)) is not None:
             self.session.say(note)
 
@@ -234,7 +278,7 @@ class Training:
             last=files["last"],
             best_epoch=self.best.epoch,
             best_accuracy=self.best.accuracy,
-            epochs=self.asked.epochs,
+            epochs=self.epoch,
             seconds=self.state.seconds,
             unreadable=self.unreadable,
             slimmed=slimmed,

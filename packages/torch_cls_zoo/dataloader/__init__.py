@@ -5,4 +5,4 @@ What belongs here turns files into batches; nothing here knows of networks or ru
 """
 
 PARTS = ("train", "val", "test")
-POLICIES = ("my", "imagenet", "cifar10", "svhn")  # of augmentation
+POLICIES = ("my", "imagenet", "cifar10", "svhn", "rand")  # of augmentation

@@ -75,7 +75,7 @@ def read_curriculum(folder: Path, paths: Sequence[str]) -> np.ndarray:
         raise FileNotFoundError(
             f"{path}: no such file; write it by --make_curriculum train --resume WEIGHTS"
         )
-    read = read_sample_file(path, columns=1)
+    read = read_sample_file(path, columns=1, known=paths)
     if read.values.min() < 0:
         raise ValueError(f"{path}: a weight is {read.values.min():g}, expected at least 0")
     rows = rows_for(read, paths)

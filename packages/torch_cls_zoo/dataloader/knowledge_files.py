@@ -93,7 +93,7 @@ def read_knowledge(
     total = np.zeros((len(paths), len(classes)))
     count = np.zeros(len(paths), np.int64)
     for path in files:
-        read = read_sample_file(path, columns=len(classes))
+        read = read_sample_file(path, columns=len(classes), known=paths)
         theirs = read.about.get("classes")
         if theirs is not None and list(theirs) != list(classes):
             raise ValueError(f"{path}: classes are {theirs}, the data has {list(classes)}")

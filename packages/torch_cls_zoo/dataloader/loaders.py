@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,8 +12,9 @@ from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer, TorchLoader
 from shared_core.for_torch.distributed import World
 from shared_core.runs import derive_seed
+from torch_cls_zoo.dataloader.balance import BalancedOrder
 from torch_cls_zoo.dataloader.enhancement.policies import make_augment
-from torch_cls_zoo.dataloader.view import AugmentedView, CropView
+from torch_cls_zoo.dataloader.view import CropView
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ def train_loader(
     policy: str | None,
     crop: float = 1.0,
     flip: float = 0.0,
+    quarter_turns: bool = False,
+    erasing: float = 0.0,
+    balanced: bool = False,
     seed: int,
     world: World,
     threads: int,
@@ -51,24 +56,33 @@ def train_loader(
         policy: name of the augmentation, or None.
         crop: least share of the letterboxed picture that a random window keeps; 1 shows all of it.
         flip: probability of a mirrored picture.
+        quarter_turns: turn pictures by right angles.
+        erasing: probability of a covered rectangle.
+        balanced: show every class as often, see :class:`BalancedOrder`.
         seed: of the order and of the views.
         threads: that decode.
     """
-    order = EpochOrder(
-        len(images),
-        seed=derive_seed(seed, "order"),
-        rank=world.rank,
-        world_size=world.world_size,
-        uneven="wrap" if world.world_size > 1 else "keep",
-    )
+    sharing: dict[str, Any] = {
+        "seed": derive_seed(seed, "order"),
+        "rank": world.rank,
+        "world_size": world.world_size,
+        "uneven": "wrap" if world.world_size > 1 else "keep",
+    }
+    order = EpochOrder(len(images), **sharing)
+    if balanced:
+        order = BalancedOrder(images.labels, **sharing)
     mine, augment = len(order), make_augment(policy)
     view: LetterboxView | CropView = LetterboxView(settings.size)
-    if crop < 1 or flip > 0:
+    if crop < 1 or flip > 0 or quarter_turns or erasing > 0 or augment is not None:
         view = CropView(
-            settings.size, least=crop, flip=flip, augment=augment, seed=derive_seed(seed, "views")
+            settings.size,
+            least=crop,
+            flip=flip,
+            quarter_turns=quarter_turns,
+            erasing=erasing,
+            augment=augment,
+            seed=derive_seed(seed, "views"),
         )
-    elif augment is not None:
-        view = AugmentedView(settings.size, augment=augment, seed=derive_seed(seed, "views"))
     loader = BatchLoader(
         images,
         view=view,

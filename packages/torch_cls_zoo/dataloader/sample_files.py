@@ -9,14 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shared_core.datasets.finding.quarantine import write_text
+from shared_core.texts import match_names, plain_path, read_text, say
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,26 @@ def write_sample_file(
     write_text(path, text.getvalue())
 
 
-def read_sample_file(path: Path, *, columns: int | None = None) -> SampleFile:
+def read_sample_file(
+    path: Path, *, columns: int | None = None, known: Sequence[str] = ()
+) -> SampleFile:
     """Read such a file, with or without lines that begin with ``#``.
+
+    Args:
+        columns: how many numbers a line has; None: as many as the first.
+        known: paths that it should hold; they decide the encoding where that has to be guessed.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: a line that is no path and numbers, another number of columns, a path twice.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     about: dict[str, Any] = {}
     names: list[str] = []
     rows: list[list[float]] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    text = read_text(path, known=known)
+    if text.note is not None:
+        say(f"note: {text.note}", sys.stderr)
+    lines = [line + "\n" for line in text.lines()]
     if lines and lines[0].startswith("#"):
         try:
             read = json.loads(lines[0][1:])
@@ -93,7 +102,7 @@ def read_sample_file(path: Path, *, columns: int | None = None) -> SampleFile:
             raise ValueError(f"{where}: {len(numbers)} numbers, expected {wanted}")
         if not np.isfinite(numbers).all():
             raise ValueError(f"{where}: a number is not finite")
-        names.append(str(PurePosixPath(row[0].strip().replace("\\", "/"))))
+        names.append(plain_path(row[0].strip()))
         rows.append(numbers)
     if not rows:
         raise ValueError(f"{path} has no samples, expected a path and numbers on each line")
@@ -109,7 +118,8 @@ def rows_for(file: SampleFile, wanted: Sequence[str]) -> np.ndarray:
     A path of the file that goes on to the left (written from another working folder) counts as
     the wanted one when it ends in it and no other row does.
     """
-    exact = {name: row for row, name in enumerate(file.names)}
+    places = {name: row for row, name in enumerate(file.names)}
+    exact = {name: places[hit] for name, hit in match_names(wanted, file.names).found.items()}
     depths = {name.count("/") + 1 for name in wanted}
     tails: dict[str, int] = {}
     for row, name in enumerate(file.names):

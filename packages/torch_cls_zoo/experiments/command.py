@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from shared_core.datasets.splitting.prepared import PreparedData
-from shared_core.metrics.floor import floor_accuracy
 from shared_core.metrics.trained_floor import NAME
 from shared_core.runs import OpenRun, UsageError, open_run, write_result
 from shared_core.runs.opening import Start
 from shared_core.runs.progress import format_seconds
 from shared_core.trials import Cell, Trials, run_cell, run_trials
-from torch_cls_zoo.applications.floor import measure_floor, wanted_floor
+from torch_cls_zoo.applications.floor import has_weights, measure_trained, plain_floor
 from torch_cls_zoo.experiments.cells import Bench, cells_of
 from torch_cls_zoo.experiments.data import find_data, open_images
 from torch_cls_zoo.experiments.page import Page, summarize_rows, write_page
@@ -187,8 +186,7 @@ def _floor(run: OpenRun, data: PreparedData) -> dict[str, float]:
     """Accuracy without a network."""
 
     def measure(cell: Cell, place: Path) -> dict[str, Any]:
-        train, test = data.image_set("train"), data.image_set("test")
-        return dict(floor_accuracy(train.paths, train.labels, test.paths, test.labels))
+        return dict(plain_floor(data))
 
     cell = Cell("without a network", {"split": data.manifest.hash}, 0)
     floor: dict[str, float] = (run_cell(cell, measure, folder=run.folder) or {})["result"]
@@ -198,13 +196,12 @@ def _floor(run: OpenRun, data: PreparedData) -> dict[str, float]:
 
 def _trained_floor(run: OpenRun, data: PreparedData, settings: Recipe) -> dict[str, dict[str, Any]]:
     """What a linear classifier on trained features gives; nothing without their package."""
-    if not wanted_floor(data, True, run.log.say):
+    if not has_weights(run.log.say):
         return {}
 
     def measure(cell: Cell, place: Path) -> dict[str, Any]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        floor = measure_floor(data, side=settings.image_size, threads=None, device=device)
-        return floor.facts()
+        return measure_trained(data, side=settings.image_size, threads=None, device=device).facts()
 
     cell = Cell(NAME, {"split": data.manifest.hash, "side": settings.image_size}, 0)
     found = (run_cell(cell, measure, folder=run.folder) or {})["result"]

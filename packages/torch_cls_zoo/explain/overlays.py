@@ -20,6 +20,7 @@ from shared_core.checkpoints import atomic_write
 from shared_core.runs import UsageError
 from torch_cls_zoo.explain.cam import METHODS, class_maps, enlarge, normalized
 from torch_cls_zoo.explain.cam_layers import default_layer
+from torch_cls_zoo.utils.fonts import figure_texts
 
 # The README of this zoo prints "grad-camm++"; both spellings mean the same.
 METHOD_NAMES = {**{name: (name,) for name in METHODS}, "all": METHODS, "grad-camm++": METHODS[2:]}
@@ -137,6 +138,17 @@ def draw_sheet(
     title: str,
 ) -> None:
     """Draw images as rows: image, then overlays; with a legend. Written atomically as PNG."""
+    with figure_texts([*class_names, title, *(one.name for one in explained)]) as ready:
+        _draw_sheet(explained, Path(path), [ready(name) for name in class_names], ready, title)
+
+
+def _draw_sheet(
+    explained: Sequence[Explained],
+    path: Path,
+    class_names: Sequence[str],
+    ready: Callable[[str], str],
+    title: str,
+) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -157,7 +169,7 @@ def draw_sheet(
     for line, one in zip(grid, explained, strict=True):
         line[0].imshow(one.image)
         truth = "" if one.label is None else f"\ntrue: {_short(class_names[one.label])}"
-        line[0].set_title(_short(one.name) + truth, fontsize=7)
+        line[0].set_title(_short(ready(one.name)) + truth, fontsize=7)
         places = iter(line[1:])
         for method in methods:
             for number, (label, prob) in enumerate(
@@ -172,14 +184,14 @@ def draw_sheet(
                     fontsize=7,
                     color=hue,
                 )
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(ready(title), fontsize=9)
     bar = figure.colorbar(
         ScalarMappable(cmap=colormaps["turbo"]), ax=grid.ravel().tolist(), shrink=min(1, 3 / rows),
         fraction=0.03, pad=0.01,
     )  # fmt: skip
     bar.set_label("evidence for the class, share of this map's largest", fontsize=7)
     bar.ax.tick_params(labelsize=7)
-    atomic_write(Path(path), lambda scratch: figure.savefig(str(scratch), format="png"))
+    atomic_write(path, lambda scratch: figure.savefig(str(scratch), format="png"))
 
 
 def _short(text: str, most: int = 22) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from shared_core.checkpoints import atomic_write
+from torch_cls_zoo.utils.fonts import drawable, figure_texts, font_for, letters_of
 
 CAPTION = 16  # pixels of a line
 GOOD, BAD, INK = (0, 120, 0), (190, 0, 0), (0, 0, 0)  # RGB
@@ -26,7 +28,8 @@ def captioned_sheet(
 
     Args:
         images: uint8 RGB ``(H, W, 3)`` of one size, at least one.
-        captions: lines for each; all of as many lines.
+        captions: lines for each; all of as many lines. See :mod:`torch_cls_zoo.utils.fonts` for
+            letters beyond ASCII.
         colors: of each caption's ink, RGB.
         columns: pictures in a row.
         width: least width of a picture, pixels; smaller ones are enlarged by whole factors.
@@ -41,6 +44,7 @@ def captioned_sheet(
         raise ValueError(f"{len(images)} images and {len(captions)} captions, expected as many")
     factor = max(1, -(-width // images[0].shape[1]))
     lines = max(len(caption) for caption in captions)
+    pen = Pen(line for caption in captions for line in caption)
     cells = []
     for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
         large = np.repeat(np.repeat(image, factor, axis=0), factor, axis=1)
@@ -50,8 +54,7 @@ def captioned_sheet(
         ink = INK if colors is None else colors[n]
         for line, text in enumerate(caption):
             place = (3, large.shape[0] + (line + 1) * CAPTION - 1)
-            shown = _fitting(text, cell.shape[1] - 6)
-            cv2.putText(cell, shown, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, 1, cv2.LINE_AA)
+            cell = pen.written(cell, text, place, ink)
         cells.append(cell)
     columns = min(columns, len(cells))
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
@@ -59,14 +62,39 @@ def captioned_sheet(
     return np.concatenate(rows)
 
 
-def _fitting(text: str, pixels: int) -> str:
-    """The text, cut so that it fits."""
-    plain = text.encode("ascii", "replace").decode()
-    while len(plain) > 1:
-        if cv2.getTextSize(plain, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 1)[0][0] <= pixels:
-            break
-        plain = plain[:-1]
-    return plain
+class Pen:
+    """Writes captions: plain ones by OpenCV, those with other letters in a font that has them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        letters = letters_of(texts)
+        self.font = font_for(letters) if letters else None
+        self._drawn: Any = None
+        if self.font is not None:
+            from PIL import ImageFont
+
+            self._drawn = ImageFont.truetype(self.font.file, CAPTION - 4)
+
+    def written(
+        self, image: np.ndarray, text: str, place: tuple[int, int], ink: tuple[int, int, int]
+    ) -> np.ndarray:
+        """The image with the text from ``place`` on (left end of its base line, pixels), cut so
+        that it fits."""
+        text = drawable(text, self.font)
+        while len(text) > 1 and self._width(text) > image.shape[1] - 6:
+            text = text[:-1]
+        if self._drawn is None:
+            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, 1, cv2.LINE_AA)
+            return image
+        from PIL import Image, ImageDraw
+
+        page = Image.fromarray(image)
+        ImageDraw.Draw(page).text(place, text, fill=ink, font=self._drawn, anchor="ls")
+        return np.asarray(page).copy()
+
+    def _width(self, text: str) -> float:
+        if self._drawn is not None:
+            return float(self._drawn.getlength(text))
+        return float(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 1)[0][0])
 
 
 def write_picture(path: Path, image: np.ndarray) -> Path:
@@ -106,8 +134,9 @@ def confusion_picture(
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted class", ylabel="true class")
     if number <= 60:
-        axes.set_xticks(range(number), classes, rotation=90)
-        axes.set_yticks(range(number), classes)
+        with figure_texts(classes) as ready:
+            axes.set_xticks(range(number), map(ready, classes), rotation=90)
+            axes.set_yticks(range(number), map(ready, classes))
     if number <= 25:
         for row in range(number):
             for column in range(number):

@@ -1,4 +1,4 @@
-"""AutoAugment's published policies, replayable: torchvision's operations, our generator."""
+"""Published policies, replayable: AutoAugment with torchvision's operations, and RandAugment."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_core.datasets.views.randaugment import RandAugment
 from torch_cls_zoo.dataloader import POLICIES
 from torch_cls_zoo.dataloader.enhancement.my_augment import MyAugment
 
@@ -27,8 +28,8 @@ class AutoAugmentPolicy:
     """
 
     def __init__(self, policy: str) -> None:
-        if policy not in POLICIES[1:]:
-            raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES[1:])}")
+        if policy not in POLICIES[1:4]:
+            raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES[1:4])}")
         self.name = policy
         self._local = threading.local()  # torchvision's object holds the draws of one image
 
@@ -61,7 +62,19 @@ class AutoAugmentPolicy:
         return np.asarray(transform(Image.fromarray(np.ascontiguousarray(image))), dtype=np.uint8)
 
 
-def make_augment(policy: str | None) -> MyAugment | AutoAugmentPolicy | None:
+class RandPolicy(RandAugment):
+    """RandAugment: two random operations of growing severity, at a strength of 9 of 10 or so.
+
+    Source: Cubuk et al. 2020, arXiv:1909.13719; the string is timm's usual one.
+    """
+
+    name = "rand"
+
+    def __init__(self) -> None:
+        super().__init__("rand-m9-mstd0.5-inc1")
+
+
+def make_augment(policy: str | None) -> MyAugment | AutoAugmentPolicy | RandPolicy | None:
     """The augmentation of that name; None for none.
 
     Raises:
@@ -71,4 +84,6 @@ def make_augment(policy: str | None) -> MyAugment | AutoAugmentPolicy | None:
         return None
     if policy not in POLICIES:
         raise ValueError(f"augmentation is {policy!r}, expected one of {', '.join(POLICIES)}")
-    return MyAugment() if policy == "my" else AutoAugmentPolicy(policy)
+    if policy in ("my", "rand"):
+        return MyAugment() if policy == "my" else RandPolicy()
+    return AutoAugmentPolicy(policy)
