@@ -26,6 +26,8 @@ JUDGED_FILE, CHOICE_FILE = Path("judged.json"), Path("choice.json")
 CANDIDATES, JOB_FILE, LOG_FILE = Path("candidates"), "job.json", "log.txt"
 WINNER = Path("winner")
 FLOAT, INT8 = "onnx", "onnx-int8"  # the forms, by the names of model.json's ``files``
+FORMS = {FLOAT: "float", INT8: "int8", "openvino": "float OpenVINO",
+         "openvino-int8": "int8 OpenVINO", "paddle": "float Paddle"}  # fmt: skip
 
 
 TINY = 25  # images of a class; fewer say little about it
@@ -264,6 +266,8 @@ class Judged:
         unknown: ``threshold``, ``false_accepts``, ``kept`` and ``source`` of "none of these".
         confusions: the most frequent (true, given, images).
         mistakes: the surest wrong answers.
+        right: which calibration images it answered rightly, in the split's order, as hexadecimal
+            bits (``np.packbits``): what paired choices are made by.
         notes: one line each.
     """
 
@@ -293,11 +297,12 @@ class Judged:
     unknown: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     front: bool = False
+    right: str = ""
 
     @property
     def name(self) -> str:
         """``lite0-160 int8``."""
-        return f"{self.candidate} {'int8' if self.form == INT8 else 'float'}"
+        return f"{self.candidate} {FORMS.get(self.form, self.form)}"
 
 
 @dataclass(frozen=True)
