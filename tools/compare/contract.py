@@ -187,7 +187,7 @@ class Job:
     Attributes:
         state: ``done``, ``failed`` or ``skipped``; no file while it is being made.
         reason: of a failure or a skip, one line; else "".
-        seconds: of wall time, earlier tries included.
+        seconds: of wall time, of the try that ended.
         commands: as they were typed.
         notes: what the projects' own last lines say (below the floor, distillation helped ...).
     """
