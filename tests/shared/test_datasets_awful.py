@@ -163,9 +163,7 @@ def looked(monkeypatch):
 def test_what_was_looked_at_is_not_read_again(small, looked, monkeypatch):
     first = verify(scan(small), workers=0)
     assert len(looked) == 7
-    told = []
-    assert verify(scan(small), workers=0, progress=lambda *a: told.append(a)) == first
-    assert len(looked) == 7 and told == [(7, 7)]
+    assert verify(scan(small), workers=0) == first and len(looked) == 7
     put(small, "a/new.jpg", encoded(30))
     put(small, "b/1.jpg", encoded(31))  # another content, and time
     again = verify(scan(small), workers=0)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import pytest
 import shared_core
 from shared_core.datasets.builtin.sources import render_scene
 from shared_core.datasets.errors import DatasetError, DatasetNotFoundError
+from shared_core.datasets.finding import verify as verify_module
 from shared_core.datasets.finding.quarantine import (
     load_quarantine,
     read_quarantine,
@@ -21,6 +23,7 @@ from shared_core.datasets.finding.quarantine import (
 from shared_core.datasets.finding.scan import scan
 from shared_core.datasets.finding.verify import main, verify
 from shared_core.datasets.sets import specs
+from shared_core.runs.progress import progress
 
 NAMES = (
     "tanks_grid",
@@ -57,11 +60,12 @@ def kinds(report):
     return {(p.path, p.kind) for p in report.problems}
 
 
-def test_a_clean_set_is_ok_and_progress_counts(clean):
-    seen = []
-    report = verify(scan(clean), workers=0, progress=lambda done, total: seen.append((done, total)))
+def test_a_clean_set_is_ok_and_progress_is_shown(clean, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(verify_module, "progress", partial(progress, every=0.0))
+    report = verify(scan(clean), workers=0)
+    assert "verify: 6/6, 0:00 left" in capsys.readouterr().err
     assert report.ok and not report.problems and not report.duplicates
-    assert seen == [(i, 6) for i in range(1, 7)]
     assert report.counts == {"a": 3, "b": 3}
     assert report.sizes == {"48x48": 6}
     assert report.quarantine() == {}

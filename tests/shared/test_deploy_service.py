@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import io
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import browser
 import numpy as np
 import pytest
 import tiny_models as tiny
+from PIL import Image
 
 from shared_core import smallvision
 from shared_core.deploy.options import ServeOptions
@@ -169,6 +171,16 @@ def test_what_tools_say_of_a_file_as_the_body_is_taken(service, kind):
     assert status == 200 and said["class"] == tiny.CLASSES[TRUTH[0].argmax()]
 
 
+def test_a_gif_is_an_image_as_it_is_for_predict(service):
+    data = io.BytesIO()
+    Image.fromarray(IMAGES[0]).convert("P").save(data, "GIF")
+    again = io.BytesIO()
+    Image.open(io.BytesIO(data.getvalue())).convert("RGB").save(again, "PNG")
+    status, _, answer = post(service, data.getvalue(), kind="image/gif")
+    assert status == 200
+    assert answer["predictions"] == post(service, again.getvalue())[2]["predictions"]
+
+
 def test_files_in_a_form_are_answered_in_their_order(service, files):
     names = ["../a/3.png", "..\\b\\4.png", "5.png"]
     parts = [("file", name, files[n].read_bytes()) for n, name in zip((3, 4, 5), names)]  # noqa: B905
@@ -216,7 +228,7 @@ def test_an_open_connection_is_answered_at_once(chain):
     [
         ([("file", "a.png", b"")], 400, "empty", "a.png: empty file"),
         ([("file", "a.png", b"hello")], 415, "not_an_image", "a.png: not a JPEG"),
-        ([("file", "a.png", b"GIF89a" + bytes(50))], 415, "not_an_image", "not a JPEG"),
+        ([("file", "a.png", b"GIF89a" + bytes(50))], 422, "damaged", "states 0 x 0 pixels"),
         ([("file", "a.png", PNG[:90])], 422, "damaged", "a.png: truncated or damaged"),
         ([("file", "a.png", PNG[:20])], 422, "damaged", "header is cut off"),
         ([("image", "a.png", PNG)], 400, "wrong_field", "'image', expected 'file'"),
@@ -241,7 +253,7 @@ def test_a_bad_form_is_refused_with_a_reason(service, parts, status, code, said)
     [
         ("/predict", "POST", "application/json", b"{}", 415, "unsupported_media_type"),
         ("/predict", "POST", "text/plain", PNG, 415, "unsupported_media_type"),
-        ("/predict", "POST", "image/gif", b"GIF89a" + bytes(50), 415, "not_an_image"),
+        ("/predict", "POST", "image/gif", b"GIF89a" + bytes(50), 422, "damaged"),
         ("/predict", "POST", "image/png", b"", 400, "empty"),
         ("/predict", "POST", "multipart/form-data", b"x", 400, "bad_form"),
         ("/predict", "POST", "multipart/form-data; boundary=q", b"nothing", 400, "bad_form"),

@@ -85,6 +85,17 @@ def test_the_file_opens_with_paddle_alone(tmp_path):
     assert equal(arrays(other), arrays(model))
 
 
+def test_floating_weights_take_the_models_precision_and_whole_numbers_are_refused():
+    model = nn.Linear(3, 2)
+    half = {"weight": np.full((3, 2), 0.5, np.float16), "bias": np.zeros(2, np.float64)}
+    checkpoints.fit_into(model, half, path="half.npz")
+    assert model.weight.dtype == paddle.float32 and (model.weight.numpy() == 0.5).all()
+    whole = {"weight": np.ones((3, 2), np.int64), "bias": np.ones(2, np.float32)}
+    with pytest.raises(CheckpointError, match="whole.npz: weight weight is .*int64, expected"):
+        checkpoints.fit_into(model, whole, path="whole.npz")
+    assert (model.weight.numpy() == 0.5).all() and (model.bias.numpy() == 0).all()
+
+
 def test_every_weight_must_fit(tmp_path):
     """Paddle itself only warns: the first assertion is what this module protects from."""
     path, model = tmp_path / "a.pdparams", small()

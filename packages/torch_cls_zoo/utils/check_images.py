@@ -36,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--near", action="store_true", help="Look for nearly equal images, too.")
     args = parser.parse_args(argv)
     from shared_core.datasets import scan, write_quarantine
-    from shared_core.datasets.finding.verify import counter_line, verify
+    from shared_core.datasets.finding.verify import verify
 
     report = verify(
         scan(args.data),
         workers=args.workers,
         near=args.near,
-        progress=counter_line("check") if sys.stderr.isatty() else None,
     )
     bad = report.quarantine()
     for path, reason in sorted(bad.items()):

@@ -122,18 +122,29 @@ def load_into(
 def fit_into(model: nn.Layer, weights: Mapping[str, Any], *, path: str | Path) -> None:
     """Put ``weights`` into ``model`` when every one fits; ``path`` is for the message.
 
-    Paddle itself only warns about a weight that does not fit, and keeps what it had.
+    Paddle itself only warns about a weight that does not fit, and keeps what it had. Floating
+    weights take the model's precision, as torch has it.
 
     Raises:
-        CheckpointError: missing, unexpected or misshaped weights; the model is as it was.
+        CheckpointError: missing, unexpected or misshaped weights, or whole numbers for floating
+            ones; the model is as it was.
     """
     plain = unwrap(model)
+    own = plain.state_dict()
     checkpoints.check_fit(
         path,
-        model={name: list(value.shape) for name, value in plain.state_dict().items()},
+        model={name: list(value.shape) for name, value in own.items()},
         weights={name: list(value.shape) for name, value in weights.items()},
     )
-    missing, unexpected = plain.set_state_dict(dict(weights))
+    fitting = {}
+    for name, value in weights.items():
+        tensor = paddle.to_tensor(value)
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise CheckpointError(
+                f"{path}: weight {name} is {tensor.dtype}, expected {own[name].dtype}"
+            )
+        fitting[name] = tensor.astype(own[name].dtype)
+    missing, unexpected = plain.set_state_dict(fitting)
     if missing or unexpected:
         raise CheckpointError(f"{path}: Paddle left out {missing or unexpected}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from shared_core.datasets.errors import DatasetError
 from shared_core.datasets.finding.quarantine import FILE_NAME, write_quarantine
 from shared_core.datasets.finding.scan import Listing, scan
 from shared_core.datasets.finding.unpack import Limits, unpack
-from shared_core.datasets.finding.verify import counter_line, verify
+from shared_core.datasets.finding.verify import verify
 from shared_core.datasets.finding.verify_report import VerifyReport
 from shared_core.datasets.reading.decode import EncodedImage, read_bytes
 from shared_core.datasets.sets import specs
@@ -47,7 +47,6 @@ def prepare(
     workers: int | None = None,
     near: bool = True,
     limits: Limits | None = None,
-    progress: Callable[[int, int], None] | None = None,
     cache: bool = True,
     scale_max: int | None = None,
 ) -> Prepared:
@@ -62,7 +61,7 @@ def prepare(
         spec: facts to compare with.
         fractions, seed: of the split.
         keep_layout: take train/val/test folders as given (``from_layout``), if there are any.
-        workers, near, progress, cache: as in ``verify``.
+        workers, near, cache: as in ``verify``.
         scale_max: the white of images of 16 bits, which become PNG files of 8 bits; None leaves
             them.
         limits: what an archive may expand to.
@@ -79,7 +78,7 @@ def prepare(
         listing = scan(root)
     if spec is not None and (mismatch := class_mismatch(listing, spec)):
         raise DatasetError(f"{source} is not {spec.name}: {mismatch}")
-    report = verify(listing, spec=spec, workers=workers, near=near, progress=progress, cache=cache)
+    report = verify(listing, spec=spec, workers=workers, near=near, cache=cache)
     report.write(root / "verify.json")
     quarantine = report.quarantine()
     write_quarantine(root / FILE_NAME, quarantine)
@@ -132,7 +131,6 @@ def run_prepare(options: PrepareOptions) -> int:
             seed=options.seed,
             workers=options.workers,
             near=options.near,
-            progress=counter_line("verify") if sys.stderr.isatty() else None,
             cache=options.cache,
             scale_max=options.scale_max,
         )

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from shared_core.datasets.reading.image_headers import kind_of
 from shared_core.datasets.sets import specs
 from shared_core.datasets.sets.spec_check import class_mismatch, describe_counts, describe_sizes
 from shared_core.runs.command import run_command
+from shared_core.runs.progress import progress
 from shared_core.texts import say
 
 __all__ = [
@@ -52,7 +53,6 @@ __all__ = [
     "write_quarantine",
 ]
 
-Progress = Callable[[int, int], None]  # called with (files done, files in all)
 
 NEAR_DISTANCE = 8  # bits of 64; candidates are confirmed by their thumbnails
 NEAR_CORRELATION = 0.9  # of grey thumbnails, in [-1, 1]
@@ -143,7 +143,7 @@ def _from_look(look: Look) -> _Facts:
 
 
 def _look_at_all(
-    paths: Sequence[Path], workers: int, near: bool, file: Path | None, progress: Progress | None
+    paths: Sequence[Path], workers: int, near: bool, file: Path | None
 ) -> list[_Facts]:
     """Facts of all files in order; those that are as they were at an earlier look are not read."""
     places = [os.path.abspath(path) for path in paths]
@@ -155,17 +155,12 @@ def _look_at_all(
     facts: list[_Facts | None] = [known.get(place) for place in places]
     new = [n for n, fact in enumerate(facts) if fact is None]
     fresh: list[tuple[str, Stamp, Look]] = []
-    done = len(paths) - len(new)
-    if progress is not None and done:
-        progress(done, len(paths))
-    for n, fact in zip(new, _inspect_all([paths[n] for n in new], workers, near), strict=True):
+    seen = zip(new, _inspect_all([paths[n] for n in new], workers, near), strict=True)
+    for n, fact in progress(seen, total=len(paths), label="verify", done=len(paths) - len(new)):
         facts[n] = fact
         stamp = stamps[n]
         if stamp is not None and fact.key:
             fresh.append((places[n], stamp, _as_look(fact)))
-        done += 1
-        if progress is not None:
-            progress(done, len(paths))
         if len(fresh) >= 5000:
             write_looks(file, fresh)
             fresh.clear()
@@ -215,7 +210,6 @@ def verify(
     spec: specs.DatasetSpec | None = None,
     workers: int | None = None,
     near: bool = True,
-    progress: Progress | None = None,
     cache: bool = True,
 ) -> VerifyReport:
     """Decode every file and report what is wrong, copied, or other than the spec says.
@@ -226,7 +220,6 @@ def verify(
         workers: processes; 0 does the work in this one; None takes the machine's cores, at most 8.
             With workers, a script that calls this needs the usual ``if __name__ == "__main__"``.
         near: also look for near duplicates (re-encoded, rescaled, brightened, mirrored or turned).
-        progress: called as ``progress(done, total)`` after each file.
         cache: do not read files again that are as they were at an earlier call (same path, size and
             times). The findings are kept below the user's cache folder, if there is one.
 
@@ -240,7 +233,7 @@ def verify(
         raise ValueError(f"workers is {workers}, expected 0 or more")
     names = [listing.relative(sample) for sample in listing.samples]
     paths = [sample.path for sample in listing.samples]
-    facts = _look_at_all(paths, workers, near, cache_file() if cache else None, progress)
+    facts = _look_at_all(paths, workers, near, cache_file() if cache else None)
     problems = [
         Problem(name, kind, detail)
         for name, fact in zip(names, facts, strict=True)
@@ -339,7 +332,6 @@ def run_verify(options: VerifyOptions) -> int:
         spec=specs.get(options.spec) if options.spec else None,
         workers=options.workers,
         near=options.near,
-        progress=counter_line("verify") if sys.stderr.isatty() else None,
         cache=options.cache,
     )
     if options.report:
@@ -354,16 +346,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     prog = "python -m shared_core.datasets.finding.verify"
     return run_command(lambda words: run_verify(verify_options(words, prog=prog)), argv)
-
-
-def counter_line(label: str) -> Progress:
-    """A progress callback that keeps one line on the terminal's error stream."""
-
-    def show(done: int, total: int) -> None:
-        if done % 100 == 0 or done == total:
-            print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
-
-    return show
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def check_upload(data: bytes, *, name: str, limits: Limits) -> None:
         raise UploadError(400, "empty", f"{name}: empty file, expected an image")
     kind = kind_of(data)
     try:
-        size = None if kind in ("unknown", "gif") else stated_size(data)  # None of an AVIF, too
+        size = None if kind == "unknown" else stated_size(data)  # None of an AVIF, too
         if size is None:
-            what = "not a JPEG, PNG, BMP, TIFF or WebP file"
+            what = "not a JPEG, PNG, BMP, TIFF, WebP or GIF file"
             raise UploadError(415, "not_an_image", f"{name}: {what}")
         height, width = size
     except UploadError:
