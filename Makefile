@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 PROJECTS := gfnet_dynn landmark_distill visiondistill_gc torch_cls_zoo mpkd
 GFNET_SETS := aid nasc nwpu patternnet ucm
-LANDMARK_RECIPES := resnet12 swin-tiny
+LANDMARK_RECIPES := resnet12 swin-tiny lite0
 ZOO_TABLES := models criteria augment distill curriculum
 MPKD_SETS := cifar10 imagenet
 
@@ -14,6 +14,10 @@ MPKD_SETS := cifar10 imagenet
 ifndef PYTHON
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c "" 2>/dev/null && command -v $$p && break; done)
 endif
+# `make compare`: a folder of class folders, what the winner must keep to, how long it may take.
+DATA ?=
+BUDGET ?=
+MINUTES ?=
 # Where the data sets lie, how much to run (full, short, rehearsal), and further flags.
 DATA_ROOT ?= data
 SCALE ?= auto
@@ -51,7 +55,7 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(WORKERS)
 REPROS := $(GFNET_SETS:%=repro-gfnet-%) $(LANDMARK_RECIPES:%=repro-landmark-%) \
 	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%) $(MPKD_SETS:%=repro-mpkd-%)
 
-.PHONY: help setup test test-slow mutants lint format doctor house ledger bench constraints wheels \
+.PHONY: help compare setup test test-slow mutants lint format doctor house ledger bench constraints wheels \
 	mlflow visualdl tensorboard clean repro $(REPROS) test-shared \
 	$(PROJECTS:%=install-%) $(PROJECTS:%=setup-%) $(PROJECTS:%=test-%)
 
@@ -63,6 +67,7 @@ help: ## list the targets
 	@echo "  make test-<project>             the tests of one project"
 	@echo "  projects: $(PROJECTS)"
 	@echo "  variables: PYTHON DATA_ROOT=$(DATA_ROOT) SCALE=full|short|rehearsal EXTRA='more flags' FRESH=1"
+	@echo "             DATA=images BUDGET='ms<=5 mb<=4' MINUTES=30 (compare)"
 	@echo "             TORCH_INDEX=... (setup) WORKERS=$(WORKERS) ONLY=1 (test-<project>)"
 
 # $(call environment,FOLDER): a virtual environment, with the wanted build of torch where one is named.
@@ -165,12 +170,16 @@ $(MPKD_SETS:%=repro-mpkd-%): repro-mpkd-%: $(READY)
 	$(PY) packages/mpkd/reproduce.py $* $(ON)
 
 repro-gfnet-aid: ## GFNet on AID: fine-tune, distil, exits, evaluate (also -nasc -nwpu -patternnet -ucm)
-repro-landmark-resnet12: ## ResNet12 through its teacher's frozen head, unseen classes (also -swin-tiny)
+repro-landmark-resnet12: ## ResNet12 through its teacher's frozen head, unseen classes (also -swin-tiny -lite0)
 repro-zoo-criteria: ## hard-example losses side by side (also -models -augment -distill -curriculum)
 
 repro-mpkd-cifar10: ## precision x distillation x temperature, down to 2 bits (also -imagenet)
 
 repro: $(REPROS) ## every reproduction target
+
+compare: $(READY) ## the smallest model that is good enough: make compare DATA=images BUDGET="ms<=5 mb<=4"
+	$(PY) tools/compare/main.py $(if $(DATA),--data-path "$(DATA)") $(if $(BUDGET),--budget "$(BUDGET)") \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(FRESH),--fresh,--continue) $(EXTRA)
 
 mlflow: $(READY) ## serve the MLflow pages of the runs on http://localhost:5000
 	$(PY) -m mlflow ui --backend-store-uri "sqlite:///runs/mlflow.db"
