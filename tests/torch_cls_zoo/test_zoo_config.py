@@ -45,7 +45,7 @@ def test_every_option_ends_in_one_settings_class_or_says_how_the_run_starts():
     known = [name for part in parts for name in vars(part)]
     shared = {"sync_bn"}  # the loss' layers, and a check of the processes
     assert {name for name in known if known.count(name) > 1} == shared
-    modes = {"train", "evaluate", "jit"}  # run.modes has them
+    modes = {"train", "evaluate", "export", "jit"}  # run.modes has them
     starts, spellings = {"go_on", "fresh"}, {"aug", "cuda"}  # run.start; aug_policy, device
     assert set(OPTIONS) - set(known) == modes | starts | spellings
 
@@ -89,7 +89,7 @@ def test_old_and_new_spellings(words, read):
         ("-e --train --ghm_counts original", "nothing without --ghm_loss"),
         ("--train --criterion bce --ghm_loss --ghm_counts original", "with --criterion bce"),
         ("--seed 3", "--seed does nothing without --train"),
-        ("--train --int8 no", "nothing without --jit"),
+        ("--train --int8 no", "nothing without --export or --jit"),
         ("--train --knowledge_dir k", "nothing without --knowledge or"),
         ("--train --class_matrices x.yaml", "nothing without --weighted_loss"),
         ("--train --visual_layer fc", "nothing without --visual_data"),
@@ -115,6 +115,16 @@ def test_old_and_new_spellings(words, read):
         ("--resume", "add --train"),
         ("--train --data builtin --distill", "--knowledge_dir"),
         ("--find_lr --train", "stands alone"),
+        ("--train --recipe probe --lr 0.1", "--lr does nothing with --recipe probe"),
+        ("--train --recipe probe --epochs 3", "--epochs does nothing with --recipe probe"),
+        ("--train --recipe probe --aug", "--aug does nothing with --recipe probe"),
+        ("--train --recipe probe --distill", "--distill does nothing with --recipe probe"),
+        ("--find_lr --recipe probe", "--find_lr does nothing with --recipe probe"),
+        ("--train --recipe probe --init none", "needs trained weights"),
+        ("--train --unfreeze 2 --init none", "needs trained weights"),
+        ("--train --patience 10 --epochs 10", "--patience 10 does nothing"),
+        ("--train --save_every 3 --accumulate 2", "a multiple of --accumulate 2"),
+        ("--find_lr --ema 0.9", "nothing without --train"),
     ],
 )
 def test_words_that_would_do_nothing_or_contradict_are_refused(words, message, tmp_path):

@@ -71,6 +71,16 @@ def test_a_file_of_the_first_version_is_read_whatever_folder_it_was_written_from
     np.testing.assert_allclose(found.values, [[0.25, 0.75]] * 4)
 
 
+def test_a_file_from_notepad_is_read_whatever_its_encoding(tmp_path, capsys):
+    wanted = ["train/衣/é.jpg", "train/帽/1.jpg"]
+    rows = ".\\train\\衣\\e\u0301.jpg,0.5,0.5\r\ntrain/帽/1.jpg,0.25,0.75\r\n"
+    for encoding, text in (("utf-8-sig", rows), ("gb18030", rows)):
+        (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+        read = read_sample_file(tmp_path / "x.txt", known=wanted)
+        assert read.values[rows_for(read, wanted)].tolist() == [[0.5, 0.5], [0.25, 0.75]]
+    assert "GB18030" in capsys.readouterr().err
+
+
 def test_a_tail_that_two_rows_share_is_no_match(tmp_path):
     (tmp_path / "x.txt").write_text("one/train/a/0.jpg,1,0\ntwo/train/a/0.jpg,0,1\n")
     assert rows_for(read_sample_file(tmp_path / "x.txt"), ["train/a/0.jpg"]).tolist() == [-1]

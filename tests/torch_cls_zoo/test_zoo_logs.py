@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib import rcParams
 
 from shared_core.runs import read_metrics
+from torch_cls_zoo.utils import fonts
 from torch_cls_zoo.utils.pictures import captioned_sheet, confusion_picture
 from torch_cls_zoo.utils.tensorboard_log import TensorBoardLog
 
@@ -112,3 +114,53 @@ def test_sheets_hold_every_picture_once():
         assert (middle == 30 * (n + 1)).all()
     with pytest.raises(ValueError, match="expected as many"):
         captioned_sheet(images, [["x"]])
+
+
+@pytest.fixture
+def clothes_font(tmp_path, monkeypatch):
+    """Of all fonts only one with a single Chinese letter, a full square; its file."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib import font_manager
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder, square = FontBuilder(1000), pen.glyph()
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord("衣"): "square", ord("a"): "square"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": square})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Clothes", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=900)
+    builder.setupPost()
+    builder.save(tmp_path / "clothes.ttf")
+    entry = font_manager.FontEntry(fname=str(tmp_path / "clothes.ttf"), name="Clothes")
+    plain = [one for one in font_manager.fontManager.ttflist if one.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*plain, entry])
+    fonts.font_for.cache_clear()
+    yield tmp_path / "clothes.ttf"
+    fonts.font_for.cache_clear()
+
+
+def test_names_are_drawn_in_a_font_that_has_their_letters(clothes_font):
+    found = fonts.font_for(fonts.letters_of(["衣", "a"]))
+    assert found == ("Clothes", str(clothes_font)) and fonts.lacking_font(["衣"]) is None
+    assert fonts.font_for(fonts.letters_of(["Hüte", "шляпа"])).name == "DejaVu Sans"
+    image = np.full((20, 128, 3), 255, np.uint8)
+    below = captioned_sheet([image], [["衣衣衣衣"]])[24:]
+    assert (below < 128).all(axis=2).sum() > 4 * 80  # four black squares of 12 px
+    with fonts.figure_texts(["衣"]) as ready:
+        assert rcParams["font.family"][0] == "Clothes" and ready("衣") == "衣"
+
+
+def test_names_without_a_font_are_escaped_and_that_is_said(clothes_font):
+    assert "fonts-noto-cjk" in fonts.lacking_font(["帽子"])
+    with fonts.figure_texts(["帽子"]) as ready:
+        assert ready("帽子") == r"\u5e3d\u5b50" and ready("$5\n") == r"\$5\n"
+    image = np.full((20, 128, 3), 255, np.uint8)
+    sheets = [captioned_sheet([image], [[text]]) for text in ("帽子", r"\u5e3d\u5b50")]
+    np.testing.assert_array_equal(*sheets)
