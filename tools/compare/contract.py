@@ -266,8 +266,8 @@ class Judged:
         unknown: ``threshold``, ``false_accepts``, ``kept`` and ``source`` of "none of these".
         confusions: the most frequent (true, given, images).
         mistakes: the surest wrong answers.
-        right: which calibration images it answered rightly, in the split's order, as hexadecimal
-            bits (``np.packbits``): what paired choices are made by.
+        right: which calibration images it answered rightly, in the split's order: their number, a
+            colon, hexadecimal bits (``np.packbits``). Paired choices are made by it.
         notes: one line each.
     """
 
