@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,13 @@ from shared_core.runs.options import options_given, start_of, words_of
 from torch_cls_zoo.options import (
     ACTIONS,
     DEFAULT_ARCH,
+    FEWEST,
     LEARNING,
     MODES,
+    MOST,
     NONE,
     OPTIONS,
+    PICTURES,
     RECIPES,
     RESUME_RUN,
     STEPS,
@@ -60,7 +63,7 @@ class TrainingSettings:
     """How long, how fast, from what."""
 
     recipe: str
-    epochs: int
+    epochs: int | None  # None until the images are counted
     opt: str
     lr: float
     head_lr: float | None  # None: that of the body
@@ -222,6 +225,18 @@ class Config:
         check(values, self.given)
         return configured(values, self.given, start=self.run.start, command=self.run.command)
 
+    def for_images(self, number: int) -> Config:
+        """The same with the epochs that suit a number of training images, where none are said.
+
+        Raises:
+            UsageError: a warm-up or a patience as long as these.
+        """
+        if self.training.epochs is not None:
+            return self
+        epochs = min(MOST, max(FEWEST, round(PICTURES / max(1, number))))
+        _check_lengths({**resolved(self.values), "epochs": epochs})
+        return replace(self, training=replace(self.training, epochs=epochs))
+
     def continued(self, stored: Mapping[str, Any]) -> Config:
         """The same command with what it does not say taken from a run's ``config.json``.
 
@@ -382,11 +397,8 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
         raise UsageError(f"--aug means --aug_policy my, got --aug_policy {values['aug_policy']}")
     if (values["lr_ratios"] is None) != (values["lr_steps"] is None):
         raise UsageError("--lr_ratios and --lr_steps go together, got one of them")
-    epochs, warmup = values["epochs"], values["warmup"]
-    if (warmup or 0) >= max(epochs, 1) and values["train"] and values["lr_ratios"] is None:
-        raise UsageError(f"--warmup is {warmup}, expected less than the {epochs} epochs")
-    if values["patience"] >= epochs > 0:
-        raise UsageError(f"--patience {values['patience']} does nothing in {epochs} epochs")
+    if values["train"] and values["epochs"]:
+        _check_lengths(values)
     if values["save_every"] % values["accumulate"]:
         raise UsageError(
             f"--save_every is {values['save_every']}, expected a multiple of --accumulate "
@@ -400,6 +412,14 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
             f"--device is {values['device']}, --{'cuda' if values['cuda'] else 'no-cuda'} means "
             f"{said}: expected one of them"
         )
+
+
+def _check_lengths(values: Mapping[str, Any]) -> None:
+    epochs, warmup, patience = (values[name] for name in ("epochs", "warmup", "patience"))
+    if (warmup or 0) >= epochs and values["lr_ratios"] is None:
+        raise UsageError(f"--warmup is {warmup}, expected less than the {epochs} epochs")
+    if patience >= epochs:
+        raise UsageError(f"--patience {patience} does nothing in {epochs} epochs")
 
 
 def configured(

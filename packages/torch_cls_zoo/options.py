@@ -98,6 +98,8 @@ def _common(name: str, aliases: str = "", help: str | None = None, **words: Any)
 _MIX = ("mixup", "cutmix")
 _TRAINS = {"modes": LEARNING}
 SCHEDULES = ("steps", "cosine")
+# Epochs where a recipe says none: as many as show so many pictures, within these bounds.
+PICTURES, FEWEST, MOST = 16_000, 5, 20
 # What a training's options are where the command does not say them.
 RECIPES: dict[str, dict[str, Any]] = {
     "probe": {
@@ -108,7 +110,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 64,
     },
     "finetune": {
-        "epochs": 10, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-3, "layer_decay": 0.9,
+        "epochs": None, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-3, "layer_decay": 0.9,
         "schedule": "cosine", "wd": 0.02, "warmup": None, "clip_grad": 5.0, "drop_path": 0.1,
         "probe": True, "freeze_bn": True, "ema": 0.98, "amp": "auto",
         "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
@@ -137,7 +139,9 @@ def _of_recipe(
     """An option of learning whose value, where it is not said, is the recipe's."""
     name = next(f for f in flags.split() if f.startswith("--")).lstrip("-")
     told = ", ".join(
-        f"{_word(known[name])} in {each}" for each, known in RECIPES.items() if each != "probe"
+        f"{_word(known[name])} in {each}"
+        for each, known in RECIPES.items()
+        if each != "probe" and (name, known[name]) != ("epochs", None)
     )
     return _row(flags, f"{sentence} Without it that of --recipe: {told}.", modes=modes, **words)
 
@@ -246,7 +250,10 @@ TRAINING = (
         "brings trained weights, else readme.",
         choices=tuple(RECIPES), **_TRAINS,
     ),
-    _of_recipe("--epochs", "How often every training image is seen.", type=SIZE, metavar="N"),
+    _of_recipe(
+        "--epochs", "How often every training image is seen. In finetune as often as shows about "
+        f"{PICTURES} pictures, {FEWEST} to {MOST} times.", type=SIZE, metavar="N",
+    ),
     _of_recipe(
         "--opt", "The optimizer: any name of optim/build.py or timm.optim.", metavar="NAME"
     ),

@@ -150,7 +150,7 @@ def test_motion_blur_is_the_mean_along_its_line():
     assert (up[5:10, 7, 0] == 50).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("policy", POLICIES[1:4])
 def test_autoaugment_is_replayable_and_leaves_torch_s_generator_alone(policy):
     import torch
 

@@ -204,3 +204,11 @@ def test_a_window_is_a_part_of_what_evaluation_sees():
         spans.append(abs(int(row[-1]) - int(row[0])) / 200)
     assert 15 < mirrored < 45
     assert min(spans) > 0.4 and min(spans) < 0.6 < 0.85 < max(spans)  # sides of 0.43 to 1
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(60, 20), (800, 20), (2016, 8), (50_000, 5)])
+def test_small_folders_are_seen_more_often(images, epochs):
+    assert parse(["--train"]).for_images(images).training.epochs == epochs
+    assert parse(["--train", "--epochs", "3"]).for_images(images).training.epochs == 3
+    with pytest.raises(UsageError, match=f"in {epochs} epochs"):
+        parse(["--train", "--patience", "20"]).for_images(images)

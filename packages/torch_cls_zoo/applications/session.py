@@ -104,15 +104,15 @@ def open_session(config: Config, world: World, *, data: PreparedData | None = No
         mean = std = HALF
     elif facts.get("mean") and facts.get("std"):
         mean, std = tuple(facts["mean"]), tuple(facts["std"])
-    quarter = len(data.manifest.subset("train")) // 4
+    images = len(data.manifest.subset("train"))
     session = Session(
-        config,
+        config.for_images(images) if learning else config,
         world,
         data,
         InputSettings(size, mean, std),
         built.model.to(memory_format=torch.channels_last).to(world.device),
         arch,
-        asked.batch_size or max(1, min(LARGEST_BATCH, quarter)),
+        asked.batch_size or max(1, min(LARGEST_BATCH, images // 4)),
         facts,
         built.kept,
         built.start,

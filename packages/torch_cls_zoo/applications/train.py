@@ -325,6 +325,11 @@ def facts_of(session: Session, epochs: int, values: dict[str, Any]) -> dict[str,
         metrics={"val_accuracy": values["accuracy"], "val_loss": values["loss"]},
         split_hash=session.data.manifest.hash,
         started_from=session.start,
-        config={**config, "batch_size": session.batch_size, "criterion": session.family},
+        config={
+            **config,
+            "epochs": session.config.training.epochs,
+            "batch_size": session.batch_size,
+            "criterion": session.family,
+        },
         **({"pruned": session.kept} if session.kept else {}),
     )
