@@ -66,14 +66,12 @@ class Maker:
         needs: packages without which it cannot.
         commands: script (below the repository) and words, in order; each may be called again.
         model: the model folder that they leave, below :attr:`Place.work`.
-        taught: whether it needs the teacher's answers.
     """
 
     project: str
     needs: tuple[str, ...]
     commands: Callable[[Place], list[list[str]]]
     model: str
-    taught: bool = False
 
     def lacking(self) -> str:
         """The first package that is not installed, or an empty text."""
@@ -123,7 +121,7 @@ def _zoo(place: Place, *more: str, init: str = "trained") -> list[list[str]]:
     """Train by the zoo's recipe and leave a model folder."""
     train = place.check.images("train")
     words = [
-        "packages/torch_cls_zoo/main.py", "--train", "--jit", *place.images(),
+        "packages/torch_cls_zoo/main.py", "--train", "--export", *place.images(),
         "--arch", place.settings["network"], "--init", init, "--epochs",
         str(place.settings["epochs"]), "--workers", str(max(1, place.threads)),
         "--no-floor", "--no-histograms", *more,
@@ -142,12 +140,28 @@ def _student(place: Place) -> list[list[str]]:
     return _zoo(place, "--distill", "--knowledge_dir", str(place.teacher / "answers"))
 
 
+def _landmark(place: Place) -> list[list[str]]:
+    """A body whose features lie near their class's mean, and the means as the head."""
+    split = str(place.folder / SPLIT_FILE)
+    train = [
+        "packages/landmark_distill/main.py", *place.images(),
+        "--epochs", str(place.settings["epochs"]), "--workers", str(max(1, place.threads)),
+    ]  # fmt: skip
+    export = [
+        "packages/landmark_distill/export_model.py", str(place.work / "max_acc.pth"),
+        str(place.work / "model"), "--format", "onnx", "--int8", "auto", "--class-means", split,
+        "--data-path", place.check.root,
+    ]  # fmt: skip
+    return [train, export]
+
+
 _ZOO_NEEDS = ("torch", "torchvision")
 MAKERS: dict[str, Maker] = {
     "probe": Maker("compare", ("torch",), _probe, "model"),
     "lite0": Maker("torch_cls_zoo", _ZOO_NEEDS, _zoo, "model"),
     "teacher": Maker("torch_cls_zoo", _ZOO_NEEDS, _teacher, "model"),
-    "student": Maker("torch_cls_zoo", _ZOO_NEEDS, _student, "model", taught=True),
+    "student": Maker("torch_cls_zoo", _ZOO_NEEDS, _student, "model"),
+    "landmark": Maker("landmark_distill", ("torch",), _landmark, "model"),
 }
 
 
@@ -207,6 +221,10 @@ def propose(
         tuned(
             f"student-{small}", "student", f"lite0 taught by the teacher, {small} px", 3, LITE0,
             small, teacher="teacher",
+        ),
+        tuned(
+            f"landmark-{full}", "landmark", f"nearest class mean of lite0's features, {full} px", 4,
+            LITE0, full, least=1, enough=2, most=3, fixed=40.0,
         ),
     ]  # fmt: skip
     return [one for n, one in enumerate(found) if one.name not in {x.name for x in found[:n]}]
