@@ -34,11 +34,15 @@ class LibraryEncoder(nn.Module):
         self.body, width = without_head(network.model)
         self.project = nn.Linear(width, feature_dim)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def seen(self, images: Tensor) -> Tensor:
+        """What the body makes of the images, ``(N, D)``: what the new layer takes in."""
         seen = self.body(images)
         if isinstance(seen, tuple):  # a network with a second head, for distillation
             seen = sum(seen) / len(seen)
-        return self.project(seen.flatten(1))
+        return seen.flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(self.seen(images))
 
 
 def without_head(model: nn.Module) -> tuple[nn.Module, int]:

@@ -18,6 +18,9 @@ LIBRARIES = ("timm", "torchvision")  # whose networks are taken by LIBRARY/NAME
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 # Of --init; auto is trained weights where they can be had, else none.
 AUTO, TRAINED, NONE = "auto", "trained", "none"
+FREEZE_BN = (AUTO, "yes", "no")
+FEATURE_START = (AUTO, "random")
+CHOICES = ("accuracy", "unseen", AUTO)  # what the best epoch is chosen by
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in [0, 1]
 KD_LOSSES = ("KD", "global_KD", "cosine")
 KD_VARIANTS = ("canonical", "original")
@@ -224,12 +227,20 @@ class TrainConfig:
         optimizer, momentum, weight_decay, decay_on: see :mod:`landmark_distill.optimizers`.
         ce_weight: share of the labels' loss.
         clip: largest norm of the gradient; 0 for any.
-        amp: ``fp32``, ``bf16`` or ``fp16``.
+        amp: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the hardware computes it.
         seed: decides first weights, order and dropout.
         init: what to start from: ``auto``, ``none``, ``trained``, a name of the catalogue, or a
             file.
         body_rate: share of the learning rate that a trained body has; its new layers have all.
+        layer_decay: what a layer of a trained body has of the rate of the one above it.
         freeze_body: a trained body does not learn.
+        freeze_bn: one of ``FREEZE_BN``: whether batch norms keep their statistics; ``auto`` where
+            they are trained.
+        feature_start: one of ``FEATURE_START``, of the new layer above a trained body; ``auto``:
+            see :mod:`landmark_distill.feature_layer`.
+        choose_by: one of ``CHOICES``: accuracy on held-out images of the learned classes, or
+            retrieval and verification among the split's unseen validation classes; ``auto`` where
+            there are such.
         checkpointing, channels_last: ways to compute.
         log_interval: steps between lines of progress.
         eval_interval: epochs between validations.
@@ -249,7 +260,11 @@ class TrainConfig:
     seed: int = 0
     init: str = AUTO
     body_rate: float = 0.1
+    layer_decay: float = 1.0
     freeze_body: bool = False
+    freeze_bn: str = AUTO
+    feature_start: str = AUTO
+    choose_by: str = "accuracy"
     checkpointing: bool = False
     channels_last: bool = False
     log_interval: int = 50

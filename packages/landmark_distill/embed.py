@@ -13,6 +13,7 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
 from shared_core.runs.command import UsageError, run_command
+from shared_core.runs.numbers import number
 from shared_core.runs.options import CommandParser, add_common
 
 
@@ -48,8 +49,28 @@ def build_parser() -> argparse.ArgumentParser:
     one("output", type=Path, metavar="OUTPUT", help="The features to write, .npy.")
     one("--dtype", choices=("float16", "float32", "float64"), default="float32",
         help="The precision of the features.")  # fmt: skip
+    one("--far", type=number(float, 0, 1, open_low=True), metavar="F",
+        help="Store the score below which search.py says unknown, so that at most this share of "
+        "images whose class is not in the gallery is accepted. The folders name the classes.",
+        )  # fmt: skip
     add_model_options(p)
     return p
+
+
+def _store_threshold(output: Path, far: float) -> str:
+    """Find the score below which a query is unknown, and keep it beside the features."""
+    from landmark_distill.gallery.features import open_store, write_names
+    from landmark_distill.gallery.unknown import unknown_threshold
+
+    store = open_store(output)
+    found = unknown_threshold(store.features, store.paths, far=far)
+    write_names(output, store.paths, {**store.facts, "unknown": found})
+    score = "-" if found["threshold"] is None else f"{found['threshold']:.4f}"
+    few = ", too few for this rate" if found["threshold"] is None else ""
+    return (
+        f"unknown at or below {score}: a share of {far:g} of images of absent classes is accepted "
+        f"({found['images']} images of {found['classes']} classes{few})"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for path, reason in bad:
         print(f"left out {path}: {reason}", file=sys.stderr)
+    if args.far is not None:
+        print(_store_threshold(args.output, args.far))
     print(f"{args.output}: features of {args.folder}, {width} each")
     return 1 if bad else 0
 

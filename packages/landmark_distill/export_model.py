@@ -48,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
         "others judge it. Without it the calibration part of the file's run.")  # fmt: skip
     one("--most", type=number(int, 4, 10**9), default=1000, metavar="N",
         help="The calibration images to use.")  # fmt: skip
+    one("--class-means", type=Path, metavar="FOLDER|SPLIT",
+        help="Write a classifier: behind the features the mean directions of the classes of this "
+        "folder, or of a split's training part, and a temperature that calibration images fit "
+        "(every fifth image of a folder). The split's test part judges.")  # fmt: skip
     add_common(
         p,
         ("data-path",),
@@ -66,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--calibration is for --int8: expected both")
     if args.int8 != "no" and not with_onnx:
         raise UsageError("--int8 makes an ONNX file: expected --format onnx or both")
+    if args.class_means is not None:
+        if args.format == "program" or args.calibration is not None:
+            raise UsageError("--class-means writes ONNX, and its own images calibrate: expected no "
+                             "--format program, no --calibration")  # fmt: skip
+        if not args.class_means.exists():
+            raise FileNotFoundError(f"--class-means {args.class_means}: there is no such thing")
     needed = ("onnx", "onnxscript", "onnxruntime") if with_onnx else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ImportError(
@@ -83,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         calibration=args.calibration,
         most=args.most,
         data_path=args.data_path,
+        class_means=args.class_means,
     )
     for line in export_model(args.model, args.output, wanted):
         print(line)

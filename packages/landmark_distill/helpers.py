@@ -11,6 +11,7 @@ from torch import Tensor
 
 from landmark_distill.backbones import normalisation
 from landmark_distill.config import (
+    AUTO,
     BACKBONES,
     DistillConfig,
     NetworkConfig,
@@ -23,14 +24,15 @@ from landmark_distill.images.landmark_data import LandmarkData
 from landmark_distill.images.views import ViewLoader, eval_loader, train_loader, view_settings
 from landmark_distill.model import EmbeddingModel, load_weights, share_head
 from landmark_distill.model_files import build, check_channels, read_head, read_model
-from landmark_distill.optimizers import build_optimizer
+from landmark_distill.optimizers import body_rates, build_optimizer
 from landmark_distill.starting import Start, start_model, swin_layout
 from landmark_distill.teacher import Live, Stored, Teacher
 from shared_core.datasets import EpochOrder, EvalView, ImageSet, TrainView
 from shared_core.for_torch.distributed import World
-from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.precision import Precision, computes_bf16
 from shared_core.runs import UsageError, derive_seed
 
+SMALLEST_BF16 = 64  # pixels
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -97,6 +99,31 @@ def make_eval_loader(config: RunConfig, images: ImageSet, world: World) -> ViewL
     )
 
 
+def unseen_loader(config: RunConfig, data: LandmarkData, world: World) -> ViewLoader | None:
+    """The unseen classes that choose the best epoch; None where accuracy does.
+
+    Raises:
+        UsageError: the split keeps no such classes.
+    """
+    asked = config.train.choose_by
+    if asked == "accuracy" or (asked == AUTO and data.tuning is None):
+        return None
+    if data.tuning is None:
+        raise UsageError(
+            "--choose_by unseen: the split has no validation classes apart from those that are "
+            "tested, expected --validation_share above 0 or --choose_by accuracy"
+        )
+    return make_eval_loader(config, data.tuning, world)
+
+
+def precision_of(config: RunConfig, device: torch.device) -> str:
+    """``auto`` made out; bf16 convolutions of maps of one pixel can give NaN on a processor."""
+    if config.train.amp != AUTO:
+        return config.train.amp
+    large = config.views.size >= SMALLEST_BF16
+    return "bf16" if large and computes_bf16(device) else "fp32"
+
+
 # -- networks -------------------------------------------------------------------------------------
 
 
@@ -136,7 +163,7 @@ def prepare_teacher(config: RunConfig, world: World) -> Teacher:
     mean, std = (facts["mean"], facts["std"]) if facts else normalisation(network.name)
     return Teacher(
         model,
-        Precision(world.device, config.train.amp),
+        Precision(world.device, precision_of(config, world.device)),
         class_names=names,
         change=change_of(config.views, mean=mean, std=std),
         start=dict(facts.get("start") or {}) if facts else {},
@@ -203,6 +230,9 @@ def prepare_student(
         if not start.facts:
             raise UsageError(f"--freeze_body: {config.network.name} {start.line}")
         model.freeze_body()
+    bn = config.train.freeze_bn
+    if bn == "yes" or (bn == AUTO and start.trained_body):
+        model.freeze_norms()
     model.set_checkpointing(config.train.checkpointing)
     memory = torch.channels_last if config.train.channels_last else torch.preserve_format
     model.encoder.to(world.device, memory_format=memory)
@@ -215,6 +245,9 @@ def prepare_optimizer(
     train: TrainConfig, model: EmbeddingModel, start: Start
 ) -> torch.optim.Optimizer:
     """Over what learns: never a fixed head, never the teacher; a trained body more slowly."""
+    rates = None
+    if start.trained_body:
+        rates = body_rates(model.body, rate=train.body_rate, layer_decay=train.layer_decay)
     return build_optimizer(
         train.optimizer,
         model.named_parameters(),
@@ -222,8 +255,7 @@ def prepare_optimizer(
         weight_decay=train.weight_decay,
         momentum=train.momentum,
         decay_on=train.decay_on,
-        body=model.body if start.trained_body else None,
-        body_rate=train.body_rate,
+        rates=rates,
     )
 
 

@@ -66,7 +66,7 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
         self.feature_dim: int = encoder.feature_dim
-        self.frozen_body: list[nn.Module] = []  # in a list: its weights have a name already
+        self.still: list[nn.Module] = []  # parts that stay in eval mode; they have a name already
 
     def embed(self, images: Tensor) -> Tensor:
         """Features ``(N, feature_dim)``, not normalised, of normalised images ``(N, 3, H, W)``.
@@ -101,14 +101,20 @@ class EmbeddingModel(nn.Module):
 
     def freeze_body(self) -> None:
         """The body does not learn, and stays in eval mode: its norms keep their statistics."""
-        self.frozen_body = [self.body.requires_grad_(False)]
+        self.still.append(self.body.requires_grad_(False))
+        self.train(self.training)
+
+    def freeze_norms(self) -> None:
+        """Batch norms keep their means and variances; their weights learn on."""
+        kind = nn.modules.batchnorm._BatchNorm
+        self.still += [module for module in self.encoder.modules() if isinstance(module, kind)]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> EmbeddingModel:
-        """Training mode for all but a frozen body."""
+        """Training mode for all but what stays as it is."""
         super().train(mode)
-        for body in self.frozen_body:
-            body.eval()
+        for part in self.still:
+            part.eval()
         return self
 
     def set_checkpointing(self, on: bool) -> None:

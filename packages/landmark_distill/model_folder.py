@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from landmark_distill.class_means import NearestMean, class_images, nearest_mean
 from landmark_distill.gallery.embedder import (
     PROGRAM,
     PROGRAM_FILE,
@@ -61,6 +62,7 @@ class ExportOptions:
         calibration: folder of images for int8; None takes the calibration part of the file's run.
         most: images of it to use.
         data_path: where the run's images lie now; None where they lay.
+        class_means: class folder or split, whose class means make a classifier; None: features.
     """
 
     formats: tuple[str, ...] = FORMATS
@@ -70,6 +72,7 @@ class ExportOptions:
     calibration: Path | None = None
     most: int = 1000
     data_path: Path | None = None
+    class_means: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -125,20 +128,17 @@ def export_model(path: Path, folder: Path, options: ExportOptions) -> list[str]:
     if stored is None:
         raise ValueError(f"{path} does not say what network it is of: expected a file of this one")
     facts, encoder = file_facts(stored), model.encoder.eval()
-    size = (3, *facts.input_size)
-    macs = total_macs(layer_costs(encoder, torch.zeros(1, *size)))
+    macs = total_macs(layer_costs(encoder, torch.zeros(1, 3, *facts.input_size)))
     facts = facts.replaced(costs={"macs": macs, "parameters": count_params(encoder)})
     network = embedder_of(encoder, facts, Precision("cpu"), name=str(path))
+    if options.class_means is not None:
+        return _export_classifier(folder, encoder, network, stored, options)
     calibration = _calibration(path, stored, options) if options.int8 != "no" else None
     test = run_part(path, stored, "test", options.data_path)
     with tempfile.TemporaryDirectory(prefix="landmark-export-") as scratch:
         sources = []
         if ONNX in options.formats:
-            sources = [Path(scratch) / "student.onnx"]
-            # Attention spelled out: the fused kernel lays its result out as ONNX's does not.
-            with sdpa_kernel(SDPBackend.MATH):
-                export_onnx(encoder, sources[0], input_size=size, output_names=("features",),
-                            opset=options.opset)  # fmt: skip
+            sources = [_onnx(encoder, Path(scratch), facts, options, "features")]
         written = write_model_folder(
             folder,
             facts=facts,
@@ -152,6 +152,56 @@ def export_model(path: Path, folder: Path, options: ExportOptions) -> list[str]:
         )
     judges = test if test is not None else calibration and calibration.part(JUDGE)
     return [*written.lines, *_say_open_set(written, judges)]
+
+
+def _export_classifier(
+    folder: Path,
+    encoder: nn.Module,
+    network: Predictor,
+    stored: Mapping[str, Any],
+    options: ExportOptions,
+) -> list[str]:
+    """The embedding, its classes' means behind it, as a model that names classes."""
+    known = (stored.get("config") or {}).get("data_path")
+    data_path = options.data_path or (Path(known) if known else None)
+    images = class_images(options.class_means, data_path)
+    means, facts = nearest_mean(network, images, batch=BATCH)
+    classifier = NearestMean(encoder, means).eval()
+    answers = embedder_of(classifier, facts, Precision("cpu"), name="the network")
+    view = facts.make_view()
+
+    def batches(part: str) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        for one in BatchLoader(images.parts[part], view=view, batch_size=BATCH, threads=2):
+            yield one.images.copy(), one.labels
+
+    held = None
+    if options.int8 != "no":
+        views, labels = (np.concatenate(some) for some in zip(*batches("calibration"), strict=True))
+        order = np.random.default_rng(0).permutation(len(labels))[: options.most]
+        held = Calibration(views[order], labels[order])
+    with tempfile.TemporaryDirectory(prefix="landmark-export-") as scratch:
+        written = write_model_folder(
+            folder,
+            facts=facts,
+            network=answers,
+            sources=[_onnx(classifier, Path(scratch), facts, options, "logits")],
+            test=batches("test") if "test" in images.parts else None,
+            judged_on=f"the test part of {options.class_means.name}",
+            calibration=held,
+            int8=Int8Wish(options.int8, max_accuracy_loss=options.max_accuracy_loss),
+        )
+    return [*written.lines, f"  {len(images.names)} class means of {len(images.parts['train'])} "
+            f"images, temperature {facts.temperature:.4f}"]  # fmt: skip
+
+
+def _onnx(
+    network: nn.Module, folder: Path, facts: ModelFacts, options: ExportOptions, output: str
+) -> Path:
+    """The float network as an ONNX file in ``folder``."""
+    file, size = folder / "student.onnx", (3, *facts.input_size)
+    with sdpa_kernel(SDPBackend.MATH):  # spelled out: the fused kernel's layout is not ONNX's
+        export_onnx(network, file, input_size=size, output_names=(output,), opset=options.opset)
+    return file
 
 
 def _wish(options: ExportOptions, calibration: Judging | None, network: Predictor) -> Int8Wish:
@@ -248,7 +298,8 @@ def run_part(
     if manifest.hash != stored.get("split_hash") or part not in manifest.splits:
         return None
     items = manifest.subset(part)
-    return Judging([root / item.path for item in items], folder_truths([i.path for i in items]))
+    classes = [f"{manifest.classes[item.label]}/image" for item in items]
+    return Judging([root / item.path for item in items], folder_truths(classes))
 
 
 def _calibration(path: Path, stored: Mapping[str, Any], options: ExportOptions) -> Judging:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from landmark_distill.config import DECAY, OPTIMIZERS
+from shared_core.for_torch.pretrained import parameter_groups as depth_groups
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -27,8 +28,7 @@ def parameter_groups(
     *,
     weight_decay: float,
     decay_on: str = "all",
-    body: nn.Module | None = None,
-    body_rate: float = 1.0,
+    rates: Mapping[int, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the parameters that learn; frozen ones are left out.
 
@@ -36,7 +36,7 @@ def parameter_groups(
         named: names and parameters.
         weight_decay: of those that get one.
         decay_on: ``all`` as the original, or ``matrices`` (see :func:`decays`).
-        body: a trained part that learns at ``body_rate`` of the rate.
+        rates: shares of the rate by ``id`` of a parameter, see :func:`body_rates`; others have 1.
 
     Returns:
         Groups with ``params``, ``weight_decay`` and ``rate``, their share of the learning rate.
@@ -49,16 +49,33 @@ def parameter_groups(
     learning = [(name, p) for name, p in named if p.requires_grad]
     if not learning:
         raise ValueError("no weight learns: expected at least one that is not frozen")
-    trained = {id(p) for p in body.parameters()} if body is not None else set()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in learning:
         decay = weight_decay if decay_on == "all" or decays(name, parameter) else 0.0
-        rate = body_rate if id(parameter) in trained else 1.0
+        rate = (rates or {}).get(id(parameter), 1.0)
         groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "rate": rate}
         for (rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])[::-1]
     ]
+
+
+def body_rates(body: nn.Module, *, rate: float, layer_decay: float) -> dict[int, float]:
+    """Shares of the learning rate of a trained body's weights by their ``id``.
+
+    Its last layers have ``rate``, those below ``layer_decay`` of the ones above; depths are those
+    of :func:`shared_core.for_torch.pretrained.parameter_groups`.
+    """
+    whole = nn.Module()  # the body's parts under their own names, and a head, which it lost
+    for name, child in body.named_children():
+        whole.add_module(name, child)
+    for name, parameter in body.named_parameters(recurse=False):
+        whole.register_parameter(name, parameter)
+    whole.add_module("features_head", nn.Linear(1, 1))
+    groups = depth_groups(
+        whole, num_classes=1, body_lr=rate, head_lr=1.0, weight_decay=0.0, layer_decay=layer_decay
+    )
+    return {id(p): group["lr"] for group in groups for p in group["params"]}
 
 
 def build_optimizer(
@@ -69,21 +86,18 @@ def build_optimizer(
     weight_decay: float,
     momentum: float = 0.0,
     decay_on: str = "all",
-    body: nn.Module | None = None,
-    body_rate: float = 1.0,
+    rates: Mapping[int, float] | None = None,
 ) -> torch.optim.Optimizer:
     """``SGD``, ``Adam`` (decay added to the gradient) or ``AdamW`` (decay apart from it).
 
     Args:
         momentum: of SGD; the original had none.
-        body, body_rate: see :func:`parameter_groups`.
+        rates: see :func:`parameter_groups`.
 
     Raises:
         ValueError: an unknown kind, or momentum where there is none.
     """
-    groups = parameter_groups(
-        named, weight_decay=weight_decay, decay_on=decay_on, body=body, body_rate=body_rate
-    )
+    groups = parameter_groups(named, weight_decay=weight_decay, decay_on=decay_on, rates=rates)
     if kind == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     if kind not in OPTIMIZERS:

@@ -10,7 +10,7 @@ from landmark_distill import config
 from landmark_distill.recipes import RECIPES
 from landmark_distill.schedules import COSINES, SCHEDULERS
 from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, number
-from shared_core.runs.options import CommandParser, add_common
+from shared_core.runs.options import COMMON, CommandParser, add_common
 
 ALIASED = {f"lite{n}": name for n, name in enumerate(config.LITE)}
 SHARE = number(float, 0, 0.99)
@@ -63,8 +63,8 @@ def _backbone(text: str) -> str:
 # tuple: one of these), default, sentence, further arguments of argparse.
 Row = tuple[Any, ...]
 RUN: tuple[Row, ...] = (
-    ("recipe", tuple(RECIPES), None, "A published recipe. Options on the command line win over "
-     "it."),
+    ("recipe", tuple(RECIPES), None, "A published recipe, or lite0: a trained network is tuned; "
+     "--data-path alone means it. Options on the command line win over it."),
     ("test_only", bool, False, "Do not train: test the file of --init. It says what network it is "
      "of and what it sees."),
     ("save_dir", Path, Path("runs/landmark_distill"), "The folder below which runs get folders "
@@ -131,7 +131,18 @@ TRAINING: tuple[Row, ...] = (
     ("min_lr", WEIGHT, 1e-6, "The rate that the cosine falls to."),
     ("body_rate", number(float, 0, 1, open_low=True), 0.1, "The share of the rate that a trained "
      "body learns with. Its new layers learn with all of it."),
+    ("layer_decay", number(float, 0, 1, open_low=True), 1.0, "What a layer of a trained body has "
+     "of the rate of the layer above it."),
     ("freeze_body", bool, False, "A trained body does not learn, only what is new above it."),
+    ("freeze_bn", config.FREEZE_BN, config.AUTO, "Whether batch norms keep their means and "
+     "variances. auto is yes for trained ones, which say more than small batches do."),
+    ("feature_start", config.FEATURE_START, config.AUTO, "What the new layer above a trained body "
+     "starts as. auto makes images of a class alike and puts the head's rows at the classes' "
+     "means; a student is turned to its teacher's features."),
+    ("choose_by", config.CHOICES, "accuracy", "What chooses the best epoch: accuracy on held-out "
+     "images of the learned classes, or recall@1 and verification among the unseen classes of "
+     "--validation_share; auto takes these where there are some. What a trained body gives before "
+     "any training is a candidate, too."),
     ("optim", config.OPTIMIZERS, "SGD", "The optimizer."),
     ("momentum", number(float, 0, 0.9999), 0.0, "The momentum of SGD."),
     ("weight_decay", WEIGHT, 5e-4, "The weight decay."),
@@ -265,6 +276,14 @@ def _common_training(group: argparse._ArgumentGroup) -> None:
         defaults={"epochs": 100, "batch-size": 4, "lr": 1e-4},
         aliases={name: ALIASES[name] for name in ("epochs", "batch-size")},
         help={"batch-size": "How many images a step learns from, in all processes together."},
+        more={
+            "amp": {
+                "choices": (*COMMON["amp"]["choices"], config.AUTO),
+                "help": "The precision "
+                "of the computation. auto is bf16 where the hardware computes it and images "
+                "have 64 pixels or more.",
+            }
+        },
     )
 
 

@@ -25,7 +25,7 @@ from landmark_distill.config import (
     ViewConfig,
 )
 from landmark_distill.options import build_parser
-from landmark_distill.recipes import LANDMARK_CLASSES, RECIPES
+from landmark_distill.recipes import LANDMARK_CLASSES, LITE0, PUBLISHED, recipe_values
 from landmark_distill.schedules import Schedule, parse_milestones
 from landmark_distill.utils import run_folder
 from shared_core.runs.command import UsageError
@@ -65,14 +65,18 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> RunConfig:
     """
     parser = build_parser(prog)
     args, given = parser.parse_args(argv), options_given(parser, argv)
-    for name, value in RECIPES.get(args.recipe, {}).items():
+    ours = {"recipe", "backbone_class", "is_distill", "test_only", "train_list", "test_list"}
+    if args.data_path is not None and not ours & given:
+        args.recipe = LITE0
+    taught = args.teacher_init_weights is not None
+    for name, value in recipe_values(args.recipe, taught=taught).items():
         if name not in given:
             setattr(args, name, value)
     if args.test_only:  # nothing is taught, so a recipe's distillation falls away
         args.is_distill = "is_distill" in given
     if args.view_seed is None:
         args.view_seed = args.seed
-    if args.recipe and args.train_list and args.num_classes is None:
+    if args.recipe in PUBLISHED and args.train_list and args.num_classes is None:
         args.num_classes = LANDMARK_CLASSES
     args.threads = args.threads or None
     _check_files(args)
@@ -361,7 +365,8 @@ def _check_training(args: argparse.Namespace, given: set[str]) -> None:
     else:
         _refuse(given, ("min_lr",), f"--lr_scheduler is {args.lr_scheduler}")
     if args.init == NONE:
-        _refuse(given, ("body_rate", "freeze_body"), "--init none has no trained body")
+        trained = ("body_rate", "layer_decay", "freeze_body", "feature_start")
+        _refuse(given, trained, "--init none has no trained body")
     if args.optim != "SGD":
         _refuse(given, ("momentum",), f"--optim is {args.optim}")
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""The two recipes on data that anybody can have: teacher, students of three kinds, comparison."""
+"""The recipes on data that anybody can have: teacher, students of three kinds, comparison."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
     repo = Path(__file__).resolve().parents[2]
     sys.path[:1] = [str(repo / "packages"), str(repo / "shared")]
 
-from landmark_distill.recipes import RECIPES
-from landmark_distill.reproducing.settings import STAND_IN
+from landmark_distill.recipes import PUBLISHED, RECIPES
+from landmark_distill.reproducing.settings import ORIGINS, STAND_INS
 from shared_core.runs.command import UsageError, run_command
 from shared_core.runs.numbers import COUNT
 from shared_core.runs.options import CommandParser, add_common, words_of
@@ -28,11 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Teach students through the teacher's frozen head, through heads of their own, "
         "and without a teacher, and compare them among classes that none has seen.",
         epilog="The published images, masks and teacher are not public: short runs on "
-        "omniglot_small or a folder of yours, rehearsal on drawn scenes.",
+        "omniglot_small (lite0: grocery192) or a folder of yours, rehearsal on drawn scenes.",
     )
     p.add_argument("--recipe", choices=tuple(RECIPES), required=True, help="Which student.")
     p.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR",
-                   help="The folder that holds omniglot_small/.")  # fmt: skip
+                   help="The folder that holds omniglot_small/ or grocery192/.")  # fmt: skip
     add_common(
         p,
         ("data-path", "scale", "output", "resume", "continue", "fresh", "threads", "device"),
@@ -70,7 +70,8 @@ def images_of(args: argparse.Namespace) -> tuple[str, Path | None]:
     """
     if args.data_path is not None and not args.data_path.is_dir():
         raise FileNotFoundError(f"--data-path {args.data_path}: there is no such folder")
-    found = args.data_path or args.data_root / STAND_IN
+    stand_in, inside = STAND_INS[args.recipe]
+    found = args.data_path or args.data_root / stand_in
     scale = args.scale
     if scale == "auto":
         scale = "short" if found.is_dir() else "rehearsal"
@@ -78,15 +79,15 @@ def images_of(args: argparse.Namespace) -> tuple[str, Path | None]:
         if args.data_path is not None:
             raise UsageError("--scale rehearsal draws its scenes: expected no --data-path")
         return scale, None
-    if scale == "full" and args.data_path is None:
+    if scale == "full" and args.data_path is None and args.recipe in PUBLISHED:
         raise UsageError(
-            f"--scale full has the published sizes, {STAND_IN} is too small for them: "
+            f"--scale full has the published sizes, {stand_in} is too small for them: "
             "expected --data-path, or --scale short"
         )
     if not found.is_dir():
         raise FileNotFoundError(
-            f"{found} is not there: expected {STAND_IN}/<alphabet>/<character>/*.png under "
-            "--data-root (from github.com/brendenlake/omniglot), or --data-path"
+            f"{found} is not there: expected {stand_in}/{inside} under --data-root (from "
+            f"github.com/{ORIGINS[stand_in]}), or --data-path"
         )
     return scale, found
 

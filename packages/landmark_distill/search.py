@@ -17,7 +17,7 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
 from landmark_distill.config import INDEXES
 from landmark_distill.embed import add_model_options
 from shared_core.runs.command import UsageError, run_command
-from shared_core.runs.numbers import SIZE
+from shared_core.runs.numbers import SIZE, number
 from shared_core.runs.options import CommandParser
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     one("--model", type=Path, metavar="FILE",
         help="The network that made the gallery; for images.")  # fmt: skip
     one("--k", type=SIZE, default=10, metavar="N", help="The neighbours of a query.")
+    one("--threshold", type=number(float, -1, 1), metavar="X",
+        help="A query whose nearest image scores no more is unknown. Without it what embed.py "
+        "--far stored with the gallery.")  # fmt: skip
     one("--json", type=Path, metavar="FILE", help="Write the answers there as JSON.")
     one("--csv", type=Path, metavar="FILE", help="Write a row for each neighbour there.")
     one("--sheet", type=Path, metavar="FILE", help="Draw queries and neighbours there, .png.")
@@ -69,12 +72,20 @@ def answers(
     queries: NDArray[Any],
     names: Sequence[str],
     k: int,
+    threshold: float | None = None,
 ) -> list[dict[str, Any]]:
-    """For each query its name and neighbours: rank from 1, row, path, score."""
+    """For each query its name and neighbours: rank from 1, row, path, score; whether it is unknown.
+
+    Args:
+        threshold: a query whose nearest image scores no more is unknown; None: nothing is said.
+    """
     found = index.search(queries, k)
+    said = [{} if threshold is None else {"unknown": bool(not s[0] > threshold)}
+            for s in found.scores]  # fmt: skip
     return [
         {
             "query": name,
+            **more,
             "neighbours": [
                 {"rank": rank, "row": row, "path": gallery.paths[row], "score": float(score)}
                 for rank, (row, score) in enumerate(
@@ -83,7 +94,7 @@ def answers(
                 if row >= 0 and math.isfinite(score)
             ],
         }
-        for name, rows, scores in zip(names, found.indices, found.scores, strict=True)
+        for name, rows, scores, more in zip(names, found.indices, found.scores, said, strict=True)
     ]
 
 
@@ -141,7 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         index = ExactIndex(gallery.features)
     else:
         index = FaissIndex(gallery.features, kind=args.index, probes=args.probes or 16)
-    found = answers(gallery, index, asked.features, asked.names, args.k)
+    threshold = args.threshold
+    if threshold is None:
+        threshold = (gallery.facts.get("unknown") or {}).get("threshold")
+    found = answers(gallery, index, asked.features, asked.names, args.k, threshold)
     if args.json:
         _write_json(args.json, {"gallery": str(args.gallery), "index": index.kind}, found)
     if args.csv:
@@ -151,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (args.json or args.csv or args.sheet):
         _print(found)
     else:
-        print(f"{len(found)} queries among {len(index)} images ({index.kind})")
+        unknown = sum(one.get("unknown", False) for one in found)
+        more = "" if threshold is None else f", {unknown} unknown"
+        print(f"{len(found)} queries among {len(index)} images ({index.kind}){more}")
     for path, reason in asked.bad:
         print(f"left out {path}: {reason}", file=sys.stderr)
     return 1 if asked.bad else 0
@@ -199,7 +215,7 @@ def _draw(
 
 def _print(found: Sequence[dict[str, Any]]) -> None:
     for one in found:
-        print(one["query"])
+        print(one["query"] + (": unknown" if one.get("unknown") else ""))
         for near in one["neighbours"]:
             print(f"  {near['rank']:3d}  {near['score']:.4f}  {near['path']}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from landmark_distill.config import RunConfig
+from landmark_distill.config import AUTO, RunConfig
 from landmark_distill.gallery.embedder import asked_facts, embedder_of, file_facts
 from landmark_distill.gallery.features import FEATURE_FILE, extract_features, load_features
 from landmark_distill.helpers import make_train_loader
@@ -71,9 +71,12 @@ def _on_all_gpus(words: Sequence[str]) -> int:
     return 0
 
 
-def run(config: RunConfig, world: World, *, command: str = "") -> dict[str, Any]:
+def run(
+    config: RunConfig, world: World, *, command: str = "", floor: bool = True
+) -> dict[str, Any]:
     """A whole run: train (or not), test, write the record. Returns the record's ``measured``.
 
+    Without ``floor`` trained features are not tested beside it: a sweep does so once for all.
     Several processes part after the training: the main one tests alone, and nobody waits for it.
     """
     if config.fill_knowledge:
@@ -95,7 +98,7 @@ def run(config: RunConfig, world: World, *, command: str = "") -> dict[str, Any]
             if done is not None:
                 opened.log.say(f"{opened.folder}: finished before")
                 return done
-        return _run(config, opened, world, command)
+        return _run(config, opened, world, command, floor)
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -103,7 +106,9 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     return dict(read_result(path)["measured"]) if path.exists() else None
 
 
-def _run(config: RunConfig, opened: OpenRun, world: World, command: str) -> dict[str, Any]:
+def _run(
+    config: RunConfig, opened: OpenRun, world: World, command: str, floor: bool
+) -> dict[str, Any]:
     folder = opened.folder
     data = main_works(lambda: prepare_landmarks(config.data, folder), world)
     if data.rehearsal:
@@ -124,8 +129,9 @@ def _run(config: RunConfig, opened: OpenRun, world: World, command: str) -> dict
     if not world.is_main:
         return measured
     measured |= _test(config, folder, data, best, world)
-    judged = _hold_to_floor(config, data, measured, world)
-    Record(folder).write(judged)
+    judged = _hold_to_floor(config, data, measured, world) if floor else ""
+    if judged:
+        Record(folder).write(judged)
     write_result(
         folder / RESULT,
         task=f"landmark_distill/{config.data.name.lower()}",
@@ -180,7 +186,8 @@ def _test(
     load_weights(model.encoder, weights, source=str(best))
     facts = asked_facts(config.network, config.views) if stored is None else file_facts(stored)
     sum_ = {"checkpoint_sha256": weights_sha256(model.encoder.state_dict())}
-    precision = Precision(world.device, config.train.amp)
+    amp = config.train.amp
+    precision = Precision(world.device, "fp32" if amp == AUTO else amp)  # auto is of training
     found = extract_features(
         embedder_of(model.encoder, facts.replaced(provenance=sum_), precision, name=str(best)),
         data.test,

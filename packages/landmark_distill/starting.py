@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from landmark_distill.backbones import CLASSES, LibraryEncoder, without_head
 from landmark_distill.config import AUTO, BACKBONES, NONE, TRAINED, NetworkConfig
+from landmark_distill.feature_layer import class_directions, turned, whitening
 from landmark_distill.model import EmbeddingModel, load_weights
 from landmark_distill.model_files import check_channels, read_model, read_own
 from shared_core.checkpoints import CheckpointError
 from shared_core.for_torch.checkpoints import from_numpy
+from shared_core.for_torch.data import TorchBatch
 from shared_core.for_torch.networks import NetworkName, find_network, make_network
+from shared_core.for_torch.precision import Precision
 from shared_core.for_torch.pretrained import library_weights, load_body
 from shared_core.runs.command import UsageError
 from shared_core.weights.finding import find_weights
@@ -108,6 +112,46 @@ def _from_own(
     load_weights(model if whole else model.encoder, dict(weights), source=path)
     facts = {"name": Path(path).name, "sha256": stored["sha256"], "licence": "of its run"}
     return Start(f"starts from {Path(path).name} ({stored['sha256'][:12]}), every weight", facts)
+
+
+def start_features(
+    model: EmbeddingModel,
+    batches: Iterable[TorchBatch],
+    *,
+    precision: Precision,
+    goals: Callable[[TorchBatch], Tensor] | None = None,
+) -> str:
+    """Start the new layer above a trained body, and a head of its own, from training images.
+
+    Args:
+        batches: one view of each training image, with the labels of the head's rows.
+        goals: the teacher's features of a batch ``(N, F)``, which the layer is turned to.
+
+    Returns:
+        What was done, for people and records.
+    """
+    model.eval()
+    rows, labels, wanted = [], [], []
+    for batch in batches:
+        with torch.no_grad(), precision.autocast():
+            rows.append(model.encoder.seen(batch.images).double().cpu().numpy())
+        labels.append(batch.labels.cpu().numpy())
+        if goals is not None:
+            wanted.append(goals(batch).double().cpu().numpy())
+    seen, truth = np.concatenate(rows), np.concatenate(labels)
+    layer = whitening(seen, truth, width=model.feature_dim)
+    if goals is not None:
+        layer = turned(layer, seen, np.concatenate(wanted))
+    project, head = model.encoder.project, model.head
+    with torch.no_grad():
+        project.weight.copy_(torch.from_numpy(layer.weight))
+        project.bias.copy_(torch.from_numpy(layer.bias))
+        if head is not None and not head.frozen:
+            means = class_directions(layer(seen), truth, count=head.num_classes)
+            known = torch.from_numpy(np.flatnonzero(means.any(axis=1)))
+            head.weight[known] = torch.from_numpy(means).to(head.weight)[known]
+    turn = ", turned to the teacher's" if goals is not None else ""
+    return f"the feature layer whitens {len(seen)} training images within their classes{turn}"
 
 
 # -- networks of a library ------------------------------------------------------------------------

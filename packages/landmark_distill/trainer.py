@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark_distill.config import RunConfig
+from landmark_distill.config import AUTO, RunConfig
 from landmark_distill.head.distillation import KDSettings
 from landmark_distill.head.streamed_loss import label_rows
 from landmark_distill.helpers import (
     make_eval_loader,
     make_source,
     make_train_loader,
+    precision_of,
     prepare_optimizer,
     prepare_student,
     prepare_teacher,
+    unseen_loader,
 )
 from landmark_distill.images.landmark_data import LandmarkData
 from landmark_distill.images.views import ViewLoader
+from landmark_distill.judging.judge import openset_test
+from landmark_distill.judging.trained_features import fine_numbers
 from landmark_distill.model import EmbeddingModel, parameter_counts
 from landmark_distill.model_files import TEACHER, save_model, student_weights
 from landmark_distill.objective import Objective
 from landmark_distill.optimizers import set_lr
+from landmark_distill.starting import start_features
 from landmark_distill.teacher import TeacherOutputs, in_the_teachers_rows
 from landmark_distill.utils import BEST, STATE, Record, epoch_line, parameters_line
 from shared_core.for_torch.checkpoints import load_run_state, save_run_state
@@ -96,10 +102,12 @@ class Trainer:
         self.data = data
         self.model, self.start = prepare_student(config, data, world, self.teacher)
         self.optimizer = prepare_optimizer(config.train, self.model, self.start)
-        self.precision = Precision(world.device, config.train.amp)
+        self.precision = Precision(world.device, precision_of(config, world.device))
         self.loader = make_train_loader(config, data.train, world)
         self.validation = make_eval_loader(config, data.calibration, world)
+        self.unseen = unseen_loader(config, data, world)
         self.source = make_source(config, self.teacher, data, world)
+        self.feature_start = self._start_features()
         objective = Objective(
             self.model,
             kd_loss=asked.loss if asked else None,
@@ -110,7 +118,7 @@ class Trainer:
             processes=world.world_size,
         )
         self.objective = wrap(objective, world)
-        self.epoch, self.max_acc, self.best_epoch = 0, -1.0, -1
+        self.epoch, self.max_acc, self.best_epoch, self.best = 0, -1.0, -1, -1.0
         self.lr = self.rate.lr
         self.sums = _zeros()
         self._seconds, self._since = 0.0, time.monotonic()
@@ -119,6 +127,27 @@ class Trainer:
     def seconds(self) -> float:
         """Wall time of the training, that of processes before a resume included."""
         return self._seconds + time.monotonic() - self._since
+
+    def _start_features(self) -> str | None:
+        """Start the new layer above a trained body, once; None where there is nothing to start."""
+        asked, found = self.train_config, (self.folder / STATE).exists()
+        trained = self.start.trained_body and hasattr(self.model.encoder, "project")
+        if found or self.config.fill_knowledge or not trained or asked.feature_start != AUTO:
+            return None
+
+        def goals(batch: TorchBatch) -> Tensor:
+            known = self.source.outputs(batch).features
+            return self.teacher.features(batch.images) if known is None else known
+
+        alone = replace(self.world, rank=0, world_size=1)  # each process looks at all images
+        loader = make_train_loader(self.config, self.data.train, alone)
+        batches = progress(loader, total=len(loader), label="starting the feature layer")
+        return start_features(
+            self.model,
+            batches if self.world.is_main else loader,
+            precision=self.precision,
+            goals=goals if self.teacher is not None else None,
+        )
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -141,7 +170,7 @@ class Trainer:
         """From the saved state, or from the start, to the last epoch.
 
         Returns:
-            ``max_acc`` (fraction), ``best_epoch`` (from 1), ``seconds``.
+            ``max_acc`` (fraction), ``best_epoch`` (from 1; 0: as it started), ``seconds``.
         """
         try:
             self._run_epochs()
@@ -152,19 +181,20 @@ class Trainer:
         barrier(self.world)
         return {
             "max_acc": self.max_acc,
+            "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
         }
 
     def _run_epochs(self) -> None:
-        self._start()
+        if not self._start() and self.feature_start is not None:
+            self._judge_epoch({})  # what a trained body gives as it is must be beaten
         while self.epoch < self.rate.max_epoch:
             self._train_epoch()
+            means = self._close_epoch()
             last = self.epoch == self.rate.max_epoch
             if last or self.epoch % self.train_config.eval_interval == 0:
-                self._close_epoch(*self.evaluate())
-            else:
-                self._close_epoch(None, None)
+                self._judge_epoch(means)
             self.save()
 
     def _train_epoch(self) -> None:
@@ -206,35 +236,57 @@ class Trainer:
             number = self.epoch * steps + step
             self.log.write({"split": "step", "step": number, "lr": self.lr, **values})
 
-    def _close_epoch(self, eval_loss: float | None, eval_acc: float | None) -> None:
-        """Say and log what the epoch brought, and keep the student if it is the best so far."""
+    def _close_epoch(self) -> dict[str, float]:
+        """Log what the epoch brought on its training images; their mean losses and accuracy."""
         sums = gather_objects(self.sums, self.world)
         total = {name: sum(one[name] for one in sums) for name in self.sums}
         seen = max(total["seen"], 1)
         means = {name: total[name] / seen for name in ("loss", "ce", "kd")}
-        train_acc = total["correct"] / seen
+        means["acc"] = total["correct"] / seen
         self.sums = _zeros()
-        values = {"lr": self.lr, "acc": train_acc, **means}
         if self.world.is_main:
-            self.log.write({"split": "train", "step": self.epoch, **values})
-        if eval_acc is None or eval_loss is None:
-            return
+            self.log.write({"split": "train", "step": self.epoch, "lr": self.lr, **means})
+        return means
+
+    def _judge_epoch(self, means: Mapping[str, float]) -> None:
+        """Say and log what held-out images say, and keep the student if it is the best so far.
+
+        Args:
+            means: of the training images; empty before any training.
+        """
+        loss, acc = self.evaluate()
+        unseen = self.judge_unseen()
+        score = sum(unseen.values()) / len(unseen) if unseen else acc
         if self.world.is_main:
-            self.log.write({"split": "val", "step": self.epoch, "loss": eval_loss, "acc": eval_acc})
+            self.log.write({"split": "val", "step": self.epoch, "loss": loss, "acc": acc, **unseen})
             line = epoch_line(
                 self.epoch,
                 self.lr,
-                train_acc=train_acc,
-                eval_loss=eval_loss,
-                eval_acc=eval_acc,
+                train_acc=means.get("acc", 0.0),
+                eval_loss=loss,
+                eval_acc=acc,
                 eval_count=len(self.validation.loader.image_set),
-                ce_loss=means["ce"],
-                kd_loss=means["kd"],
+                ce_loss=means.get("ce", 0.0),
+                kd_loss=means.get("kd", 0.0),
             )
-            self.record.write(line)
-        if eval_acc > self.max_acc:
-            self.max_acc, self.best_epoch = eval_acc, self.epoch
+            said = (f", unseen {name}={value:.4f}" for name, value in unseen.items())
+            self.record.write(line + "".join(said))
+        if score > self.best:
+            self.best, self.max_acc, self.best_epoch = score, acc, self.epoch
             self._write_model(self.folder / BEST)
+
+    def judge_unseen(self) -> dict[str, float]:
+        """recall@1 and VR at FAR 0.01 among the unseen classes that choose; empty: none do."""
+        if self.unseen is None:
+            return {}
+        images = self.unseen.loader.image_set
+        found = gather_samples(
+            *embed_rows(self.model, self.unseen, self.precision), self.world, total=len(images)
+        )
+        rows = found.cpu().numpy()
+        return fine_numbers(
+            openset_test(rows, {"fine": images.labels}, far_targets=(0.01,), ks=(1,))
+        )
 
     def evaluate(self) -> tuple[float, float]:
         """Mean loss (nats) and accuracy (fraction) on the calibration images, without margin."""
@@ -260,6 +312,7 @@ class Trainer:
         counters = {
             "epoch": self.epoch,
             "max_acc": self.max_acc,
+            "best": self.best,
             "best_epoch": self.best_epoch,
             "sums": gather_objects(self.sums, self.world),
             "seconds": self.seconds,
@@ -272,19 +325,20 @@ class Trainer:
             self.world,
         )
 
-    def _start(self) -> None:
-        """Go on where ``checkpoint.pth.tar`` stands, or begin; say what the run is made of."""
+    def _start(self) -> bool:
+        """Go on where the run's state stands (True), or begin; say what the run is made of."""
         path = self.folder / STATE
         found = path.exists()
         if found:
             counters = load_run_state(path, self._parts(), rank=self.world.rank)
             self.epoch, self.max_acc = counters["epoch"], counters["max_acc"]
-            self.best_epoch, self.sums = counters["best_epoch"], counters["sums"][self.world.rank]
+            self.best_epoch, self.best = counters["best_epoch"], counters["best"]
+            self.sums = counters["sums"][self.world.rank]
             self._seconds, self._since = counters["seconds"], time.monotonic()
             self.start = replace(self.start, facts=counters["start"])
         barrier(self.world)
         if not self.world.is_main:
-            return
+            return found
         self.log.cut(counters["log_position"] if found else 0)
         self.record.cut(counters["record_position"] if found else 0)
         for line in self._opening(found):
@@ -293,6 +347,7 @@ class Trainer:
             self.record.write(
                 f"--resume from epoch:{self.epoch} max_acc:{self.max_acc}, {path.name} fits"
             )
+        return found
 
     def _opening(self, found: bool) -> list[str]:
         test = -(-len(self.data.test) // self.train_config.batch_size)
@@ -308,6 +363,7 @@ class Trainer:
             f"torch.cuda.is_available(): {torch.cuda.is_available()}",
             f"device: {self.world.device}",
             f"{self.config.network.name} {self.start.line}",
+            *([self.feature_start] if self.feature_start else []),
             parameters_line(
                 (student["trainable"], student["all"]),
                 (teacher["trainable"], teacher["all"]) if teacher else None,
@@ -348,19 +404,45 @@ def evaluate_rows(
     Through the head in pieces, however many classes it has, and in float32 at least, whatever
     precision the network or a kept head has: bfloat16 cannot rank a quarter million classes.
     """
-    model.eval()
     rows, indices = [], []
     if model.head is None:
         raise ValueError("the network has no head, expected one to evaluate")
+    for features, batch in _embedded(model, loader, precision):
+        losses, met = label_rows(features, model.head, batch.labels)
+        rows.append(torch.stack([losses.float(), met.float()], dim=1))
+        indices.append(batch.indices)
+    return _gathered(rows, indices, loader, width=2)
+
+
+def embed_rows(
+    model: EmbeddingModel, loader: ViewLoader, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """Features ``(n, D)`` float32 and the indices of this process' images."""
+    rows, indices = [], []
+    for features, batch in _embedded(model, loader, precision):
+        rows.append(features)
+        indices.append(batch.indices)
+    return _gathered(rows, indices, loader, width=model.feature_dim)
+
+
+def _embedded(
+    model: EmbeddingModel, loader: ViewLoader, precision: Precision
+) -> Iterator[tuple[Tensor, TorchBatch]]:
+    model.eval()
     with torch.no_grad():
         for batch in loader:
             with precision.autocast():
                 features = model.embed(batch.images)
-            losses, met = label_rows(features.float(), model.head, batch.labels)
-            rows.append(torch.stack([losses.float(), met.float()], dim=1))
-            indices.append(batch.indices)
+            yield features.float(), batch
     loader.loader.order.set_epoch(0)
+
+
+def _gathered(
+    rows: list[Tensor], indices: list[Tensor], loader: ViewLoader, *, width: int
+) -> tuple[Tensor, Tensor]:
     device = loader.normalizer.device
     if not rows:
-        return torch.zeros(0, 2, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        return torch.zeros(0, width, device=device), torch.zeros(
+            0, dtype=torch.int64, device=device
+        )
     return torch.cat(rows), torch.cat(indices).to(device)

@@ -46,8 +46,34 @@ def write_list(path: Path, *lines: str) -> Path:
 def test_a_list_is_read_column_by_column(tmp_path):
     path = write_list(tmp_path / "l.txt", "a/1 x.jpg\t东京\t1", "", "b.jpg\t\t0\r")
     found = read_list(path, "/images")
-    assert found.paths == (Path("/images/a/1 x.jpg"), Path("/images/b.jpg"))
-    assert found.remarks == ("东京", "") and found.labels.tolist() == [1, 0]
+    assert found.names == ("a/1 x.jpg", "b.jpg") and found.root == Path("/images")
+    assert found.labels.tolist() == [1, 0] and found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "encoding"),
+    [
+        ("a/é x.jpg", "a\\é x.jpg", "utf-8-sig"),  # Notepad's mark, Windows' slashes
+        ("东京/1.jpg", "东京/1.jpg", "gb18030"),
+        ("e\u0301.jpg", "é.jpg", "utf-8"),  # a Mac's decomposed accent
+        ("b.jpg", "./b.jpg", "utf-16"),
+    ],
+)
+def test_a_list_of_any_editor_finds_its_files(tmp_path, name, written, encoding):
+    file = tmp_path / "images" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    (tmp_path / "l.txt").write_bytes(f"{written}\tx\t0\r\n\r\n".encode(encoding))
+    found = read_list(tmp_path / "l.txt", tmp_path / "images")
+    assert found.files() == [file]
+    assert bool(found.notes) == (encoding == "gb18030")
+
+
+def test_entries_that_match_nothing_are_counted_and_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    path = write_list(tmp_path / "l.txt", "a.jpg\tx\t0", "b.jpg\tx\t0", "c/d.jpg\tx\t1")
+    with pytest.raises(DatasetError, match="2 of 3 entries of .*b.jpg, c/d.jpg"):
+        read_list(path, tmp_path).files()
 
 
 @pytest.mark.parametrize(
@@ -72,9 +98,9 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, line, named):
 def test_bad_list_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_list(tmp_path / "none.txt", ".")
-    (tmp_path / "latin.txt").write_bytes("ä\tb\t0".encode("latin-1"))
-    with pytest.raises(DatasetError, match="byte 0 is not UTF-8"):
-        read_list(tmp_path / "latin.txt", ".")
+    (tmp_path / "null.txt").write_bytes(b"a\tb\t0\n\0")
+    with pytest.raises(DatasetError, match="null characters"):
+        read_list(tmp_path / "null.txt", ".")
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(DatasetError, match="no lines"):
         read_list(tmp_path / "empty.txt", ".")
@@ -189,6 +215,22 @@ def test_test_classes_are_never_learned(tmp_path, landmark_images):
             assert counts["calibration"][label] == 1  # 0.2 of 6 images
     again, _ = make_split(root, test=0.25, validation=0.25, calibration=0.2)
     assert again.hash == manifest.hash
+
+
+def test_a_folders_own_parts_are_joined(tmp_path, landmark_images):
+    """Whoever set images apart, classes that nobody has seen are set apart here."""
+    root = landmark_images(tmp_path / "i")
+    whole, coarse = scan_levels(root)
+    for n, path in enumerate(sorted(root.rglob("*.png"))):
+        part = ("train", "val", "test")[n % 3]
+        target = tmp_path / "parts" / part / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    listing, groups = scan_levels(tmp_path / "parts")
+    assert (listing.classes, groups) == (whole.classes, coarse)
+    assert listing.counts() == whole.counts()
+    manifest, _ = make_split(tmp_path / "parts", test=0.25)
+    assert any("joined" in note for note in manifest.notes)
 
 
 def test_adding_an_image_moves_no_other(tmp_path, landmark_images):

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 from command_tools import run_main
 from landmark_distill import embed, export_model, model_folder
@@ -15,6 +16,9 @@ from landmark_distill.gallery.embedder import load_embedder
 from landmark_distill.gallery.features import weights_of
 from landmark_distill.judging.retrieval import retrieval
 from landmark_distill.model_files import build, load_model, save_model
+from shared_core.datasets import Manifest
+from shared_core.datasets.finding.fingerprint import content_key
+from shared_core.datasets.splitting.manifest import Entry, sorted_entries
 from shared_core.deploy.facts import read_facts
 from shared_core.deploy.predictor import open_model
 from shared_core.smallvision import main as smallvision
@@ -230,3 +234,53 @@ def test_bad_words_are_one_line_before_anything_is_written(small, tmp_path, word
     assert done.code == code and message in done.err, done.err
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_class_means_behind_the_features_name_classes(tmp_path):
+    model = _save(tmp_path / "max_acc.pth", "Resnet12")
+    root = _folders(tmp_path / "images")
+    parts = ["train"] * 6 + ["calibration"] * 3 + ["test"] * 3
+    entries = [
+        Entry(f"c{n}/{i}.png", n, content_key(root / f"c{n}" / f"{i}.png"), parts[i])
+        for n in range(6)
+        for i in range(12)
+    ]
+    split = Manifest("layout", tuple(f"c{n}" for n in range(6)), (), 0, sorted_entries(entries))
+    split.write(tmp_path / "split.json")
+    words = [tmp_path / "max_acc.pth", tmp_path / "out", "--class-means", tmp_path / "split.json"]
+    done = run_main(export_model.main, [*words, "--data-path", root])
+    assert done.code == 0, done.err
+
+    def part(name):
+        items = split.subset(name)
+        pixels = [cv2.resize(cv2.imread(str(root / i.path))[..., ::-1], (32, 32)) for i in items]
+        return np.stack(pixels), np.array([i.label for i in items])
+
+    pixels, labels = part("train")
+    rows = _wanted(model, pixels)
+    means = np.stack([rows[labels == n].sum(0) for n in range(6)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    pixels, labels = part("calibration")
+    cosines = _wanted(model, pixels) @ means.T
+
+    def cost(log_t):
+        z = cosines / np.exp(log_t)
+        return -(z[np.arange(len(z)), labels] - np.log(np.exp(z).sum(1))).mean()
+
+    best = np.exp(minimize_scalar(cost, bounds=(-6, 3), method="bounded").x)
+    facts = read_facts(tmp_path / "out")
+    assert (facts.task, facts.class_names) == ("classify", split.classes)
+    assert facts.temperature == pytest.approx(best, rel=1e-3)
+    pixels, labels = part("test")
+    z = _wanted(model, pixels) @ means.T / facts.temperature
+    wanted = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    got = open_model(tmp_path / "out").probabilities(pixels)
+    np.testing.assert_allclose(got, wanted, atol=1e-3)
+    accuracy = facts.measured["files"]["onnx"]["accuracy"]
+    assert accuracy["images"] == 18
+    assert accuracy["value"] == pytest.approx((wanted.argmax(1) == labels).mean())
+    # A folder alone: every fifth image fits the temperature, none judges.
+    words = [tmp_path / "max_acc.pth", tmp_path / "folder", "--class-means", root]
+    done = run_main(export_model.main, words)
+    assert done.code == 0 and read_facts(tmp_path / "folder").class_names == split.classes
+    assert read_facts(tmp_path / "folder").more["class_means"] == 60

@@ -130,6 +130,35 @@ def test_search_with_images_finds_each_itself(made, tmp_path, capsys):
     assert "12 queries among 12 images" in capsys.readouterr().out
 
 
+def test_a_query_of_no_class_is_unknown_at_the_rate_that_was_asked_for(made, tmp_path, capsys):
+    root, _ = made
+    words = [str(root / "max_acc.pth"), str(root / "images"), str(tmp_path / "g.npy")]
+    assert run_command(embed.main, [*words, "--far", "0.25"]) == 0
+    rows = np.load(tmp_path / "g.npy").astype(np.float64)
+    names = (tmp_path / "g.paths.txt").read_text().splitlines()
+    classes = [name.rsplit("/", 1)[0] for name in names]
+    best = sorted(
+        max(rows[i] @ rows[j] for j in range(12) if classes[j] != classes[i]) for i in range(12)
+    )
+    kept = json.loads((tmp_path / "g.json").read_text())["unknown"]
+    assert kept["threshold"] == pytest.approx(best[-4], abs=1e-6)  # three of twelve are accepted
+    assert (kept["images"], kept["classes"]) == (12, 4)
+    # A feature that lies just below the threshold to all, beside one of the gallery's own.
+    other = rows[0] - 5 * rows.mean(0)
+    np.save(tmp_path / "q.npy", np.stack([rows[3], other]).astype(np.float32))
+    asked = [str(tmp_path / "g.npy"), str(tmp_path / "q.npy"), "--json", str(tmp_path / "a.json")]
+    assert run_command(search.main, asked) == 0
+    said = [a["unknown"] for a in json.loads((tmp_path / "a.json").read_text())["answers"]]
+    near = (np.stack([rows[3], other / np.linalg.norm(other)]) @ rows.T).max(1)
+    assert said == [bool(one <= kept["threshold"]) for one in near] == [False, True]
+    assert "1 unknown" in capsys.readouterr().out
+    assert run_command(search.main, [*asked, "--threshold", "1"]) == 0
+    assert "2 unknown" in capsys.readouterr().out
+    assert run_command(embed.main, [*words, "--far", "0.01"]) == 0  # of twelve images: not to see
+    assert json.loads((tmp_path / "g.json").read_text())["unknown"]["threshold"] is None
+    assert "unknown at or below -:" in capsys.readouterr().out
+
+
 def test_search_with_one_image_prints_and_with_features_needs_no_model(made, tmp_path, capsys):
     root, _ = made
     one = next((root / "images").rglob("*.png"))

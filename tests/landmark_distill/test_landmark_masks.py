@@ -65,6 +65,8 @@ def test_other_wrong_files_are_refused(tmp_path):
     np.save(tmp_path / "n.npy", np.array([-1, 0, 0, 0]))
     with pytest.raises(ValueError, match="expected whole numbers from 0"):
         read_truth(tmp_path / "n.npy", 4)
-    (tmp_path / "t.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    (tmp_path / "t.txt").write_bytes(b"a\0b")
+    with pytest.raises(ValueError, match="null characters"):
         read_truth(tmp_path / "t.txt", 3)
+    (tmp_path / "t.txt").write_bytes("é\r\n\r\nb\r\né\r\n".encode("utf-8-sig"))
+    assert read_truth(tmp_path / "t.txt", 3).tolist() == [1, 0, 1]

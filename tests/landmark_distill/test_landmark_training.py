@@ -258,6 +258,21 @@ def test_the_first_of_equal_epochs_is_the_best_and_later_ones_do_not_replace_it(
     assert load_model(trainer.folder / "last.pth")[1]["epoch"] == 3
 
 
+@pytest.mark.parametrize("asked", ["unseen", "accuracy"])
+def test_unseen_classes_choose_the_file_that_is_kept(trainer_of, asked):
+    trainer = trainer_of("--choose_by", asked, "--validation_share", "0.25", distill=False)
+    known, unseen = iter([(1.0, 0.5), (1.0, 0.75)]), iter([(0.75, 0.25), (0.875, 0.0)])
+    trainer.evaluate = lambda: next(known)
+    if asked == "unseen":  # the mean of both numbers decides
+        assert 0 <= min(trainer.judge_unseen().values()) <= 1
+        names = ("recall_at_1", "vr_0.01")
+        trainer.judge_unseen = lambda: dict(zip(names, next(unseen), strict=True))
+    result = trainer.train()
+    epoch, accuracy = (1, 0.5) if asked == "unseen" else (2, 0.75)
+    assert (result["best_epoch"], result["max_acc"]) == (epoch, accuracy)
+    assert load_model(trainer.folder / "max_acc.pth")[1]["epoch"] == epoch
+
+
 @pytest.mark.parametrize("flags", [(), ("--head_fixed",), ("--head_fixed", "--head_dtype", "bf16")])
 def test_validation_is_the_mean_over_images_without_margin(trainer_of, monkeypatch, flags):
     """In full precision whatever the head is kept in, and never through whole logits."""

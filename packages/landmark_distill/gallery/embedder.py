@@ -93,7 +93,7 @@ def embedder_of(
             pixels = pixels.flip(1)
         with precision.autocast():
             features = encoder(pixels)
-        return activate(features.float().cpu().numpy(), facts.activation)
+        return activate(features.float().cpu().numpy(), facts.activation, facts.temperature)
 
     return NetworkPredictor(facts, run, runtime=TORCH, name=name)
 

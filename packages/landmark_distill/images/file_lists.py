@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_core.datasets import DatasetError
+from shared_core.texts import match_names, printable, read_json, read_text
 
 Labels = NDArray[np.int64]
 COLUMNS = 3  # relative path, a remark, label
@@ -18,50 +18,70 @@ COLUMNS = 3  # relative path, a remark, label
 
 @dataclass(frozen=True)
 class ImageList:
-    """The lines of one list, in their order.
+    """The lines of one list, in their order; the second column, a remark, decides nothing.
 
     Attributes:
-        paths: the root folder joined with each line's first column.
-        remarks: second column; nothing here depends on it.
+        names: first column, relative to ``root``.
         labels: third column, int64 ``(N,)``, 0 or more.
+        root: the folder that the names start from.
         source: the list's own path, for messages.
+        notes: lines for the user, where the text's encoding had to be guessed.
     """
 
-    paths: tuple[Path, ...]
-    remarks: tuple[str, ...]
+    names: tuple[str, ...]
     labels: Labels
+    root: Path
     source: Path
+    notes: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def files(self) -> list[Path]:
+        """The images, each of which is there.
+
+        A name that is spelled otherwise than its file (backslashes, composed accents, blanks) is
+        looked for among all files below the root.
+
+        Raises:
+            DatasetError: names that match nothing; they are counted, the first ones named.
+        """
+        plain = [self.root / name for name in self.names]
+        if all(path.is_file() for path in plain):
+            return plain
+        matched = match_names(self.names, _below(self.root))
+        if matched.missing:
+            raise DatasetError(f"{matched.note(self.source)} below {self.root}")
+        return [self.root / matched.found[name] for name in self.names]
+
+
+def _below(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def read_list(path: str | Path, root: str | Path) -> ImageList:
-    """Read one list: UTF-8, a line is ``relative/path<TAB>remark<TAB>label``.
+    """Read one list: a line is ``relative/path<TAB>remark<TAB>label``, empty ones are passed over.
 
-    Empty lines are passed over.
+    Whatever wrote it: with a byte order mark or without, CRLF or LF, UTF-8 or what an older
+    system had; then the reading is taken that names the most files below ``root``.
 
     Raises:
         FileNotFoundError: no such list.
-        DatasetError: not UTF-8, no lines, or a line of another form; the line's number is named.
+        DatasetError: no text, no lines, or a line of another form; the line's number is named.
     """
     path, root = Path(path), Path(root)
-    if not path.is_file():
-        raise FileNotFoundError(f"image list {path}: there is no such file")
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: byte {error.start} is not UTF-8, expected a list") from None
-    paths, remarks, labels = [], [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line:
+        text = read_text(path)
+        if text.note is not None:
+            text = read_text(path, known=_below(root))
+    except ValueError as error:
+        raise DatasetError(f"image list {error}") from None
+    names, labels = [], []
+    for number, line in enumerate(text.lines(), start=1):
+        if not line.strip():
             continue
         parts = line.split("\t")
         if len(parts) != COLUMNS or not parts[0]:
             raise DatasetError(
-                f"{path}, line {number}: {len(parts)} columns in {line[:60]!r}, expected "
-                "path, remark and label with a tab between each"
+                f"{path}, line {number}: {len(parts)} columns in {printable(line[:60])!r}, "
+                "expected path, remark and label with a tab between each"
             )
         label = parts[2].strip()
         if not (label.isascii() and label.isdigit()):
@@ -69,12 +89,12 @@ def read_list(path: str | Path, root: str | Path) -> ImageList:
                 f"{path}, line {number}: label {parts[2][:20]!r}, expected a whole number of "
                 "0 or more"
             )
-        paths.append(root / parts[0])
-        remarks.append(parts[1])
+        names.append(parts[0])
         labels.append(int(label))
-    if not paths:
+    if not names:
         raise DatasetError(f"{path} has no lines, expected path, remark and label on each")
-    return ImageList(tuple(paths), tuple(remarks), np.array(labels, dtype=np.int64), path)
+    notes = () if text.note is None else (text.note,)
+    return ImageList(tuple(names), np.array(labels, dtype=np.int64), root, path, notes)
 
 
 def label_offsets(lists: Sequence[ImageList]) -> list[int]:
@@ -114,9 +134,9 @@ def read_remap(path: str | Path) -> dict[int, int]:
         raise FileNotFoundError(f"label map {path}: there is no such file")
     if path.suffix == ".json":
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except ValueError as error:
-            raise DatasetError(f"label map {path} is not JSON: {error}") from None
+            raise DatasetError(f"label map {error}") from None
     else:
         import torch
 

@@ -36,7 +36,8 @@ class LandmarkData:
         class_names: of the head's rows; empty when the lists have numbers only.
         num_classes: rows that a new head needs.
         split_hash: of what lies where.
-        unseen: names of the test's classes; empty when the lists have numbers only.
+        tuning: images of unseen classes that are not the test's, labelled by class; or None.
+        unseen: names of the test's classes that are not learned; lists have numbers only.
         asked_classes: rows that the options ask for, or None.
         untested: truths that the test images can show nothing of, with the reason.
         notes: what a reader of results should know.
@@ -51,6 +52,7 @@ class LandmarkData:
     class_names: tuple[str, ...]
     num_classes: int
     split_hash: str
+    tuning: ImageSet | None = None
     unseen: tuple[str, ...] = ()
     asked_classes: int | None = None
     untested: tuple[str, ...] = ()
@@ -140,6 +142,8 @@ def _from_folder(config: DataConfig, folder: Path) -> LandmarkData:
     test = part(config.test_part)
     truths, said = usable_truths({"coarse": test.coarse, "fine": test.fine}, len(test.images))
     drawn = is_drawn(root)
+    tested = set(test.fine.tolist())
+    tune = config.learns and config.test_part == "test" and _unseen_part(manifest, learned)
     return LandmarkData(
         name="built-in scenes" if drawn else root.resolve().name,
         kind="built-in" if drawn else "real",
@@ -150,11 +154,18 @@ def _from_folder(config: DataConfig, folder: Path) -> LandmarkData:
         class_names=classes,
         num_classes=_rows(config, len(classes)),
         split_hash=manifest.hash,
-        unseen=tuple(manifest.classes[label] for label in sorted(set(test.fine.tolist()))),
+        tuning=part("validation").images if tune else None,
+        unseen=tuple(manifest.classes[label] for label in sorted(tested - learned)),
         asked_classes=config.num_classes,
         untested=said,
         notes=(*manifest.notes, *said),
     )
+
+
+def _unseen_part(manifest: Manifest, learned: set[int]) -> bool:
+    """Whether the split keeps validation classes that are not learned."""
+    labels = {entry.label for entry in manifest.entries if entry.split == "validation"}
+    return bool(labels) and not labels & learned
 
 
 def _split(config: DataConfig, root: Path, folder: Path) -> tuple[Manifest, dict[str, str]]:
@@ -212,7 +223,7 @@ def _from_lists(config: DataConfig, lists: ListFiles) -> LandmarkData:
     if config.learns and lists.val is not None:
         read = [read_list(path, root) for path, root in lists.train]
         labels, needed = joined_labels(read, remap=remap)
-        train = _image_set([path for one in read for path in one.paths], labels, config)
+        train = _image_set([path for one in read for path in one.files()], labels, config)
         chosen = read_list(*lists.val)
         # Its labels are those of the first training list; the original forgot the map here.
         mapped = remapped(chosen.labels, remap)
@@ -221,12 +232,14 @@ def _from_lists(config: DataConfig, lists: ListFiles) -> LandmarkData:
                 f"{lists.val[0]}: label {int(chosen.labels[mapped.argmax()])} is none of the "
                 f"{needed} classes that are learned"
             )
-        calibration = _image_set(list(chosen.paths), mapped, config)
+        calibration = _image_set(chosen.files(), mapped, config)
+        said += [note for one in (*read, chosen) for note in one.notes]
         said.append(f"{len(read)} training lists, {len(train)} images")
         for part in (train, calibration):
             digest.update(repr((part.keys, part.labels.tolist())).encode())
     tested = read_list(*lists.test)
-    test = _image_set(list(tested.paths), tested.labels, config)
+    test = _image_set(tested.files(), tested.labels, config)
+    said += tested.notes
     digest.update(repr((test.keys, test.labels.tolist())).encode())
     masks = {"coarse": lists.coarse, "fine": lists.fine}
     truths, unsaid = usable_truths(
@@ -254,7 +267,4 @@ def _from_lists(config: DataConfig, lists: ListFiles) -> LandmarkData:
 
 def _image_set(paths: list[Path], labels: np.ndarray, config: DataConfig) -> ImageSet:
     """Images with content keys, which replayed views and stored knowledge are found by."""
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(f"{missing}: an image of the list is not there")
     return ImageSet(paths, labels, content_keys(paths, threads=max(1, config.threads)))

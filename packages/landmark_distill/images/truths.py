@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from landmark_distill.images.file_lists import read_list
 from shared_core.metrics.arrays import as_labels
+from shared_core.texts import read_text
 
 Bools = NDArray[np.bool_]
 STEP = 1 << 24  # entries of a mask looked at together
@@ -216,10 +217,7 @@ def _codes(names: Sequence[str]) -> NDArray[np.int64]:
 def _text_labels(path: Path) -> NDArray[np.int64]:
     if not path.is_file():
         raise FileNotFoundError(f"labels {path}: there is no such file")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"labels {path}: not UTF-8 text, expected .npy or text") from None
+    lines = [line for line in read_text(path).lines() if line.strip()]
     if lines and lines[0].count("\t") == 2:
         return read_list(path, ".").labels
     return _codes([line.strip() for line in lines])

@@ -23,7 +23,8 @@ def scan_levels(root: str | Path, *, layout: str = "auto") -> tuple[Listing, tup
     """List the images below ``root`` as fine classes, each with its coarse name.
 
     Args:
-        root: ``class/image`` or ``coarse/fine/image``.
+        root: ``class/image`` or ``coarse/fine/image``; train, val and test folders around these
+            are joined, for classes that nobody has seen are set apart here.
         layout: ``class``, ``two-level``, or ``auto``: two-level when every image lies in a folder
             of a folder.
 
@@ -37,12 +38,8 @@ def scan_levels(root: str | Path, *, layout: str = "auto") -> tuple[Listing, tup
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     flat = scan(root)
-    if flat.layout == "split":
-        raise DatasetError(
-            f"{root} holds train, val and test folders; expected folders of classes: classes that "
-            "nobody has seen are set apart here"
-        )
-    parts = [flat.relative(sample).split("/") for sample in flat.samples]
+    above = 1 if flat.layout == "split" else 0  # folders of parts
+    parts = [flat.relative(sample).split("/")[above:] for sample in flat.samples]
     deep = [len(p) >= 3 for p in parts]
     if layout == "two-level" and not all(deep):
         shallow = "/".join(parts[deep.index(False)])
@@ -55,7 +52,7 @@ def scan_levels(root: str | Path, *, layout: str = "auto") -> tuple[Listing, tup
         Sample(sample.path, number["/".join(p[:2])], None)
         for sample, p in zip(flat.samples, parts, strict=True)
     )
-    return Listing(flat.root, names, samples, "single"), tuple(n.split("/")[0] for n in names)
+    return Listing(flat.root, names, samples, flat.layout), tuple(n.split("/")[0] for n in names)
 
 
 def _rank(seed: int, name: str) -> bytes:
@@ -160,6 +157,8 @@ def split_levels(
         for part in ("validation", "test")
         if part in groups.values() and len(groups) <= 60
     ]
+    if listing.layout == "split":
+        notes.append("the folder's own parts (train, test ...) are joined")
     return Manifest(
         kind="layout",
         classes=listing.classes,

@@ -18,9 +18,10 @@ from landmark_distill.gallery.features import FEATURE_FILE, load_features
 from landmark_distill.images.landmark_data import SPLIT_FILE, LandmarkData, prepare_landmarks
 from landmark_distill.images.landmark_scenes import make_landmark_scenes
 from landmark_distill.judging.judge import OpenSetResult, openset_test
+from landmark_distill.judging.trained_features import TrainedFeatures, trained_features
 from landmark_distill.parsing import parse
-from landmark_distill.reproducing.report_page import write_report
-from landmark_distill.reproducing.settings import ARMS, METRICS, SETTINGS, TEACHER, Setting
+from landmark_distill.reproducing.report_page import verdicts, write_report
+from landmark_distill.reproducing.settings import ARMS, SETTINGS, TEACHER, Setting
 from landmark_distill.session import run as run_main
 from landmark_distill.utils import BEST
 from shared_core.datasets import decode
@@ -98,7 +99,7 @@ def reproduce(asked: Asked) -> dict[str, Any] | None:
             opened.log.say(trials.missing_text)
             return None
         measured = _conclude(bench, opened, trials)
-        opened.log.say(bench.headline)
+        opened.log.say(" ".join([bench.headline, *measured["verdicts"]]))
     return measured
 
 
@@ -137,7 +138,7 @@ class Bench:
 
     def cells(self) -> list[Cell]:
         """The teacher, if none was given, and for each seed a student of each kind."""
-        students = [self._cell(arm, seed) for seed in self.asked.seeds for arm in ARMS]
+        students = [self._cell(arm, seed) for seed in self.asked.seeds for arm in self.setting.arms]
         return students if self.asked.teacher else [self._cell(TEACHER, 0), *students]
 
     def _cell(self, name: str, seed: int) -> Cell:
@@ -204,7 +205,7 @@ class Bench:
             self._fill(own, place)
         words = self._words(own, str(cell.seed), place)
         command = shlex.join(["packages/landmark_distill/main.py", *words])
-        found = run_main(self._parsed(words), self.world, command=command)
+        found = run_main(self._parsed(words), self.world, command=command, floor=False)
         result = self._judged(place)
         lines = read_metrics(place / "metrics.jsonl")
         return {
@@ -234,6 +235,13 @@ class Bench:
     def _judged(self, place: Path) -> OpenSetResult:
         features = load_features(place / FEATURE_FILE)
         return openset_test(features, self.data.truths, far_targets=FARS, curve=True)
+
+    def trained_floor(self) -> TrainedFeatures | str:
+        """Trained features as they are, or a line that says why there are none."""
+        data = self.data
+        return trained_features(
+            data.test, data.truths, pixels=self.pixels, device=self.world.device
+        )
 
     def floor(self) -> OpenSetResult:
         """Plain image features in the place of a network's."""
@@ -268,9 +276,11 @@ def curve(result: OpenSetResult) -> dict[str, Any]:
     }
 
 
-def differences(trials: Trials, names: Sequence[str]) -> dict[str, dict[str, Difference]]:
+def differences(
+    trials: Trials, names: Sequence[str], arms: Sequence[str]
+) -> dict[str, dict[str, Difference]]:
     """The first kind of student against each other one, paired by seed: name, number."""
-    first, *others = ARMS
+    first, *others = arms
     found = {}
     for other in others:
         gaps = {name: compare(trials, first, other, name) for name in names}
@@ -282,16 +292,22 @@ def _conclude(bench: Bench, opened: OpenRun, trials: Trials) -> dict[str, Any]:
     """Compare, and write the record and the report."""
     asked, floor = bench.asked, bench.floor()
     shown = [name for name, value in numbers(floor).items() if value is not None]
-    paired = differences(trials, shown)
+    arms = bench.setting.arms
+    paired = differences(trials, shown, arms)
     measured: dict[str, Any] = {
         "floor": numbers(floor),
-        "arms": {arm: {n: spread(trials.values(arm, n)) for n in shown} for arm in ARMS},
+        "arms": {arm: {n: spread(trials.values(arm, n)) for n in shown} for arm in arms},
         "paired": {
             pair: {name: gap.plain() for name, gap in gaps.items()} for pair, gaps in paired.items()
         },
-        "runs": {arm: [_row(one) for one in trials.rows(arm, asked.seeds)] for arm in ARMS},
+        "runs": {arm: [_row(one) for one in trials.rows(arm, asked.seeds)] for arm in arms},
         "hold_out": list(bench.data.notes),
     }
+    trained = bench.trained_floor()
+    if not isinstance(trained, str):
+        measured["trained_features"] = trained.facts()
+    measured["verdicts"] = [trained] if isinstance(trained, str) else []
+    measured["verdicts"] += verdicts(measured, arms[0])
     if asked.teacher is None:
         measured["teacher"] = _row(trials.results[TEACHER, 0])
     record = write_result(
@@ -306,12 +322,6 @@ def _conclude(bench: Bench, opened: OpenRun, trials: Trials) -> dict[str, Any]:
         wall_seconds=trials.seconds,
     )
     write_report(opened.folder, record, bench.data, trials, paired, curve(floor), bench.headline)
-    for arm, row in measured["arms"].items():
-        said = (f"{n} {row[n]['mean']:.4f}" for n in METRICS if n in row)
-        opened.log.say(f"{arm:>6}: {', '.join(said)}")
-    for pair, gaps in paired.items():
-        if "vr_0.01" in gaps:
-            opened.log.say(f"{pair}, VR at FAR 0.01: {gaps['vr_0.01'].text}")
     opened.log.say(f"report: {opened.folder / 'report.html'}")
     return measured
 

@@ -12,6 +12,7 @@ from landmark_distill.gallery.features import FEATURE_FILE, load_features
 from landmark_distill.images.landmark_data import LandmarkData
 from landmark_distill.judging.judge import nearest_sheet
 from landmark_distill.judging.pictures import plot_roc
+from landmark_distill.judging.trained_features import NAME
 from landmark_distill.judging.verification import Verification
 from landmark_distill.reproducing.settings import ARMS, METRICS, TEACHER
 from shared_core.checkpoints import atomic_write
@@ -48,10 +49,15 @@ def write_report(
     plain = record["measured"]["floor"]
     said = (f"{label} {plain[name]:.4f}" for label, name in shown.items())
     report.text(f"Plain image features, without a network: {', '.join(said)}.")
+    trained = record["measured"].get("trained_features")
+    if trained:
+        said = (f"{label} {trained[name]:.4f}" for label, name in shown.items() if name in trained)
+        report.text(f"{NAME.capitalize()} ({trained['network']} as it is): {', '.join(said)}.")
+    arms = [name for name in trials.names if name != TEACHER]
     report.text(
         "VR is the verification rate: genuine pairs accepted at a share of accepted impostor pairs "
         "(FAR), over all pairs of the test images. Students, mean and sample deviation over seeds: "
-        + "; ".join(f"{arm} has {one.label}" for arm, one in ARMS.items())
+        + "; ".join(f"{arm} has {ARMS[arm].label}" for arm in arms)
         + ". All see the same augmented views; their weights and the order differ by seed."
     )
     report.heading("Paired differences")
@@ -68,8 +74,43 @@ def write_report(
     report.write(folder)
 
 
+def verdicts(measured: Mapping[str, Any], first: str) -> list[str]:
+    """Whether the distilled student is above trained features, and whether its teacher helped.
+
+    Args:
+        measured: of the record: arms, paired differences, perhaps trained features.
+        first: the arm that is judged.
+    """
+    said, floor = [], measured.get("trained_features", {})
+    for name in ("vr_0.01", "recall_at_1"):
+        found = measured["arms"][first].get(name)
+        if found is None:
+            continue
+        if name in floor:
+            side = "above" if found["mean"] > floor[name] else "BELOW"
+            side = "equal to" if found["mean"] == floor[name] else side
+            said.append(
+                f"{METRICS[name]} of the distilled student {found['mean']:.4f}, {side} {NAME} "
+                f"({floor[name]:.4f})."
+            )
+        gap = measured["paired"].get(f"{first} - none", {}).get(name)
+        if gap:
+            said.append(_helped(gap, METRICS[name]))
+    return said
+
+
+def _helped(gap: Mapping[str, Any], label: str) -> str:
+    low, high = gap["low"], gap["high"]
+    helped, interval = "did not help for sure", "one seed"
+    if low is not None:
+        interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {gap['n']} seeds"
+        helped = "helped" if low > 0 else "did not help, it hurt" if high < 0 else helped
+    return f"Distillation {helped} in {label}: {100 * gap['mean']:+.1f} points ({interval})."
+
+
 def _say_what(report: Report, record: Mapping[str, Any], data: LandmarkData, headline: str) -> None:
-    (report.note if data.rehearsal else report.text)(headline)
+    first = " ".join([headline, *record["measured"]["verdicts"]])
+    (report.note if data.rehearsal else report.text)(first)
     environment = record["environment"]
     hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
     report.text(
@@ -101,7 +142,7 @@ def _pictures(
         curves[title] = _curve(trials.rows(name)[0]["curve"])
     plot_roc(folder / ROC, curves, title="Verification among unseen classes, first seed")
     report.figure(folder / ROC, "Genuine pairs accepted against impostor pairs accepted.")
-    first = next(iter(ARMS))
+    first = next(name for name in trials.names if name != TEACHER)
     features = folder / trials.rows(first)[0]["folder"] / FEATURE_FILE
     if features.exists():  # not where a job array left it elsewhere
         paths = [Path(path) for path in data.test.paths or []]

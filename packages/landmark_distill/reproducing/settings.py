@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from landmark_distill.config import DrawnScenes
 
-STAND_IN = "omniglot_small"  # alphabet/character/20 drawings; the published images are not public
+# The published images are not public. What stands in for them, and how it lies below --data-root.
+STAND_INS = {
+    "resnet12": ("omniglot_small", "<alphabet>/<character>/*.png"),
+    "swin-tiny": ("omniglot_small", "<alphabet>/<character>/*.png"),
+    "lite0": ("grocery192", "<part>/<coarse class>/<fine class>/*.jpg"),
+}
+ORIGINS = {
+    "omniglot_small": "brendenlake/omniglot",
+    "grocery192": "marcusklasson/GroceryStoreDataset",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Setting:
         teacher: what only the teacher has.
         student: what only the students have.
         distilled: what only distilled students have.
+        arms: the kinds of students, names of ``ARMS``; the first is compared with each other.
         drawn: the scenes of a rehearsal.
         threads: of the CPU; 0 = torch's choice.
     """
@@ -51,6 +61,7 @@ class Setting:
     teacher: tuple[str, ...]
     student: tuple[str, ...]
     distilled: tuple[str, ...]
+    arms: tuple[str, ...] = tuple(ARMS)
     drawn: DrawnScenes | None = None
     threads: int = 0
 
@@ -115,6 +126,27 @@ SWIN_TINY_REHEARSAL = Setting(
 )
 
 
+# COMMAND  make repro-landmark-lite0 DATA_ROOT=<folder holding grocery192/> SCALE=short
+# Trained bodies: a lite2 tuned on the learned classes teaches a lite0 by its features; beside it
+# the same lite0 from labels. Both start as the whitening of their body's features.
+LITE0_SHORT = Setting(
+    common=words("--recipe lite0 --init trained --input-size 160"),
+    teacher=words("--backbone_class efficientnet_lite2 --epochs 2"),
+    student=words("--epochs 3"),
+    distilled=(),
+    arms=("fixed", "none"),
+)
+# COMMAND  make repro-landmark-lite0 SCALE=rehearsal
+LITE0_REHEARSAL = Setting(
+    common=words("--recipe lite0 --init trained --input-size 64 --amp fp32"),
+    teacher=words("--backbone_class efficientnet_lite0 --epochs 2"),
+    student=words("--epochs 2"),
+    distilled=words("--teacher_backbone_class efficientnet_lite0"),
+    arms=("fixed", "none"),
+    drawn=DrawnScenes(num_classes=45, images_per_class=20, image_size=64, seed=0),
+)
+
+
 def _published(recipe: str) -> Setting:
     """The published sizes on a folder of the user's; days on a few GPUs."""
     student = {
@@ -137,6 +169,9 @@ SETTINGS = {
     ("resnet12", "rehearsal"): RESNET12_REHEARSAL,
     ("swin-tiny", "short"): SWIN_TINY_SHORT,
     ("swin-tiny", "rehearsal"): SWIN_TINY_REHEARSAL,
+    ("lite0", "short"): LITE0_SHORT,
+    ("lite0", "rehearsal"): LITE0_REHEARSAL,
+    ("lite0", "full"): LITE0_SHORT,
     ("resnet12", "full"): _published("resnet12"),
     ("swin-tiny", "full"): _published("swin-tiny"),
 }
