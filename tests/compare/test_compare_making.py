@@ -102,6 +102,17 @@ def test_a_command_that_fails_ends_its_candidate(makers, tmp_path):
     assert (tmp_path / "candidates/one/work/calls").read_text() == "x"  # the second never ran
 
 
+def test_int8_that_was_refused_leaves_the_float_file(makers, tmp_path, monkeypatch):
+    refusing = tmp_path / "refusing.py"
+    refusing.write_text(makers.joinpath("project.py").read_text() + "sys.exit(1)\n")
+    for name, refuses in (("one", True), ("two", False)):
+        maker = Maker("tiny", (), lambda place: [[str(refusing), "good", str(place.work)]], "model",
+                      refuses=refuses)  # fmt: skip
+        monkeypatch.setitem(MAKERS, name, maker)
+    jobs, _ = made(tmp_path, plan_of(planned("one", "one"), planned("two", "two")))
+    assert [job.state for job in jobs.values()] == ["done", "failed"]
+
+
 def test_commands_that_leave_no_model_folder_have_failed(makers, tmp_path):
     jobs, _ = made(tmp_path, plan_of(planned("one", "empty")))
     assert jobs["one"].state == "failed" and "left no model/model.json" in jobs["one"].reason
@@ -116,7 +127,7 @@ def test_when_the_minutes_are_spent_what_is_left_is_skipped(makers, tmp_path):
     plan = plan_of(planned("one"), planned("two", minutes=3.0), minutes=10)
     jobs, _ = made(tmp_path, plan, spent=60 * 9.0)
     assert [jobs[name].state for name in ("one", "two")] == ["done", "skipped"]
-    assert "1 min" in jobs["two"].reason or "60 s" in jobs["two"].reason
+    assert jobs["two"].reason == "needs 3:00, 1:00 are left"
     assert read(tmp_path / "candidates/two/job.json", Job) == jobs["two"]
 
 
@@ -169,7 +180,9 @@ def test_progress_says_where_it_is_and_what_is_left(tmp_path):
     log.write_text("epoch 1\nepoch 2: 5/9\repoch 2: 6/9\n\n")
     assert last_line(log) == "epoch 2: 6/9"
     watch = Watch("lite0-128 (2 of 5)", 120.0, 60.0, log)
-    assert "lite0-128 (2 of 5): 30" in watch.text(30.0) and "[epoch 2: 6/9]" in watch.text(30.0)
+    assert "lite0-128 (2 of 5): 0:30 of about 2:00; about 2:30 left" in watch.text(
+        30.0
+    ) and "[epoch 2: 6/9]" in watch.text(30.0)
     assert "longer than expected" in watch.text(121.0) and "longer" not in watch.text(119.0)
 
 

@@ -62,7 +62,9 @@ def _limit(name: str, side: str | None, number: str, *, whole: str) -> Limit:
     parts = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)([A-Za-z%]*)", number)
     unit = None if parts is None else _UNITS[what].get(parts[2].lower())
     try:
-        value = math.nan if parts is None or unit is None else float(parts[1]) * unit
+        value = (
+            math.nan if parts is None or unit is None else float(f"{float(parts[1]) * unit:.12g}")
+        )
     except ValueError:
         value = math.nan
     if not (0 < value < math.inf) or (what == "accuracy" and value > 1):

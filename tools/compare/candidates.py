@@ -17,7 +17,7 @@ from compare.contract import CANDIDATES, SPLIT_FILE, DataCheck, Planned
 REPO = Path(__file__).resolve().parents[2]
 LITE0, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
 SIDES = (96, 224)  # pixels, of the larger of two input sizes
-BATCH = 64
+BATCH, PICTURES = 64, 16_000  # images of a step, and of a training that is long enough
 PROBE_AT_MOST = 20_000  # images that a linear head is fitted on
 WORK = "work"  # a candidate's folder for its project
 
@@ -66,12 +66,14 @@ class Maker:
         needs: packages without which it cannot.
         commands: script (below the repository) and words, in order; each may be called again.
         model: the model folder that they leave, below :attr:`Place.work`.
+        refuses: its last command ends with 1 where int8 was refused; the float file is there.
     """
 
     project: str
     needs: tuple[str, ...]
     commands: Callable[[Place], list[list[str]]]
     model: str
+    refuses: bool = False
 
     def lacking(self) -> str:
         """The first package that is not installed, or an empty text."""
@@ -155,12 +157,29 @@ def _landmark(place: Place) -> list[list[str]]:
     return [train, export]
 
 
+def _garbage(place: Place) -> list[list[str]]:
+    """One student on Paddle, taught by lite2 under a linear head; its first layers stay."""
+    train = [
+        "packages/visiondistill_gc/main.py", *place.images(), "--scale", "short",
+        "--n-splits", "1", "--epochs", str(place.settings["epochs"]),
+        "--workers", str(max(1, place.threads)), "--compare-seeds", "--no-visualdl", "--no-floor",
+    ]  # fmt: skip
+    export = [
+        "packages/visiondistill_gc/export.py", str(place.work), str(place.work / "model"),
+        "--format", "onnx", "--int8", "auto",
+    ]  # fmt: skip
+    return [train, export]
+
+
 _ZOO_NEEDS = ("torch", "torchvision")
 MAKERS: dict[str, Maker] = {
     "probe": Maker("compare", ("torch",), _probe, "model"),
     "lite0": Maker("torch_cls_zoo", _ZOO_NEEDS, _zoo, "model"),
     "teacher": Maker("torch_cls_zoo", _ZOO_NEEDS, _teacher, "model"),
     "student": Maker("torch_cls_zoo", _ZOO_NEEDS, _student, "model"),
+    "visiondistill_gc": Maker(
+        "visiondistill_gc", ("paddle", "paddle2onnx"), _garbage, "model", refuses=True
+    ),
     "landmark": Maker("landmark_distill", ("torch",), _landmark, "model"),
 }
 
@@ -175,10 +194,9 @@ def sizes(pixels: int) -> tuple[int, int]:
 
 
 def wanted_epochs(images: int) -> tuple[int, int, int]:
-    """least, enough, most: small sets need more rounds for as many steps."""
-    steps = max(1, -(-images // batch_size(images)))
-    enough = min(max(round(600 / steps), 4), 24)
-    return max(1, min(3, enough // 2)), enough, min(40, 2 * enough)
+    """least, enough, most: small sets are seen more often."""
+    enough = min(max(round(PICTURES / images), 5), 20)
+    return min(3, enough // 2), enough, min(30, 2 * enough)
 
 
 def batch_size(images: int) -> int:
@@ -221,6 +239,10 @@ def propose(
         tuned(
             f"student-{small}", "student", f"lite0 taught by the teacher, {small} px", 3, LITE0,
             small, teacher="teacher",
+        ),
+        tuned(
+            f"garbage-{small}", "visiondistill_gc", f"lite0 taught on Paddle, {small} px", 5, LITE0,
+            small, factor=1.5, least=1, enough=3, most=6, fixed=90.0,
         ),
         tuned(
             f"landmark-{full}", "landmark", f"nearest class mean of lite0's features, {full} px", 4,

@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
 def make_all(
     plan: Plan, check: DataCheck, folder: Path, *, spent: Callable[[], float],
-    say: Callable[[str], None],
+    say: Callable[[str], None], tick: Callable[[], None] = lambda: None,
 ) -> list[Job]:  # fmt: skip
     """Make every candidate of the plan that has no job yet, in order.
 
@@ -92,9 +92,10 @@ def make(place: Place, watch: Watch, tick: Callable[[], None] = lambda: None) ->
         tick()
 
     with (room / LOG_FILE).open("ab") as log:
-        for words in commands:
+        for number, words in enumerate(commands, start=1):
             code = run_words(words, log, pulse)
-            if code:
+            refused = code == 1 and maker.refuses and number == len(commands)
+            if code and not (refused and (place.work / maker.model).is_dir()):
                 reason = _reason(room / LOG_FILE, code)
                 break
     watch.close()
