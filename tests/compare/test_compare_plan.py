@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from command_tools import run_main
@@ -206,6 +207,28 @@ def test_a_package_that_is_not_installed_leaves_its_candidates_out(tmp_path, mon
     plan = planned(tmp_path, 1000)
     reasons = {one.name: one.reason for one in plan.candidates if one.maker == "lite0"}
     assert set(reasons.values()) == {"needs the package no_such_package"}
+
+
+def test_a_discriminant_for_many_classes_is_scikit_learns(monkeypatch):
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    from compare import probe
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 1, (5, 12))
+    labels = np.arange(400) % 5
+    rows = centres[labels] + rng.normal(0, 1, (400, 12)) @ rng.normal(0, 0.6, (12, 12))
+    chosen = list(range(0, 400, 2))
+    monkeypatch.setattr(probe, "SHRINK", (0.1,))
+    monkeypatch.setattr(probe, "CHUNK", 33)
+    held = rows[1::2].astype(np.float32)
+    found = probe.fit_means(
+        rows, chosen, labels[chosen], num_classes=5, validation=(held, labels[1::2])
+    )
+    truth = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(rows[::2], labels[::2])
+    # scikit-learn shrinks each class's spread on standardised features; answers agree, not digits.
+    same = (found.logits(held).argmax(axis=1) == truth.predict(held)).mean()
+    assert same > 0.97 and found.accuracy(held, labels[1::2]) > 0.5
 
 
 def test_a_larger_view_takes_longer_here():

@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 LITE0, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
 SIDES = (96, 224)  # pixels, of the larger of two input sizes
 BATCH, PICTURES = 64, 16_000  # images of a step, and of a training that is long enough
-PROBE_AT_MOST = 20_000  # images that a linear head is fitted on
+PROBE_IMAGES, PROBE_WORK = 20_000, 4_000_000  # images; images times classes
 WORK = "work"  # a candidate's folder for its project
 
 
@@ -121,15 +121,15 @@ def _probe(place: Place) -> list[list[str]]:
 
 def _zoo(place: Place, *more: str, init: str = "trained") -> list[list[str]]:
     """Train by the zoo's recipe and leave a model folder."""
-    train = place.check.images("train")
     words = [
         "packages/torch_cls_zoo/main.py", "--train", "--export", *place.images(),
         "--arch", place.settings["network"], "--init", init, "--epochs",
         str(place.settings["epochs"]), "--workers", str(max(1, place.threads)),
         "--no-floor", "--no-histograms", *more,
     ]  # fmt: skip
-    if train > PROBE_AT_MOST and init != "none":
-        words.append("--no-probe")  # its features would not fit into memory
+    fits = fits_probe(place.check.images("train"), len(place.check.classes))
+    if not fits and init != "none":
+        words.append("--no-probe")
     return [words]
 
 
@@ -197,6 +197,11 @@ def wanted_epochs(images: int) -> tuple[int, int, int]:
     """least, enough, most: small sets are seen more often."""
     enough = min(max(round(PICTURES / images), 5), 20)
     return min(3, enough // 2), enough, min(30, 2 * enough)
+
+
+def fits_probe(images: int, classes: int) -> bool:
+    """Whether a logistic regression on stored features takes little time and memory."""
+    return images <= PROBE_IMAGES and images * classes <= PROBE_WORK
 
 
 def batch_size(images: int) -> int:

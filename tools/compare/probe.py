@@ -19,7 +19,7 @@ if not __package__:  # run as a script: use this checkout, whatever is installed
 import numpy as np
 from numpy.typing import NDArray
 
-from compare.candidates import LITE0, PROBE_AT_MOST
+from compare.candidates import LITE0, fits_probe
 from compare.check_data import features, prepared
 from compare.contract import FEATURES_FILE
 from compare.floors import spread
@@ -29,6 +29,9 @@ from shared_core.metrics.probe import LinearProbe, fit_probe
 from shared_core.runs import run_command
 
 BATCH, CALIBRATION = 32, 512  # images
+CHUNK = 4096  # rows of features in memory at once
+CHOOSING = 10_000  # images that choose the strength
+SHRINK = (0.02, 0.1, 0.4)  # shares of a round spread in the spread of the classes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,18 +52,63 @@ def fitted(data: PreparedData, folder: Path) -> LinearProbe:
     """The head, fitted on training images, its strength chosen on calibration images."""
     rows, row_of = features(folder)
 
-    def part(name: str) -> tuple[NDArray[np.float32], list[int]]:
-        items = spread(data.manifest.subset(name), PROBE_AT_MOST)
-        found = np.asarray(rows[[row_of[item.key] for item in items]], np.float32)
-        return found, [item.label for item in items]
+    def part(name: str, most: int) -> tuple[list[int], NDArray[np.int64]]:
+        items = spread(data.manifest.subset(name), most)
+        return [row_of[item.key] for item in items], np.array([item.label for item in items])
 
-    learned, labels = part("train")
-    probe = fit_probe(
-        learned, labels, num_classes=len(data.classes), validation=part("calibration")
-    )
-    right = probe.accuracy(*part("calibration"))
+    classes = len(data.classes)
+    chosen, labels = part("train", len(data.manifest.entries))
+    held, truth = part("calibration", CHOOSING)
+    validation = np.asarray(rows[held], np.float32), truth
+    if fits_probe(len(labels), classes):
+        learned = np.asarray(rows[chosen], np.float32)
+        probe = fit_probe(learned, labels, num_classes=classes, validation=validation)
+    else:
+        probe = fit_means(rows, chosen, labels, num_classes=classes, validation=validation)
+    right = probe.accuracy(*validation)
     print(f"a linear head on {len(labels)} images, calibration {right:.4f}", flush=True)
     return probe
+
+
+def fit_means(
+    rows: NDArray[np.floating],
+    chosen: Sequence[int],
+    labels: NDArray[np.int64],
+    *,
+    num_classes: int,
+    validation: tuple[NDArray[np.float32], NDArray[np.int64]],
+) -> LinearProbe:
+    """A linear discriminant: seconds where a logistic regression takes an hour.
+
+    The classes share one spread, which is shrunk to a round one by what suits ``validation``.
+
+    Args:
+        rows: features ``(N, D)``, which may lie on disk.
+        chosen, labels: rows to learn from, and their classes.
+
+    Source: Friedman 1989, Regularized Discriminant Analysis, JASA 84(405).
+    """
+    width = rows.shape[1]
+    count, means = np.bincount(labels, minlength=num_classes), np.zeros((num_classes, width))
+    square = np.zeros((width, width))
+    for start in range(0, len(chosen), CHUNK):
+        part = np.asarray(rows[chosen[start : start + CHUNK]], np.float64)
+        np.add.at(means, labels[start : start + CHUNK], part)
+        square += part.T @ part
+    means /= np.maximum(count, 1)[:, None]
+    within = (square - (means * count[:, None]).T @ means) / len(chosen)
+    prior = np.where(count > 0, np.log(np.maximum(count, 1) / len(chosen)), -1e4)
+    best: tuple[float, LinearProbe] | None = None
+    for shrink in SHRINK:
+        spread_of = (1 - shrink) * within + shrink * np.trace(within) / width * np.eye(width)
+        weight = np.linalg.solve(spread_of, means.T).T
+        bias = prior - 0.5 * (weight * means).sum(axis=1)
+        probe = LinearProbe(weight.astype(np.float32), bias.astype(np.float32), shrink)
+        right = probe.accuracy(*validation)
+        if best is None or right > best[0]:
+            best = right, probe
+    assert best is not None, "there are strengths to choose from"
+    return best[1]
 
 
 def export(
