@@ -99,7 +99,7 @@ _MIX = ("mixup", "cutmix")
 _TRAINS = {"modes": LEARNING}
 SCHEDULES = ("steps", "cosine")
 # Epochs where a recipe says none: as many as show so many pictures, within these bounds.
-PICTURES, FEWEST, MOST = 16_000, 5, 20
+PICTURES_SHOWN, FEWEST, MOST = 16_000, 5, 20
 # What a training's options are where the command does not say them.
 RECIPES: dict[str, dict[str, Any]] = {
     "probe": {
@@ -252,7 +252,7 @@ TRAINING = (
     ),
     _of_recipe(
         "--epochs", "How often every training image is seen. In finetune as often as shows about "
-        f"{PICTURES} pictures, {FEWEST} to {MOST} times.", type=SIZE, metavar="N",
+        f"{PICTURES_SHOWN:,} pictures, {FEWEST} to {MOST} times.", type=SIZE, metavar="N",
     ),
     _of_recipe(
         "--opt", "The optimizer: any name of optim/build.py or timm.optim.", metavar="NAME"
