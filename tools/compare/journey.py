@@ -30,6 +30,7 @@ from compare.making import make_all
 from compare.options import Options
 from compare.plan import Asked, make_plan
 from compare.retrain import extended_split
+from compare.verdicts import verdicts
 from shared_core.runs import OpenRun, UsageError, open_run
 from shared_core.runs.progress import format_seconds
 from shared_core.weights.catalogue import entry
@@ -52,11 +53,12 @@ def run_journey(options: Options) -> int:
         check = _checked(options, run)
         plan = _planned(options, run, check)
         rows = _measured(options, run, check, plan)
+        told = _told(run, check, plan, rows)
         choice = _chosen(options, run, rows)
         page.write_report(
             run.folder, command=options.command, started=run.started, wall_seconds=run.seconds
         )
-        for line in _last_lines(options, run, check, choice):
+        for line in [*told, *_last_lines(options, run, check, choice)]:
             run.log.say(line)
     return 0
 
@@ -151,7 +153,17 @@ def _measured(options: Options, run: OpenRun, check: DataCheck, plan: Plan) -> l
 
     _stage(run, "candidates", make)
     _stage(run, "judge", lambda: judge.judge(run.folder, check, plan, say=run.log.say))
-    return read_rows(run.folder / JUDGED_FILE, Judged)
+    rows = read_rows(run.folder / JUDGED_FILE, Judged)
+    if any(str(plan.batch) not in row.latency for row in rows):  # another batch than before
+        rows = judge.judge(run.folder, check, plan, say=run.log.say)
+    return rows
+
+
+def _told(run: OpenRun, check: DataCheck, plan: Plan, rows: list[Judged]) -> list[str]:
+    """Whether the work paid, for the terminal and the page."""
+    lines = verdicts(run.folder, check, plan, rows)
+    write(run.folder / PLAN_FILE, replace(plan, notes=tuple(lines)))
+    return lines
 
 
 def _chosen(options: Options, run: OpenRun, rows: list[Judged]) -> Choice:
