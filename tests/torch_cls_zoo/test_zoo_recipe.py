@@ -70,6 +70,14 @@ def test_the_averaged_weights_are_judged_and_kept(trained):
     assert not torch.equal(last["fc.weight"], parts["model"]["fc.weight"])
 
 
+def test_the_average_begins_where_the_probe_left_the_head(probed, tmp_path, zoo_command, zoo_data):
+    words = ("--train", "--epochs", "1", "--lr", "1e-9", "--head_lr", "1e-9", "--ema", "0.9999")
+    done = zoo_command(*words, "--data", zoo_data, *QUICK, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    head = weights_in(probed[0])["classifier.weight"]
+    torch.testing.assert_close(weights_in(tmp_path / "run")["classifier.weight"], head)
+
+
 def test_gathered_batches_are_one_large_batch(trained):
     plain = ("--epochs", "1", "--warmup", "0", "--opt", "sgd", "--lr", "0.1", "--freeze_bn")
     gathered, large, single = (

@@ -17,7 +17,7 @@ from torch_cls_zoo.config import parse
 from torch_cls_zoo.dataloader.sample_files import read_sample_file, write_sample_file
 from torch_cls_zoo.experiments import command
 from torch_cls_zoo.experiments.cells import Bench, cells_of, words_of_row
-from torch_cls_zoo.experiments.page import summarize_rows
+from torch_cls_zoo.experiments.page import summarize_rows, verdicts
 from torch_cls_zoo.experiments.recipes import SCALES, recipe
 from torch_cls_zoo.experiments.rows import EXPERIMENTS, MODELS, Row
 
@@ -269,3 +269,26 @@ def test_a_cell_of_other_settings_is_refused(tiny, zoo_reproduce, tmp_path):
     assert zoo_reproduce(*words).code == 0
     done = zoo_reproduce(*words, "--continue", "--threads", 2)
     assert done.code == 1 and "was made with words=" in done.err
+
+
+@pytest.mark.parametrize(
+    ("ends", "trained", "words"),
+    [
+        ((0.01, 0.03), 0.7, ("BELOW trained features, linear (0.7000)", ") helped: +2.0 points")),
+        ((-0.01, 0.05), 0.5, ("above trained features", "did not help for sure: +2.0")),
+        ((-0.03, -0.01), None, ("equal to the best floor without", "did not help, it hurt: +2.0")),
+    ],
+)
+def test_what_came_of_it_is_said_in_whole_sentences(ends, trained, words):
+    rows = [Row("alone", ()), Row("taught", ("--distill",)), Row("not run", ())]
+    gap = {"mean": 0.02, "low": ends[0], "high": ends[1], "n": 3}
+    table = {
+        "alone": {"accuracy": {"mean": 0.58}},
+        "taught": {"accuracy": {"mean": 0.6}, "difference": gap},
+        "not run": {"not_run": "too long"},
+    }
+    floors = {"plain": 0.3, "engineered": 0.6}
+    floors |= {} if trained is None else {"trained features, linear": {"accuracy": trained}}
+    said = verdicts(rows, table, floors)
+    assert len(said) == 2 and said[0].startswith("0.6000 on test (taught, the best row)")
+    assert all(word in line for word, line in zip(words, said, strict=True))

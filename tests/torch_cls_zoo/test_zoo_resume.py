@@ -12,7 +12,8 @@ from shared_core.runs import read_result
 
 # Everything that draws, counts or keeps a state of its own.
 EVERYTHING = (
-    *("--save_every", "1", "--aug", "--mixup", "--mixup_ratio", "0.8", "--cutmix"),
+    *("--save_every", "2", "--aug", "--mixup", "--mixup_ratio", "0.8", "--cutmix"),
+    *("--accumulate", "2", "--ema", "0.9", "--balanced", "--erasing", "0.5", "--quarter_turns"),
     *("--multi_scale", "--criterion", "bce", "--ghm_loss", "--ohm_loss", "--opt", "lookaheadadam"),
     *("--sparsity", "--amp", "bf16", "--bias_prior", "data"),
 )
@@ -69,9 +70,9 @@ def test_two_runs_are_the_same(reference, zoo_server, zoo_words, zoo_digests, tm
 
 def test_killed_in_the_middle_of_epochs(reference, zoo_server, zoo_words, zoo_digests, tmp_path):
     run = tmp_path / "run"
-    kills = [at_saves(run, 2), at_saves(run, 4)]
+    kills = [at_saves(run, 1), at_saves(run, 3)]  # each is after two batches of three
     said = story(zoo_server, zoo_words(run, *EVERYTHING), run, kills)
-    assert "going on at epoch" in said
+    assert "going on at epoch" in said and ", batch 3" in said
     assert_same(run, reference, zoo_digests)
 
 

@@ -20,13 +20,7 @@ from shared_core.weights.finding import NONE
 from torch_cls_zoo.applications.convert import convert
 from torch_cls_zoo.applications.evaluate import evaluate
 from torch_cls_zoo.applications.find_lr import find_lr
-from torch_cls_zoo.applications.floor import (
-    Floors,
-    has_weights,
-    measure_trained,
-    plain_floor,
-    wants_floors,
-)
+from torch_cls_zoo.applications.floor import Floors, measure_floors, wants_floors
 from torch_cls_zoo.applications.launch import launch
 from torch_cls_zoo.applications.session import Session, open_session, settled
 from torch_cls_zoo.applications.teach import make_curriculum, make_knowledge
@@ -157,15 +151,13 @@ def _work(
 
 
 def _floors_of(session: Session) -> Floors:
-    trained = None
-    if has_weights(session.say):
-        trained = measure_trained(
-            session.data,
-            side=max(session.settings.size),
-            threads=session.config.data.workers,
-            device=session.world.device,
-        )
-    return Floors(plain_floor(session.data), trained)
+    return measure_floors(
+        session.data,
+        side=max(session.settings.size),
+        threads=session.config.data.workers,
+        device=session.world.device,
+        say=session.say,
+    )
 
 
 def _training_facts(session: Session, trained: Trained) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from shared_core.checkpoints import atomic_write
 from shared_core.deploy.facts import METADATA_KEY, ModelFacts
+from shared_core.deploy.session import open_session
 from shared_core.for_torch.export import Difference, ExportError, export_onnx
 from torch_cls_zoo.applications.model_facts import FACTS
 
 FORMATS = {"jit": "jit_{arch}.pt", "onnx": "{arch}.onnx", "export": "{arch}.pt2"}
 CHECK_BATCHES = (1, 3)
+Network = Callable[[Tensor], Tensor]  # (N, 3, H, W) to (N, K)
+Saver = Callable[[nn.Module, Path, str, Tensor], Network]
 
 
 def export_all(
@@ -56,12 +59,7 @@ def export_all(
         raise ValueError(f"export format {unknown[0]!r}, expected some of {', '.join(FORMATS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text, image_size = json.dumps(facts.as_dict(), ensure_ascii=False), facts.input_size
-    writers: dict[str, Callable[[Path], Difference]] = {
-        "jit": lambda path: _jit(model, path, image_size, text, tolerance),
-        "onnx": lambda path: _onnx(model, path, image_size, text, tolerance),
-        "export": lambda path: _torch_export(model, path, image_size, text, tolerance),
-    }
+    text, batches = json.dumps(facts.as_dict(), ensure_ascii=False), _batches(facts.input_size)
     was_training = model.training
     model.eval()
     done = {}
@@ -69,7 +67,7 @@ def export_all(
         for name in formats:
             path = folder / FORMATS[name].format(arch=arch.replace("/", "_"))
             try:
-                found = writers[name](path)
+                found = _written(model, path, SAVERS[name], text, batches, tolerance)
             except (ExportError, OSError, ImportError):
                 raise
             except Exception as error:  # what a network cannot do raises nearly anything
@@ -94,93 +92,74 @@ def _batches(image_size: tuple[int, int]) -> list[Tensor]:
     ]
 
 
-def _compare(
-    path: Path, model: nn.Module, other: Callable[[Tensor], Tensor], batches: list[Tensor],
-    tolerance: float,
-) -> Difference:  # fmt: skip
-    max_abs = max_rel = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            expected, got = model(batch), other(batch)
-            if got.shape != expected.shape:
-                raise ExportError(
-                    f"{path}: output is {tuple(got.shape)}, expected {tuple(expected.shape)}"
-                )
-            difference = float((got - expected).abs().max())
-            size = float(expected.abs().max())
-            max_abs = float(np.maximum(max_abs, difference))  # unlike max, it keeps a nan
-            max_rel = float(np.maximum(max_rel, difference / size if size else difference))
-    if not max_rel <= tolerance:
-        raise ExportError(
-            f"{path}: differs by {max_rel:.2e} of the largest output, "
-            f"expected at most {tolerance:.0e}"
-        )
-    return Difference(max_abs, max_rel)
-
-
-def _jit(
-    model: nn.Module, path: Path, image_size: tuple[int, int], facts: str, tolerance: float
+def _written(
+    model: nn.Module, path: Path, save: Saver, facts: str, batches: list[Tensor], tolerance: float
 ) -> Difference:
-    batches = _batches(image_size)
+    """Write a file, all or nothing, and compare what is read back with the network."""
     found = Difference(0.0, 0.0)
 
-    def save(scratch: Path) -> None:
+    def write(scratch: Path) -> None:
         nonlocal found
         with warnings.catch_warnings(), torch.no_grad():  # TorchScript warns that it is old
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(model, batches[-1], check_trace=False)
-            torch.jit.save(traced, str(scratch), _extra_files={FACTS: facts.encode()})
-            loaded = torch.jit.load(str(scratch), map_location="cpu")
-            found = _compare(path, model, loaded, batches, tolerance)
+            found = _compare(path, model, save(model, scratch, facts, batches[-1]), batches)
+        if not found.max_rel <= tolerance:
+            raise ExportError(
+                f"{path}: differs by {found.max_rel:.2e} of the largest output, "
+                f"expected at most {tolerance:.0e}"
+            )
 
-    atomic_write(path, save)
+    atomic_write(path, write)
     return found
 
 
-def _onnx(
-    model: nn.Module, path: Path, image_size: tuple[int, int], facts: str, tolerance: float
-) -> Difference:
+def _compare(path: Path, model: nn.Module, other: Network, batches: list[Tensor]) -> Difference:
+    max_abs = max_rel = 0.0
+    for batch in batches:
+        expected, got = model(batch), other(batch)
+        if got.shape != expected.shape:
+            raise ExportError(
+                f"{path}: output is {tuple(got.shape)}, expected {tuple(expected.shape)}"
+            )
+        difference = float((got - expected).abs().max())
+        size = float(expected.abs().max())
+        max_abs = float(np.maximum(max_abs, difference))  # unlike max, it keeps a nan
+        max_rel = float(np.maximum(max_rel, difference / size if size else difference))
+    return Difference(max_abs, max_rel)
+
+
+def _save_jit(model: nn.Module, path: Path, facts: str, example: Tensor) -> Network:
+    traced = torch.jit.trace(model, example, check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={FACTS: facts.encode()})
+    loaded: Network = torch.jit.load(str(path), map_location="cpu")
+    return loaded
+
+
+def _save_onnx(model: nn.Module, path: Path, facts: str, example: Tensor) -> Network:
     import onnx
 
-    found = Difference(0.0, 0.0)
-
-    def save(scratch: Path) -> None:
-        nonlocal found
-        found = export_onnx(
-            model, scratch, input_size=(3, *image_size), tolerance=tolerance,
-            check_batches=CHECK_BATCHES,
-        )  # fmt: skip
-        content = onnx.load(str(scratch))
-        entry = content.metadata_props.add()
-        entry.key, entry.value = METADATA_KEY, facts
-        onnx.checker.check_model(content)
-        onnx.save(content, str(scratch))
-
-    atomic_write(path, save)
-    return found
+    export_onnx(model, path, input_size=tuple(example.shape[1:]), check_batches=CHECK_BATCHES)
+    content = onnx.load(str(path))
+    entry = content.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, facts
+    onnx.checker.check_model(content)
+    onnx.save(content, str(path))
+    session = open_session(path)
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def _torch_export(
-    model: nn.Module, path: Path, image_size: tuple[int, int], facts: str, tolerance: float
-) -> Difference:
-    batches = _batches(image_size)
-    found = Difference(0.0, 0.0)
+def _save_export(model: nn.Module, path: Path, facts: str, example: Tensor) -> Network:
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+    named = path.with_name(path.name + ".pt2")  # the writer insists on its ending
+    try:
+        torch.export.save(program, str(named), extra_files={FACTS: facts})
+        loaded: Network = torch.export.load(str(named)).module()
+        named.replace(path)
+    finally:
+        named.unlink(missing_ok=True)
+    return loaded
 
-    def save(scratch: Path) -> None:
-        nonlocal found
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                model, (batches[-1],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-            )
-            named = scratch.with_name(scratch.name + ".pt2")  # the writer insists on its ending
-            try:
-                torch.export.save(program, str(named), extra_files={FACTS: facts})
-                loaded = torch.export.load(str(named)).module()
-                found = _compare(path, model, loaded, batches, tolerance)
-                named.replace(scratch)
-            finally:
-                named.unlink(missing_ok=True)
 
-    atomic_write(path, save)
-    return found
+SAVERS: dict[str, Saver] = {"jit": _save_jit, "onnx": _save_onnx, "export": _save_export}

@@ -62,39 +62,37 @@ def wants_floors(data: PreparedData, asked: bool | None) -> bool:
     return asked if asked is not None else few and not data.rehearsal
 
 
-def plain_floor(data: PreparedData) -> dict[str, float]:
-    """Test accuracy by kind of features: fitted on train, judged on test."""
-    train, test = data.image_set("train"), data.image_set("test")
-    return floor_accuracy(train.paths, train.labels, test.paths, test.labels)
-
-
-def has_weights(say: Callable[[str], None]) -> bool:
-    """Whether the network for :func:`measure_trained` is here; ``say`` is told how to get it."""
-    here = installed_file(NETWORK) is not None
-    if not here:
-        say(f"no floor of trained features: get the network by {how_to_get(NETWORK)}")
-    return here
-
-
-def measure_trained(
-    data: PreparedData, *, side: int, threads: int | None, device: torch.device
-) -> TrainedFloor:
-    """Fitted on train, its strength chosen on val, judged on test.
+def measure_floors(
+    data: PreparedData,
+    *,
+    side: int,
+    threads: int | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Floors:
+    """Fitted on train, judged on test; the strength of the trained one's penalty chosen on val.
 
     Args:
         side: of the images that the run shows its network, pixels; larger ones are shown at 224.
         threads: that decode.
+        say: told how to get the trained network's weights where they are not here.
     """
+    train, test = data.image_set("train"), data.image_set("test")
+    plain = floor_accuracy(train.paths, train.labels, test.paths, test.labels)
+    if installed_file(NETWORK) is None:
+        say(f"no floor of trained features: get the network by {how_to_get(NETWORK)}")
+        return Floors(plain, None)
     from shared_core.for_torch.features import feature_function
     from shared_core.for_torch.pretrained import start_network
 
     classes = len(data.classes)
     network = start_network(NETWORK.name, init=TRAINED, num_classes=classes)
-    return trained_floor(
+    trained, _probe = trained_floor(
         feature_function(network, num_classes=classes, device=device),
-        [data.image_set(name) for name in ("train", "calibration", "test")],
+        [train, data.image_set("calibration"), test],
         num_classes=classes,
         network=NETWORK.name,
         input_size=min(SIDE, side),
         threads=threads,
-    )[0]
+    )
+    return Floors(plain, trained)

@@ -17,10 +17,10 @@ from shared_core.runs import OpenRun, UsageError, open_run, write_result
 from shared_core.runs.opening import Start
 from shared_core.runs.progress import format_seconds
 from shared_core.trials import Cell, Trials, run_cell, run_trials
-from torch_cls_zoo.applications.floor import has_weights, measure_trained, plain_floor
+from torch_cls_zoo.applications.floor import measure_floors
 from torch_cls_zoo.experiments.cells import Bench, cells_of
 from torch_cls_zoo.experiments.data import find_data, open_images
-from torch_cls_zoo.experiments.page import Page, summarize_rows, write_page
+from torch_cls_zoo.experiments.page import Page, summarize_rows, verdicts, write_page
 from torch_cls_zoo.experiments.recipes import Recipe, recipe
 from torch_cls_zoo.experiments.rows import EXPERIMENTS, Row
 
@@ -79,11 +79,10 @@ def reproduce(asked: Asked) -> int:
         if trials.missing:
             run.log.say(trials.missing_text)
             return 0
-        floor = _floor(run, data)
-        trained = _trained_floor(run, data, settings)
+        floors = _floors(run, data, settings)
         models = _models(run, rows, scale) if asked.experiment == "models" else []
         table = summarize_rows(rows, trials, reasons)
-        measured: dict[str, Any] = {"floor": {**floor, **trained}, "rows": table}
+        measured: dict[str, Any] = {"floor": floors, "rows": table}
         if models:
             measured["models"] = {line["arch"]: line for line in models}
         write_result(
@@ -97,13 +96,14 @@ def reproduce(asked: Asked) -> int:
             started=run.started,
             wall_seconds=trials.seconds,
         )
-        facts = _facts(data, settings, asked.seeds, trials)
-        page = Page(asked.experiment, headline, data.rehearsal, facts, floor, trained, models)
+        facts, said = _facts(data, settings, asked.seeds, trials), verdicts(rows, table, floors)
+        page = Page(asked.experiment, headline, data.rehearsal, facts, floors, said, models)
         path = write_page(output, page, rows, table, trials)
         for row in rows:
             run.log.say(_row_line(row.name, table[row.name]))
         run.log.say(f"{format_seconds(time.monotonic() - clock)}; report: {path}")
-        run.log.say(headline)
+        for line in (*said, headline):
+            run.log.say(line)
     return 0
 
 
@@ -182,31 +182,21 @@ def _run_cells(
     )
 
 
-def _floor(run: OpenRun, data: PreparedData) -> dict[str, float]:
-    """Accuracy without a network."""
-
-    def measure(cell: Cell, place: Path) -> dict[str, Any]:
-        return dict(plain_floor(data))
-
-    cell = Cell("without a network", {"split": data.manifest.hash}, 0)
-    floor: dict[str, float] = (run_cell(cell, measure, folder=run.folder) or {})["result"]
-    run.log.say(f"without a network: {floor['plain']:.4f} with plain features")
-    return floor
-
-
-def _trained_floor(run: OpenRun, data: PreparedData, settings: Recipe) -> dict[str, dict[str, Any]]:
-    """What a linear classifier on trained features gives; nothing without their package."""
-    if not has_weights(run.log.say):
-        return {}
+def _floors(run: OpenRun, data: PreparedData, settings: Recipe) -> dict[str, Any]:
+    """Accuracy without training a network, by kind of features."""
 
     def measure(cell: Cell, place: Path) -> dict[str, Any]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return measure_trained(data, side=settings.image_size, threads=None, device=device).facts()
+        return measure_floors(
+            data, side=settings.image_size, threads=None, device=device, say=run.log.say
+        ).facts()
 
-    cell = Cell(NAME, {"split": data.manifest.hash, "side": settings.image_size}, 0)
-    found = (run_cell(cell, measure, folder=run.folder) or {})["result"]
-    run.log.say(f"{NAME}: {found['accuracy']:.4f}")
-    return {NAME: found}
+    cell = Cell("floors", {"split": data.manifest.hash, "side": settings.image_size}, 0)
+    found: dict[str, Any] = (run_cell(cell, measure, folder=run.folder) or {})["result"]
+    run.log.say(f"without a network: {found['plain']:.4f} with plain features")
+    if NAME in found:
+        run.log.say(f"{NAME}: {found[NAME]['accuracy']:.4f}")
+    return found
 
 
 def _models(run: OpenRun, rows: Sequence[Row], scale: str) -> list[dict[str, Any]]:

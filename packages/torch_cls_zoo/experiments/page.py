@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared_core.metrics.trained_floor import NAME
 from shared_core.runs import Report
 from shared_core.trials import Trials, compare, spread
 from shared_core.trials.page import EXPLAINED, draw_arms, mean_text
@@ -44,6 +45,36 @@ def summarize_rows(
     return found
 
 
+def verdicts(rows: Sequence[Row], table: Mapping[str, Any], floors: Mapping[str, Any]) -> list[str]:
+    """Whether the best row is above the floor, and whether distillation helped: whole sentences.
+
+    Args:
+        table: of :func:`summarize_rows`.
+        floors: see :class:`Page`.
+    """
+    run = {name: entry for name, entry in table.items() if "accuracy" in entry}
+    if not run:
+        return []
+    name, floor = NAME, floors.get(NAME, {}).get("accuracy")
+    if floor is None:
+        name, floor = "the best floor without a network", max(floors["plain"], floors["engineered"])
+    best = max(run, key=lambda row: run[row]["accuracy"]["mean"])
+    found = run[best]["accuracy"]["mean"]
+    side = "above" if found > floor else "BELOW" if found < floor else "equal to"
+    said = [f"{found:.4f} on test ({best}, the best row), {side} {name} ({floor:.4f})."]
+    for row in rows:
+        gap = run.get(row.name, {}).get("difference")
+        if "--distill" in row.words and gap is not None:
+            low, high = gap["low"], gap["high"]
+            helped = "helped" if low > 0 else "did not help, it hurt" if high < 0 else ""
+            said.append(
+                f"Distillation ({row.name}) {helped or 'did not help for sure'}: "
+                f"{100 * gap['mean']:+.1f} points (95 % interval {100 * low:+.1f} to "
+                f"{100 * high:+.1f}, {gap['n']} seeds)."
+            )
+    return said
+
+
 @dataclass(frozen=True)
 class Page:
     """What the page tells beside the rows."""
@@ -52,10 +83,8 @@ class Page:
     headline: str
     rehearsal: bool  # the numbers are no result, which must not be overlooked
     facts: Sequence[tuple[str, Any]]
-    floor: Mapping[str, float]  # accuracy without a network, by kind of features
-    trained: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # floor with one, by name
+    floors: Mapping[str, Any]  # see torch_cls_zoo.applications.floor.Floors.facts
+    verdicts: Sequence[str] = ()
     models: Sequence[Mapping[str, Any]] = ()  # lines of the table of sizes
 
 
@@ -69,6 +98,8 @@ def write_page(
     """
     report = Report(TITLES[page.experiment])
     (report.note if page.rehearsal else report.text)(page.headline)
+    if page.verdicts:
+        report.text(" ".join(page.verdicts))
     report.heading("Test accuracy")
     columns = ["row", "mean ± deviation", "by seed", "difference to the first row (95 %)",
                "published", "best epoch, time"]  # fmt: skip
@@ -77,17 +108,17 @@ def write_page(
         report.text(f"The published column: {NO_DATA}.")
     report.text(
         "Without a network (logistic regression on image features): "
-        f"{page.floor['plain']:.4f} with plain features, {page.floor['engineered']:.4f} with "
+        f"{page.floors['plain']:.4f} with plain features, {page.floors['engineered']:.4f} with "
         f"engineered ones. {EXPLAINED}"
-        + "".join(
-            f" With {name} ({one['network']} at {one['input_size']} px): {one['accuracy']:.4f} "
-            f"[{one['low']:.4f}, {one['high']:.4f}]."
-            for name, one in page.trained.items()
-        )
     )
+    if (one := page.floors.get(NAME)) is not None:
+        report.text(
+            f"With {NAME} ({one['network']} at {one['input_size']} px): {one['accuracy']:.4f} "
+            f"[{one['low']:.4f}, {one['high']:.4f}]."
+        )
     try:
         picture = draw_arms(folder / "rows.png", trials, "accuracy", label="test accuracy",
-                            floor=page.floor["plain"])  # fmt: skip
+                            floor=page.floors["plain"])  # fmt: skip
         report.figure(picture, "Mean and values of the seeds.")
     except ImportError:  # without matplotlib the table says it all
         pass
