@@ -49,6 +49,10 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> Settings:
         args.data_set = args.data_path.resolve().name or "images"
     if args.output is None:
         args.output = Path("runs") / "visiondistill_gc" / f"garbage-{scale}"
+    if "warmup_epochs" not in given:  # a recipe's own
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs - 1)
+    if "compare_seeds" not in given and args.alpha == 1:
+        args.compare_seeds = ()
     args.folds = sorted(set(range(args.n_splits) if args.folds is None else args.folds))
     settings = settings_of(args, start=start_of(args))
     _check_files(settings)
@@ -104,6 +108,15 @@ def _check_files(settings: Settings) -> None:
 def _check_numbers(settings: Settings) -> None:
     """Numbers that bound each other."""
     train, data, view = settings.training, settings.data, settings.view
+    if settings.run.one_student and len(settings.run.folds) != data.n_splits:
+        raise UsageError("--one-student is taught by all folds: expected no --folds with it")
+    if settings.run.one_student and data.n_splits == 1:
+        raise UsageError("--one-student would have no effect: --n-splits 1 trains one student")
+    if data.n_splits == 1 and data.test_share >= 0.5:
+        raise UsageError(
+            f"--test-share {data.test_share:g}: with --n-splits 1 as many images are validated on, "
+            "expected less than 0.5"
+        )
     if train.warmup_epochs >= train.epochs:
         raise UsageError(
             f"--warmup-epochs {train.warmup_epochs} of --epochs {train.epochs}: expected fewer"
@@ -226,5 +239,3 @@ def _check_teacher(settings: Settings, given: set[str], prog: str) -> None:
         )
     if settings.records.compare_seeds and alpha == 1:
         raise UsageError("--compare-seeds compares teachers: expected --alpha below 1")
-    if settings.records.compare_seeds and teacher.teacher_knowledge is not None:
-        raise UsageError("--compare-seeds needs a teacher that runs, --teacher-knowledge is stored")

@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         "README.md is the model card. Needs: pip install 'visiondistill_gc[export]'",
     )
     add = p.add_argument
-    add("model", type=Path, metavar="MODEL", help="A .pdparams file of this project.")
+    add("model", type=Path, metavar="MODEL", help="A .pdparams file of this project, or the folder "
+        "of a run that made one best_model.pdparams.")  # fmt: skip
     add(
         "output",
         type=Path,
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="Class folders of images that the model has not seen. Every file is asked all of "
         "them, and accuracy is measured; copies of calibration images are left out. Without it "
-        "generated pictures are asked.",
+        "the test part of the model's run is asked; where there is none, generated pictures are.",
     )
     add(
         "--int8",
@@ -73,8 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FOLDER",
         help="Images like those that will come, labels not needed. Every second one is kept out "
-        "of the calibration and judges.",
+        "of the calibration and judges. Without it the calibration part of the model's run is "
+        "taken, or where there is none its training part.",
     )
+    add("--data-path", type=Path, metavar="DIR", help="Where the images of the model's run are "
+        "now (default: where they were).")  # fmt: skip
+    add("--unsure", type=FRACTION, default=None, metavar="P", help="An image whose best "
+        "probability is below P is answered `unknown` (default: every image gets a "
+        "class).")  # fmt: skip
+    add("--unsure-accuracy", type=FRACTION, default=None, metavar="SHARE", help="As --unsure, with "
+        "the smallest P at which this share of the answered calibration images is "
+        "right.")  # fmt: skip
     add(
         "--max-accuracy-loss",
         type=FRACTION,
@@ -103,20 +113,34 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
         raise UsageError("--int8 makes an ONNX file: expected --format onnx with it")
     if not 13 <= args.opset <= 17:
         raise UsageError(f"--opset {args.opset}: expected 13 to 17")
-    if args.int8 != "no" and args.calibration is None:
-        raise UsageError("--int8 fixes its ranges on images: expected --calibration FOLDER with it")
-    for name in ("calibration", "int8_method", "max_accuracy_loss"):
+    run, model = _run_of(args.model)
+    if args.calibration is None and run is None:
+        for name in ("int8", "unsure_accuracy"):
+            if getattr(args, name) not in (None, "no"):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is fixed on images, and {args.model} lies in no "
+                    "run's folder: expected --calibration FOLDER with it"
+                )
+    if args.int8 == "no" and args.calibration is not None and args.unsure_accuracy is None:
+        raise UsageError("--calibration is about int8: expected --int8 with it")
+    for name in ("int8_method", "max_accuracy_loss"):
         if getattr(args, name) is not None and args.int8 == "no":
             raise UsageError(f"--{name.replace('_', '-')} is about int8: expected --int8 with it")
-    for name in ("calibration", "accuracy"):
+    if args.unsure is not None and args.unsure_accuracy is not None:
+        raise UsageError("--unsure and --unsure-accuracy: expected one of them")
+    if args.data_path is not None and run is None:
+        raise UsageError(f"--data-path would have no effect: {args.model} lies in no run's folder")
+    for name in ("calibration", "accuracy", "data_path"):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"--{name} {folder} is not a folder")
-    if args.model.is_dir():
-        raise UsageError(f"{args.model} is a folder, expected a .pdparams file")
+            raise FileNotFoundError(f"--{name.replace('_', '-')} {folder} is not a folder")
     return ExportOptions(
-        model=args.model,
+        model=model,
         output=args.output,
+        run=run,
+        data_path=args.data_path,
+        unsure=args.unsure,
+        unsure_accuracy=args.unsure_accuracy,
         formats=tuple(name for name in FORMATS if name in args.format),
         categories=args.categories,
         opset=args.opset,
@@ -126,6 +150,25 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
         calibration=args.calibration,
         accuracy=args.accuracy,
     )
+
+
+def _run_of(model: Path) -> tuple[Path | None, Path]:
+    """The folder of the run that made a model, None without one; and the model's file.
+
+    Raises:
+        UsageError: a folder that holds no single model.
+    """
+    run = model if model.is_dir() else model.resolve().parent.parent
+    there = (run / "split.json").is_file() and (run / "config.json").is_file()
+    if not model.is_dir():
+        return run if there else None, model
+    file = run / "models_saved" / "best_model.pdparams"
+    if not there or not file.is_file():
+        raise UsageError(
+            f"{model} is no folder of a run with one best_model.pdparams in models_saved: expected "
+            "such a one (main.py --n-splits 1, or --one-student), or a .pdparams file"
+        )
+    return run, file
 
 
 def _check_packages() -> None:

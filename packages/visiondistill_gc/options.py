@@ -17,7 +17,7 @@ from shared_core.runs.opening import Start
 from shared_core.runs.options import CommandParser, add_common
 
 SOURCES = ("paddle.vision", "paddleclas")
-STAGES = ("prepare", "folds", "evaluate", "compare", "report")
+STAGES = ("prepare", "folds", "one", "evaluate", "compare", "report")
 FOLD_KINDS = ("stratified", "plain")
 SCHEDULES = ("epoch", "step")
 ENGINES = ("auto", "dygraph", "inference")
@@ -29,18 +29,19 @@ AMP_FIRST = {"O0": "fp32", "O1": "fp16", "O2": "fp16-O2"}  # what earlier comman
 _BELOW_ONE = number(float, 0, 0.99999)
 
 
-def own(default: Any, kind: Any = None, help: str = "", **more: Any) -> Any:
+def own(default: Any, kind: Any = None, help: str = "", *aliases: str, **more: Any) -> Any:
     """A field that is an option of this project.
 
     Args:
         kind: what turns a word into the value; None for a flag.
+        aliases: other spellings of the option.
         more: further arguments of argparse.
     """
     if isinstance(default, bool):
         more.setdefault("action", argparse.BooleanOptionalAction)
     elif kind is not None:
         more["type"] = kind
-    return field(default=default, metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, "aliases": aliases, **more})
 
 
 def common(name: str, default: Any, *aliases: str, help: str | None = None, **more: Any) -> Any:
@@ -65,6 +66,9 @@ class RunOptions:
         "in DATA_ROOT and else rehearsal (default: auto). What you say yourself wins over the "
         "recipe.",
     )
+    one_student: bool = own(False, None, "After the folds, teach one student on all their images "
+                            "what the folds' students say of images that they did not train on. "
+                            "It is best_model.pdparams, the file to ship.", action="store_true")
     stage: str = own("all", str, "Run this stage only; what comes before it must be done.",
                      choices=("all", *STAGES))
     folds: tuple[int, ...] = own(None, COUNT, "Train only these of the folds (default: all).",
@@ -115,7 +119,8 @@ class DataOptions:
     builtin_classes: int = own(4, number(int, 2, 45), "How many classes the built-in scenes have.",
                                metavar="N")
     builtin_images: int = own(60, SIZE, "How many built-in scenes a class has.", metavar="N")
-    n_splits: int = own(5, number(int, 2, 100), "How many folds there are.", metavar="N")
+    n_splits: int = own(5, number(int, 1, 100), "How many folds there are. 1 trains one student on "
+                        "the training part; it is validated on the calibration part.", metavar="N")
     kfold: str = own("stratified", str, "How the folds are made: stratified spreads every class "
                      "evenly, plain looks at no class and moves no file when another comes.",
                      choices=FOLD_KINDS)
@@ -160,8 +165,9 @@ class TeacherOptions:
         "as --init says).", metavar="FILE")
     teacher_weights: Path | None = own(None, Path, "A finished teacher. It is not trained.",
                                        metavar="FILE")
-    teacher_knowledge: Path | None = own(None, Path, "A store of a teacher's answers.",
-                                         metavar="DIR")
+    teacher_knowledge: Path | None = own(
+        None, Path, "A store of a teacher's answers, written by any project in either framework.",
+        "--knowledge", metavar="DIR")
     knowledge_seed: int = own(0, COUNT, "The seed of the views that the stored teacher was shown.",
                               metavar="N")
     teacher_epochs: int = own(10, COUNT, "How many epochs the teacher is trained for; 0 leaves its "
@@ -288,6 +294,10 @@ class ExportOptions:
 
     model: Path
     output: Path
+    run: Path | None  # the run that made the model, if its folder is there
+    data_path: Path | None
+    unsure: float | None
+    unsure_accuracy: float | None
     formats: tuple[str, ...]
     categories: tuple[str, ...] | None
     opset: int
@@ -330,16 +340,17 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         group = parser.add_argument_group(str(kind.__doc__))
         for one in fields(kind):
             about = dict(one.metadata)
-            name = about.pop("common", None)
+            name, aliases = about.pop("common", None), about.pop("aliases")
             if name is None:
-                group.add_argument("--" + one.name.replace("_", "-"), default=one.default, **about)
+                words = ("--" + one.name.replace("_", "-"), *aliases)
+                group.add_argument(*words, dest=one.name, default=one.default, **about)
                 continue
             more = {"dest": one.name, **about["more"]}
             add_common(
                 group,
                 [name],
                 defaults={name: one.default},
-                aliases={name: about["aliases"]},
+                aliases={name: aliases},
                 help={name: about["help"]} if about["help"] else None,
                 more={name: more},
             )

@@ -9,7 +9,13 @@ from tempfile import TemporaryDirectory
 from shared_core.deploy.staging import check_export_folder
 from shared_core.deploy.write import Int8Wish, Written, write_model_folder
 from visiondistill_gc.deploy.forms import macs_of, onnx_source, paddle_form
-from visiondistill_gc.deploy.images import batches_of, calibration_of, judges_in
+from visiondistill_gc.deploy.images import (
+    batches_of,
+    calibration_of,
+    judges_in,
+    run_parts,
+    unsure_below,
+)
 from visiondistill_gc.deploy.openers import PADDLE, facts_of, predictor_of
 from visiondistill_gc.models.student_model import count_parameters
 from visiondistill_gc.options import ExportOptions
@@ -33,26 +39,32 @@ def export(options: ExportOptions) -> Written:
         "parameters": count_parameters(model.net)["total"],
     }
     network = predictor_of(model, name=str(options.model))
-    calibration, test = None, None
-    if options.calibration is not None:
-        calibration = calibration_of(options.calibration, facts.class_names, network.view)
+    calibration, test, judged_on = None, None, "test"
+    parts = None if options.run is None else run_parts(options.run, model, options.data_path)
+    if options.int8 != "no" or options.unsure_accuracy is not None:
+        calibration = calibration_of(options.calibration, parts, facts.class_names, network.view)
     if options.accuracy is not None:
-        files, labels = judges_in(
-            options.accuracy, facts.class_names, calibration=options.calibration
-        )
+        seen, judged_on = options.calibration, options.accuracy.name
+        files, labels = judges_in(options.accuracy, facts.class_names, calibration=seen)
         test = batches_of(files, labels, network.view, what="accuracy")
+    elif parts is not None and "test" in parts:
+        test = batches_of(*parts["test"], network.view, what="test")
+    limit = options.unsure
+    if options.unsure_accuracy is not None and calibration is not None:
+        limit = unsure_below(network, calibration, options.unsure_accuracy)
+    facts = replace(facts, costs=costs, unknown_threshold=limit)
     with TemporaryDirectory() as scratch:
         sources = []
         if "onnx" in options.formats:
             sources = [onnx_source(model.net, facts, Path(scratch), opset=options.opset)]
         return write_model_folder(
             options.output,
-            facts=replace(facts, costs=costs),
+            facts=facts,
             network=network,
             sources=sources,
             forms={PADDLE: paddle_form(model.net, facts)} if "paddle" in options.formats else None,
             test=test,
-            judged_on=options.accuracy.name if options.accuracy else "test",
+            judged_on=judged_on,
             calibration=calibration,
             int8=Int8Wish(
                 options.int8,

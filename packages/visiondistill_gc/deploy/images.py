@@ -13,9 +13,16 @@ from numpy.typing import NDArray
 from shared_core.datasets import BatchLoader, ImageSet
 from shared_core.datasets.finding.fingerprint import content_keys
 from shared_core.datasets.finding.scan import list_images
+from shared_core.datasets.splitting.manifest import Manifest
+from shared_core.datasets.splitting.prepared import SPLIT_FILE
+from shared_core.deploy.predictor import Predictor
 from shared_core.deploy.write import Calibration
+from shared_core.texts import read_json
+from visiondistill_gc.utils.model_files import LoadedModel
 
+Labelled = tuple[list[Path], NDArray[np.int64]]
 BATCH = 16
+SCENES = Path("data", "scenes")  # where a rehearsal draws its images
 MOST_CALIBRATION = 512  # images that are looked at
 
 
@@ -66,14 +73,80 @@ def batches_of(
             raise ValueError(f"--{what}: no image can be read, expected some")
 
 
-def calibration_of(folder: Path, class_names: Sequence[str], view: Any) -> Calibration:
+def run_parts(run: Path, model: LoadedModel, root: Path | None) -> dict[str, Labelled]:
+    """Files and labels of each part of the split that a run made or was given.
+
+    Args:
+        root: where the images are now; None: where the run found them.
+
+    Raises:
+        DatasetError, FileNotFoundError: the images are not there.
+        ValueError: the run's split is not the one that the model was trained on.
+    """
+    config = read_json(run / "config.json")
+    root = root or (Path(config["data_path"]) if config.get("data_path") else run / SCENES)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root}, the images of the run {run}, is not there: expected --data-path DIR with it, "
+            "or a model file outside the run's folder"
+        )
+    manifest = Manifest.read(run / SPLIT_FILE, root=root)
+    if manifest.hash != model.facts["split_hash"]:
+        raise ValueError(
+            f"{run / SPLIT_FILE} is split {manifest.hash[:12]}, expected that of the model: "
+            f"{str(model.facts['split_hash'])[:12]}"
+        )
+    found: dict[str, Labelled] = {}
+    for part in manifest.splits:
+        items = manifest.subset(part)
+        order = np.random.default_rng(0).permutation(len(items))
+        labels = np.array([items[i].label for i in order], np.int64)
+        found[part] = [root / items[i].path for i in order], labels
+    return found
+
+
+def unsure_below(network: Predictor, calibration: Calibration, share: float) -> float:
+    """The smallest best probability at which ``share`` of the answered images are right.
+
+    Raises:
+        ValueError: no labels, or no limit reaches the share.
+    """
+    if calibration.labels is None:
+        raise ValueError("--unsure-accuracy needs labels: expected --calibration in class folders")
+    images, labels = calibration.images, calibration.labels
+    parts = [network.probabilities(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    probabilities = np.concatenate(parts)
+    best = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    for limit in np.unique(best):
+        if right[best >= limit].mean() >= share:
+            return float(limit)
+    raise ValueError(
+        f"--unsure-accuracy {share:g}: no limit reaches it on {len(labels)} calibration images, "
+        "expected less"
+    )
+
+
+def calibration_of(
+    folder: Path | None,
+    run: dict[str, Labelled] | None,
+    class_names: Sequence[str],
+    view: Any,
+) -> Calibration:
     """The first 512 images of a folder, with labels where its folders tell all of them.
+
+    Without a folder those of the run's calibration part, or where there is none its training part.
 
     Raises:
         ValueError: none, or none that can be read.
     """
-    files = images_in(folder, what="calibration")[:MOST_CALIBRATION]
-    labels = labels_of(folder, files, class_names)
+    if folder is not None:
+        files = images_in(folder, what="calibration")[:MOST_CALIBRATION]
+        labels = labels_of(folder, files, class_names)
+    else:
+        assert run is not None  # the command line was checked
+        files, labels = run.get("calibration") or run["train"]
+        files, labels = files[:MOST_CALIBRATION], labels[:MOST_CALIBRATION]
     parts = [
         (images.copy(), found)
         for images, found in batches_of(files, labels, view, what="calibration")

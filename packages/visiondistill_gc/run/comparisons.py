@@ -42,9 +42,15 @@ def judged_on(run: Run) -> tuple[str, ImageSet]:
     return "validation", run.data.images.subset(run.data.validation_rows(fold_of(run)))
 
 
+def arms_of(run: Run) -> list[str]:
+    """Names of the arms; stored answers have no head to make random."""
+    return [arm for arm, (_, random_head, _) in ARMS.items() if run.teacher_runs or not random_head]
+
+
 def cells_of(run: Run) -> list[Cell]:
     """An arm with a seed each; what it was made with is the run's configuration."""
-    return [Cell(arm, {}, seed) for seed in run.settings.records.compare_seeds for arm in ARMS]
+    seeds = run.settings.records.compare_seeds
+    return [Cell(arm, {}, seed) for seed in seeds for arm in arms_of(run)]
 
 
 def stage_of(cell: Cell) -> str:
@@ -59,8 +65,8 @@ def train_cell(run: Run, cell: Cell) -> dict[str, Any]:
     seed = derive_seed(run.settings.run.seed, "compare", cell.seed)
     teacher: Teacher | None = None
     if taught:
-        net = load_teacher(run, fold_of(run)).net
-        if random_head:
+        net = load_teacher(run, fold_of(run)).net if random_head else None
+        if net is not None:
             with_random_head(net, seed=seed % 2**32)
         teacher = make_teacher(run, fold_of(run), net=net)
     seed_all(seed % 2**32)
@@ -81,7 +87,6 @@ def train_cell(run: Run, cell: Cell) -> dict[str, Any]:
         fold=fold_of(run),
         teacher=teacher,
         visual=VisualLog(None),
-        view_seed=derive_seed(seed, "views"),
     )
     _, images = judged_on(run)
     found = main_writes(lambda: predict(run, student, images).accuracy, run.world)
@@ -106,7 +111,8 @@ def trials_of(run: Run) -> Trials:
 
 def differences_of(trials: Trials) -> list[Difference]:
     """Of ``distilled`` to every other arm, paired by seed."""
-    return [compare(trials, "distilled", arm, "accuracy") for arm in ARMS if arm != "distilled"]
+    others = [arm for arm in trials.names if arm != "distilled"]
+    return [compare(trials, "distilled", arm, "accuracy") for arm in others]
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -117,7 +123,7 @@ def summary(run: Run) -> dict[str, Any]:
         "judged_on": where,
         "images": len(images),
         "seeds": list(run.settings.records.compare_seeds),
-        "teachers": teacher_accuracies(run),
-        "arms": {arm: spread(trials.values(arm, "accuracy")) for arm in ARMS},
+        **({"teachers": teacher_accuracies(run)} if run.teacher_runs else {}),
+        "arms": {arm: spread(trials.values(arm, "accuracy")) for arm in arms_of(run)},
         "differences": {one.name: one.plain() for one in differences_of(trials)},
     }

@@ -59,9 +59,21 @@ class Run:
         knowledge = self.settings.teacher.teacher_knowledge
         return self.settings.training.alpha != 1 and knowledge is None
 
-    def student_file(self, fold: int) -> Path:
-        """As the README names it."""
-        return self.models / f"best_model_fold{fold}.pdparams"
+    def student_file(self, fold: int | None) -> Path:
+        """As the README names it; a student that is the only one, or taught by the folds (None)."""
+        alone = fold is None or self.settings.data.n_splits == 1
+        return self.models / ("best_model.pdparams" if alone else f"best_model_fold{fold}.pdparams")
+
+    @property
+    def validated(self) -> str:
+        """What the images are called that validate the students."""
+        return "validation" if self.settings.data.n_splits == 1 else "out of fold"
+
+    @property
+    def evaluated(self) -> str:
+        """What tells apart the evaluations of a run: its folds, and whether they taught one."""
+        what = self.settings.run
+        return "-".join([*map(str, what.folds), *(["one"] if what.one_student else [])])
 
     def teacher_file(self, fold: int) -> Path:
         """The teacher that this fold's training part made, or the one that was given."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from shared_core.metrics import Confusion, classification_report, softmax, summarize
 from shared_core.metrics.calibration import ece, nll
+from shared_core.metrics.intervals import wilson_interval
 from shared_core.runs.json_files import write_json, write_text
 from visiondistill_gc.run.context import Run, predict
 from visiondistill_gc.run.stages import load_teacher
@@ -58,7 +59,7 @@ def out_of_fold(run: Run) -> dict[str, Any]:
     for fold, part in zip(folds, parts, strict=True):
         own = _confusion(part.probs, part.labels)
         write_tables(run.folder / "tables", f"fold{fold}", own, classes)
-    run.log.say(f"out of fold:\n{text}")
+    run.log.say(f"{run.validated}:\n{text}")
     by_fold = [float((p.probs.argmax(axis=1) == p.labels).mean()) for p in parts]
     return {
         "folds": list(folds),
@@ -72,7 +73,7 @@ def out_of_fold(run: Run) -> dict[str, Any]:
 
 
 def held_out(run: Run) -> dict[str, Any] | None:
-    """The models of all folds, their mean, and their teachers, on images that no fold saw."""
+    """The folds' models, their mean, the one they taught, their teachers: on images none saw."""
     images = run.data.test
     if images is None:
         return None
@@ -89,7 +90,8 @@ def held_out(run: Run) -> dict[str, Any] | None:
         [Path(p).name for p in images.paths or []],
         class_names=run.data.classes,
     )
-    run.log.say(f"ensemble of {len(alone)} folds on held-out images:\n{text}")
+    who = f"ensemble of {len(alone)} folds" if len(alone) > 1 else "student"
+    run.log.say(f"{who} on held-out images:\n{text}")
     found: dict[str, Any] = {
         "images": len(labels),
         "students": _summary(alone),
@@ -100,6 +102,16 @@ def held_out(run: Run) -> dict[str, Any] | None:
         },
         "confusion": matrix.tolist(),
     }
+    if run.settings.run.one_student:
+        one = predict(run, load_model(run.student_file(None)).net, images)
+        probs = softmax(one.logits)
+        path = run.folder / "predictions" / "one_test.npz"
+        names = [Path(p).name for p in images.paths or []]
+        save_predictions(path, probs, labels, names, class_names=run.data.classes)
+        write_tables(run.folder / "tables", "one", _confusion(probs, labels), run.data.classes)
+        low, high = wilson_interval(int((probs.argmax(axis=1) == labels).sum()), len(labels))
+        found["one"] = {"accuracy": one.accuracy, "low": low, "high": high,
+                        "nll": nll(probs, labels), "ece": ece(probs, labels)}  # fmt: skip
     if run.teacher_runs:
         own = folds[:1] if run.settings.teacher.teacher_weights else folds
         found["teachers"] = _summary(

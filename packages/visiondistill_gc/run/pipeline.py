@@ -22,6 +22,7 @@ from visiondistill_gc.run.context import Run
 from visiondistill_gc.run.evaluation import held_out, out_of_fold
 from visiondistill_gc.run.report import (
     headline,
+    judged_model,
     teacher_facts,
     verdicts,
     write_record,
@@ -44,8 +45,9 @@ from visiondistill_gc.run.starting import (
 from visiondistill_gc.utils.data_utils import prepare, train_view
 
 # What does not change a run's result, so that a resumed run may say something else.
-MAY_DIFFER = ("stage", "workers", "save_every", "data_root", "visualdl", "folds")
+MAY_DIFFER = ("stage", "workers", "save_every", "data_root", "visualdl", "folds", "one_student")
 NOT_IN_CONFIG = ("output", "log_dir", "save_dir")
+JUDGED = ("out_of_fold", "test")
 RUN_KEYS = ("scale", "teacher_engine", "n_splits")  # what tells a run of this command
 
 Job = Callable[[], dict[str, Any]]
@@ -81,8 +83,7 @@ def run_recipe(settings: Settings, command: str) -> None:
 
 def _last_words(run: Run) -> list[str]:
     """What the report found of floors and teaching; nothing before there is a report."""
-    names = "-".join(map(str, run.settings.run.folds))
-    return list((run.log.done(f"report{names}") or {}).get("verdicts", []))
+    return list((run.log.done(f"report{run.evaluated}") or {}).get("verdicts", []))
 
 
 def _check(settings: Settings, world: World) -> None:
@@ -122,11 +123,13 @@ def _jobs(run: Run, command: str) -> list[tuple[str, str, Job]]:
             teach = given_teacher if run.settings.teacher.teacher_weights else train_teacher
             jobs.append(("folds", f"teacher{fold}", lambda f=fold, t=teach: t(run, f)))
         jobs.append(("folds", f"fold{fold}", lambda f=fold: train_student(run, f)))
-    names = "-".join(map(str, folds))
+    if run.settings.run.one_student:
+        jobs.append(("one", "one", lambda: train_student(run, None)))
+    names = run.evaluated
     jobs.append(("evaluate", f"evaluate{names}", lambda: _evaluate(run)))
     for cell in cells_of(run):
         jobs.append(("compare", stage_of(cell), lambda c=cell: train_cell(run, c)))
-    jobs.append(("report", f"report{names}", lambda: _report(run, f"evaluate{names}", command)))
+    jobs.append(("report", f"report{names}", lambda: _report(run, command)))
     return jobs
 
 
@@ -134,9 +137,10 @@ def _prepare(run: Run, command: str) -> dict[str, Any]:
     """Say what the data are, show augmented images, measure the floor."""
     data, settings, begun = run.data, run.settings, time.monotonic()
     result: dict[str, Any] = {"command": command}
-    sizes = np.bincount(data.folds, minlength=settings.data.n_splits).tolist()
+    sizes = [len(data.validation_rows(fold)) for fold in range(settings.data.n_splits)]
     run.log.say(data.prepared.manifest.summary())
-    run.log.say(f"folds of {sizes} images, {data.groups} groups of copies kept together")
+    parts = f"folds of {sizes} images" if len(sizes) > 1 else f"validated on {sizes[0]} images"
+    run.log.say(f"{parts}, {data.groups} groups of copies kept together")
     result["start"] = main_writes(lambda: _look_at_starts(run), run.world)
     if settings.teacher.teacher_knowledge is not None and settings.training.alpha != 1:
         result["knowledge"] = _look_at_knowledge(run)
@@ -219,12 +223,14 @@ def _look_at_knowledge(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: no better than one answer for all, without ``--allow-untrained-teacher``.
     """
-    teacher, images, options = stored_teacher(run), run.data.images, run.settings.teacher
+    teacher, options = stored_teacher(run), run.settings.teacher
+    learned = [run.data.train_rows(fold) for fold in run.settings.run.folds]
+    images = run.data.images.subset(np.unique(np.concatenate(learned)))
     answers = teacher.logits(images.keys, 0).argmax(axis=1)
     found = float((answers == images.labels).mean())
     share = float(np.bincount(images.labels).max() / len(images))
     run.log.say(
-        f"stored teacher: accuracy {found:.4f} on all images of the folds, always the commonest "
+        f"stored teacher: accuracy {found:.4f} on the images to learn from, always the commonest "
         f"class {share:.4f}; which images it was trained on is not known here"
     )
     if found <= share and not options.allow_untrained_teacher:
@@ -235,6 +241,7 @@ def _look_at_knowledge(run: Run) -> dict[str, Any]:
     return {
         "accuracy_on_fold_images": found,
         "teacher_hash": teacher.store.about["teacher_hash"],
+        "saw": teacher.store.about["view"],
         "views": teacher.views or "one answer an image",
         "mixup": "answers of the two images mixed; the teacher did not see the mixture",
     }
@@ -246,18 +253,16 @@ def _evaluate(run: Run) -> dict[str, Any]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _report(run: Run, evaluated: str, command: str) -> dict[str, Any]:
+def _report(run: Run, command: str) -> dict[str, Any]:
     """The record and the report, from what the stages left."""
     stages, fold = run.log.stages, run.settings.run.folds[0]
     prepared = stages["prepare"]
-    measured: dict[str, Any] = {"teacher": teacher_facts(run)}
+    measured: dict[str, Any] = {"teacher": teacher_facts(run), "validated": run.validated}
     measured["start"] = prepared["start"]
     for name in ("floor", "trained_floor"):
         if prepared.get(name):
             measured[name] = prepared[name]
-    for name in ("out_of_fold", "test"):
-        if name in stages[evaluated]:
-            measured[name] = stages[evaluated][name]
+    measured |= {k: v for k, v in stages[f"evaluate{run.evaluated}"].items() if k in JUDGED}
     measured["parameters"] = stages[f"fold{fold}"]["parameters"]
     if run.settings.records.compare_seeds:
         measured["comparison"] = main_writes(lambda: summary(run), run.world)
@@ -269,8 +274,12 @@ def _report(run: Run, evaluated: str, command: str) -> dict[str, Any]:
     main_writes(write, run.world)
     folds = measured["out_of_fold"]["accuracy"]
     deviation = "" if folds["std"] is None else f" +- {folds['std']:.4f}"
-    run.log.say(f"folds: accuracy {folds['mean']:.4f}{deviation} over {folds['runs']}")
+    run.log.say(f"{run.validated}: accuracy {folds['mean']:.4f}{deviation} over {folds['runs']}")
     if "test" in measured:
-        run.log.say(f"ensemble, held out: {measured['test']['ensemble']['accuracy']:.4f}")
+        run.log.say(
+            f"{judged_model(run)}, held out: {measured['test']['ensemble']['accuracy']:.4f}"
+        )
+    if run.student_file(None).exists():
+        run.log.say(f"the model to export: {run.student_file(None)}")
     run.log.say(f"report: {run.folder / 'report.html'}")
     return {"verdicts": verdicts(measured)}

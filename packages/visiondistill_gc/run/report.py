@@ -15,20 +15,28 @@ from visiondistill_gc.utils.prediction_files import load_predictions
 
 NOT_REPRODUCED = "rehearsal on built-in data: this is not a reproduction of any published number"
 FLOOR = "trained features, linear"
+OUT_OF_FOLD, HELD_OUT = "out of fold", "on held-out images"
 WRONG_SHOWN = 12
 
 
 def headline(run: Run) -> str:
     """The line that says what was run on what; a run's first and last."""
     facts, scale = run.data.facts(), run.settings.run.scale
+    folds = f"{n} folds" if (n := run.settings.data.n_splits) > 1 else "one student"
     what = (
         f"visiondistill_gc, scale {scale}: {facts['name']} ({facts['kind']}), "
         f"{facts['images']} images, {len(run.data.classes)} classes, {facts['pixels']} px, "
-        f"{run.settings.data.n_splits} folds, split {facts['split_hash'][:12]}"
+        f"{folds}, split {facts['split_hash'][:12]}"
     )
     if not run.data.prepared.rehearsal:
         return what
     return f"REHEARSAL - {what}. {NOT_REPRODUCED[0].upper()}{NOT_REPRODUCED[1:]}."
+
+
+def judged_model(run: Run) -> str:
+    """What the held-out images judge first: the folds together, or a single student."""
+    folds = len(run.settings.run.folds)
+    return f"ensemble of {folds}" if run.settings.data.n_splits > 1 else "student"
 
 
 def teacher_facts(run: Run) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     report = Report(f"Garbage classification on {run.data.prepared.name}")
     _opening(run, report, record)
     report.heading("Result")
-    _results(report, measured)
+    _results(run, report, measured)
     report.text(_networks(run, measured))
     _pictures(run, report, measured)
     if "comparison" in measured:
@@ -88,17 +96,20 @@ def _floor(measured: dict[str, Any]) -> float | None:
 
 def verdicts(measured: dict[str, Any]) -> list[str]:
     """Whether the result is above the floors, and whether distillation helped: whole sentences."""
-    said, folds = [], measured["out_of_fold"]
-    trained, plain = measured.get("trained_floor"), measured.get("floor")
-    if trained:
-        floor = trained["out_of_fold"]["accuracy"]
-        said.append(_against(folds["pooled_accuracy"], floor, "out of fold", FLOOR))
+    said, where = [], measured.get("validated", OUT_OF_FOLD)
+    validated = measured["out_of_fold"]["pooled_accuracy"]
+    trained, plain, test = (measured.get(k) for k in ("trained_floor", "floor", "test"))
+    held = test["ensemble"]["accuracy"] if test else None
+    if trained and test and where != OUT_OF_FOLD:  # a single student: its epoch was chosen there
+        said.append(_against(held, trained["test"]["accuracy"], HELD_OUT, FLOOR))
+    elif trained:
+        said.append(_against(validated, trained["out_of_fold"]["accuracy"], where, FLOOR))
+    if test and "one" in test and trained:
+        found, floor = test["one"]["accuracy"], trained["test"]["accuracy"]
+        said.append("The one student: " + _against(found, floor, HELD_OUT, FLOOR))
     if plain:
-        best = max(plain.values())
-        where, found = "out of fold", folds["pooled_accuracy"]
-        if "test" in measured:
-            where, found = "on held-out images", measured["test"]["ensemble"]["accuracy"]
-        said.append(_against(found, best, where, "the best floor without a network"))
+        found, where = (held, HELD_OUT) if test else (validated, where)
+        said.append(_against(found, max(plain.values()), where, "the best floor without a network"))
     gap = measured.get("comparison", {}).get("differences", {}).get("distilled - undistilled")
     if gap:
         low, high = gap["low"], gap["high"]
@@ -136,7 +147,7 @@ def _opening(run: Run, report: Report, record: dict[str, Any]) -> None:
         report.note("The teacher's head is untrained: its answers are noise. It was asked for.")
 
 
-def _results(report: Report, measured: dict[str, Any]) -> None:
+def _results(run: Run, report: Report, measured: dict[str, Any]) -> None:
     """The table of accuracies, and what each stands for."""
     folds, test, floor = measured["out_of_fold"], measured.get("test"), _floor(measured)
     rows: list[list[object]] = []
@@ -150,27 +161,29 @@ def _results(report: Report, measured: dict[str, Any]) -> None:
     trained = measured.get("trained_floor", {})
     for images in ("test", "out_of_fold"):
         if images in trained:
-            where = "held out" if images == "test" else "out of fold"
+            where = "held out" if images == "test" else run.validated
             add(where, f"{FLOOR} ({trained['network']})", trained[images]["accuracy"])
     if test:
-        for name, model in (("teachers", "teachers"), ("students", "students, one a fold")):
+        for name, model in (("teachers", "teachers"), ("students", "students")):
             if name in test:
                 found = test[name]
                 add("held out", model, found["mean"], found["std"], found["runs"])
-        add("held out", f"ensemble of {len(folds['folds'])}", test["ensemble"]["accuracy"])
+        if len(folds["folds"]) > 1:
+            add("held out", judged_model(run), test["ensemble"]["accuracy"])
+        if "one" in test:
+            add("held out", "one student, taught by the folds' students", test["one"]["accuracy"])
     found = folds["accuracy"]
-    add("out of fold", "students", found["mean"], found["std"], found["runs"])
+    add(run.validated, "students", found["mean"], found["std"], found["runs"])
     report.table(["images", "model", "accuracy", "deviation", "runs"], rows)
+    what = "Validation: images that no training step saw. "
+    if run.validated == OUT_OF_FOLD:
+        what = "Out of fold: each image is judged by the model whose training part lacks it. "
     report.text(
-        "Out of fold: each image is judged by the model whose training part lacks it. That model's "
-        "epoch was chosen on the same images, so this number is a little too good; held-out images "
-        "chose nothing. Teachers were trained on their fold's training part alone, last epoch kept."
+        what
+        + "The model's epoch was chosen on the same images, so this number is a little too good; "
+        "held-out images chose nothing. Teachers learned from their student's training part alone, "
+        "last epoch kept."
     )
-    if test and floor is not None:
-        lead = 100 * (test["ensemble"]["accuracy"] - floor)
-        report.text(
-            f"The ensemble is {abs(lead):.1f} points {'above' if lead > 0 else 'BELOW'} the floor."
-        )
 
 
 def _networks(run: Run, measured: dict[str, Any]) -> str:
@@ -196,16 +209,17 @@ def _pictures(run: Run, report: Report, measured: dict[str, Any]) -> None:
     """Confusion matrices, precision and recall, the surest mistakes."""
     folder, classes = run.folder, run.data.classes
     pooled = load_predictions(folder / "predictions" / "out_of_fold.csv")
-    matrices = [("out_of_fold", "Out-of-fold confusion matrix.", measured["out_of_fold"])]
+    text = f"Confusion matrix, {run.validated}."
+    matrices = [("out_of_fold", text, measured["out_of_fold"])]
     if "test" in measured:
-        text = "Confusion matrix of the ensemble on held-out images."
+        text = f"Confusion matrix of the {judged_model(run)} on held-out images."
         matrices.append(("ensemble", text, measured["test"]))
     for name, text, found in matrices:
         path = folder / f"{name}_confusion.png"
         report.figure(plots.confusion(path, np.array(found["confusion"]), classes), text)
     report.figure(
         plots.precision_recall(folder / "out_of_fold_pr.png", pooled.probs, pooled.labels, classes),
-        "Precision and recall of each class, out of fold.",
+        f"Precision and recall of each class, {run.validated}.",
     )
     _wrong_images(run, report, pooled)
 
@@ -232,9 +246,13 @@ def _comparison(run: Run, report: Report, found: dict[str, Any], floor: float | 
     report.text(
         f"{found['epochs']} epochs, last one kept, {len(found['seeds'])} seeds, judged on "
         f"{found['images']} {where}. All arms of a seed begin with the same weights and see the "
-        f"same views. The right teacher knows {100 * found['teachers']['right']:.1f} % of them, "
-        f"with a random head {100 * found['teachers']['random_head']:.1f} %."
+        "same views."
     )
+    if "teachers" in found:
+        report.text(
+            f"The right teacher knows {100 * found['teachers']['right']:.1f} % of them, with a "
+            f"random head {100 * found['teachers']['random_head']:.1f} %."
+        )
     trials = trials_of(run)
     add_arms(report, trials, {"accuracy": "accuracy"}, first="arm")
     add_differences(report, differences_of(trials))
@@ -264,4 +282,4 @@ def _wrong_images(run: Run, report: Report, pooled: Any) -> None:
         [pictures[:half], pictures[half:]] if len(pictures) > 1 else [pictures],
         [captions[:half], captions[half:]] if len(pictures) > 1 else [captions],
     )
-    report.figure(path, "The surest mistakes, out of fold.")
+    report.figure(path, f"The surest mistakes, {run.validated}.")

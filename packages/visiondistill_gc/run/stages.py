@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shared_core.for_paddle.checkpoints import unwrap
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.distributed import main_writes
 from shared_core.for_paddle.seeds import seed_all
+from shared_core.knowledge import KnowledgeStore
 from shared_core.metrics import nll_from_logits, softmax
 from shared_core.runs import derive_seed
 from visiondistill_gc.models.lite_model import Lite
@@ -38,7 +40,7 @@ from visiondistill_gc.utils.model_files import (
     load_model,
     save_model,
 )
-from visiondistill_gc.utils.prediction_files import save_predictions
+from visiondistill_gc.utils.prediction_files import load_predictions, save_predictions
 from visiondistill_gc.utils.teaching import LiveTeacher, StoredTeacher, Teacher
 from visiondistill_gc.utils.train_utils import Best, Plan, StageState, Training, fit
 from visiondistill_gc.utils.transforms import eval_view
@@ -67,19 +69,21 @@ def train(
     net: nn.Layer,
     *,
     plan: Plan,
-    fold: int,
+    fold: int | None,
     teacher: Teacher | None,
     visual: VisualLog,
-    view_seed: int,
-    views: int | None = None,
 ) -> tuple[Best, StageState]:
-    """Train ``net`` on a fold's training part; its validation part is looked at every epoch."""
+    """Train ``net`` on a fold's training part; its validation part is looked at every epoch.
+
+    Without a fold all images are learned from, and none is looked at.
+    """
     data, how = run.data, plan.how
     images = data.images.subset(data.train_rows(fold))
-    held = data.images.subset(data.validation_rows(fold))
+    views = teacher.views if isinstance(teacher, StoredTeacher) else None
+    seed = run.settings.teacher.knowledge_seed if views else derive_seed(plan.seed, "views")
     loader = train_loader(
         images,
-        view=train_view(run.settings, seed=view_seed),
+        view=train_view(run.settings, seed=seed),
         batch_size=how.batch_size // run.world.world_size,
         order_seed=derive_seed(plan.seed, "order"),
         workers=run.settings.data.workers,
@@ -98,6 +102,9 @@ def train(
     net, optimizer = precision.decorate(net, make_optimizer(net, how))
 
     def validate(trained: nn.Layer) -> dict[str, float]:
+        if fold is None:
+            return {}
+        held = data.images.subset(data.validation_rows(fold))
         answers = predict(run, trained, held, precision=precision)
         loss = nll_from_logits(answers.logits, answers.labels)
         return {"loss": loss, "acc": answers.accuracy}
@@ -122,7 +129,7 @@ def train(
     return fit(training)
 
 
-def _loss(run: Run, fold: int, how: TrainingOptions, *, taught: bool) -> DistillationLoss:
+def _loss(run: Run, fold: int | None, how: TrainingOptions, *, taught: bool) -> DistillationLoss:
     return DistillationLoss(
         temperature=how.temperature,
         alpha=how.alpha if taught else 1.0,
@@ -130,7 +137,7 @@ def _loss(run: Run, fold: int, how: TrainingOptions, *, taught: bool) -> Distill
     )
 
 
-def class_weights(run: Run, fold: int) -> np.ndarray | None:
+def class_weights(run: Run, fold: int | None) -> np.ndarray | None:
     """Balanced weights of a fold's training part, unless ``--class-weights none``."""
     if run.settings.training.class_weights == "none":
         return None
@@ -138,7 +145,7 @@ def class_weights(run: Run, fold: int) -> np.ndarray | None:
     return balanced_weights(labels, num_classes=len(run.data.classes))
 
 
-def _save(run: Run, path: Path, net: nn.Layer, fold: int, **facts: Any) -> None:
+def _save(run: Run, path: Path, net: nn.Layer, fold: int | None, **facts: Any) -> None:
     """A model file of this run; ``facts``: architecture, epoch, metrics and more."""
     save_model(
         path,
@@ -192,16 +199,8 @@ def train_teacher(run: Run, fold: int) -> dict[str, Any]:
     epoch, seconds = 0, 0.0
     if options.teacher_epochs:
         visual = run.visual(f"teacher_fold_{fold}")
-        best, state = train(
-            run,
-            stage,
-            net,
-            plan=teacher_plan(run, seed),
-            fold=fold,
-            teacher=None,
-            visual=visual,
-            view_seed=derive_seed(seed, "views"),
-        )
+        plan = teacher_plan(run, seed)
+        best, state = train(run, stage, net, plan=plan, fold=fold, teacher=None, visual=visual)
         visual.close()
         epoch, seconds = best.epoch + 1, state.seconds
     trained = bool(options.teacher_epochs) or probes(run, TEACHER)
@@ -282,7 +281,6 @@ def stored_teacher(run: Run) -> StoredTeacher:
         options.teacher_knowledge,
         classes=run.data.classes,
         train_view=train_view(run.settings, seed=options.knowledge_seed).settings(),
-        eval_view=eval_view(run.settings.data.input_size).settings(),
         temperature=run.settings.training.temperature,
     )
 
@@ -290,30 +288,20 @@ def stored_teacher(run: Run) -> StoredTeacher:
 # -- the student ----------------------------------------------------------------------------------
 
 
-def train_student(run: Run, fold: int) -> dict[str, Any]:
-    """The student of a fold; its best epoch by validation accuracy is kept."""
-    stage = f"fold{fold}"
+def train_student(run: Run, fold: int | None) -> dict[str, Any]:
+    """The student of a fold, its best epoch by validation accuracy; or of all folds, the last."""
+    stage = "one" if fold is None else f"fold{fold}"
     seed = derive_seed(run.settings.run.seed, stage)
-    teacher = make_teacher(run, fold)
+    teacher = folds_teacher(run) if fold is None else make_teacher(run, fold)
     seed_all(seed % 2**32)
     net = new_net(run, STUDENT, fold)
-    views = teacher.views if isinstance(teacher, StoredTeacher) else None
-    visual = run.visual(f"fold_{fold}")
-    best, state = train(
-        run,
-        stage,
-        net,
-        plan=Plan(run.settings.training, seed=seed),
-        fold=fold,
-        teacher=teacher,
-        visual=visual,
-        view_seed=run.settings.teacher.knowledge_seed if views else derive_seed(seed, "views"),
-        views=views,
-    )
+    visual = run.visual(stage if fold is None else f"fold_{fold}")
+    plan = Plan(run.settings.training, seed=seed, keep="last" if fold is None else "best")
+    best, state = train(run, stage, net, plan=plan, fold=fold, teacher=teacher, visual=visual)
     main_writes(lambda: _keep_student(run, unwrap(net), fold, best, visual), run.world)
     visual.close()
     return {
-        "accuracy": best.accuracy,
+        **({} if fold is None else {"accuracy": best.accuracy}),
         "epoch": best.epoch,
         "file": run.student_file(fold).name,
         "parameters": count_parameters(net),
@@ -321,10 +309,42 @@ def train_student(run: Run, fold: int) -> dict[str, Any]:
     }
 
 
-def _keep_student(run: Run, net: nn.Layer, fold: int, best: Best, visual: VisualLog) -> None:
+def folds_teacher(run: Run) -> StoredTeacher:
+    """What each fold's student said of its validation part, as a store that any project reads.
+
+    So every image is answered by a model that did not learn it.
+    """
+    folder, data = run.folder / "knowledge", run.data
+    main_writes(lambda: _store_out_of_fold(run, folder), run.world)
+    return StoredTeacher(
+        folder,
+        classes=data.classes,
+        train_view=train_view(run.settings, seed=0).settings(),
+        temperature=run.settings.training.temperature,
+    )
+
+
+def _store_out_of_fold(run: Run, folder: Path) -> None:
+    """Write the folds' answers; a store that is there already is completed."""
+    data, folds = run.data, run.settings.run.folds
+    key = {entry.path: entry.key for entry in data.entries}
+    students = [load_model(run.student_file(fold)).facts["sha256"] for fold in folds]
+    with KnowledgeStore.create(
+        folder,
+        teacher_hash=hashlib.sha256(" ".join(students).encode()).hexdigest(),
+        classes=list(data.classes),
+        view=eval_view(run.settings.data.input_size).settings(),
+        kind="probs",
+        dtype="float32",
+    ) as store:
+        for fold in folds:
+            part = load_predictions(run.folder / "predictions" / f"fold{fold}.npz")
+            store.put([key[path] for path in part.keys], 0, part.probs)
+
+
+def _keep_student(run: Run, net: nn.Layer, fold: int | None, best: Best, visual: VisualLog) -> None:
     """Model file, predictions of the validation part, and what VisualDL shows at the end."""
     data, path = run.data, run.student_file(fold)
-    metrics = {"validation_accuracy": best.accuracy}
     _save(
         run,
         path,
@@ -332,8 +352,10 @@ def _keep_student(run: Run, net: nn.Layer, fold: int, best: Best, visual: Visual
         fold,
         architecture=run.settings.student.student,
         epoch=best.epoch,
-        metrics=metrics,
+        metrics={} if fold is None else {"validation_accuracy": best.accuracy},
     )
+    if fold is None:
+        return
     rows = data.validation_rows(fold)
     answers = predict(run, load_model(path).net, data.images.subset(rows))
     probs = softmax(answers.logits)

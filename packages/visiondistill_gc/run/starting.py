@@ -37,7 +37,6 @@ from visiondistill_gc.utils.model_files import fill_body
 from visiondistill_gc.utils.paddle_inference import paddle_inference
 
 STUDENT, TEACHER = "student", "teacher"
-HARDLY = 0.1  # of the usual deviation of a feature
 Facts = dict[str, Any]
 
 
@@ -103,7 +102,7 @@ def started(run: Run, who: str) -> tuple[nn.Layer, Facts]:
     return net, {**facts, "head": "new" if new else "the file's"}
 
 
-def new_net(run: Run, who: str, fold: int) -> nn.Layer:
+def new_net(run: Run, who: str, fold: int | None) -> nn.Layer:
     """Where a fold's teacher or student starts: with ``--probe`` its head knows the classes."""
     net, facts = started(run, who)
     if facts.get("head") == "new" and probes(run, who):
@@ -120,16 +119,11 @@ def probes(run: Run, who: str) -> bool:
 
 
 def fold_probe(run: Run, features: Features, fold: int | None) -> LinearProbe:
-    """Fitted on a fold's training part, or on the images of all folds."""
+    """Fitted on a fold's training part; None: on the images of all folds."""
     data = run.data
-    rows = np.arange(len(data.images)) if fold is None else data.train_rows(fold)
+    rows = data.train_rows(fold)
     labels = data.images.labels[rows]
-    values = features.folds[rows].copy()
-    spread = values.std(axis=0)
-    # A feature that is nearly always 0 would get a huge weight, and the head's answers would jump
-    # with the least change of what is below it.
-    values[:, spread < HARDLY * np.median(spread)] = 0.0
-    return fit_probe(values, labels, num_classes=len(data.classes))
+    return fit_probe(features.folds[rows], labels, num_classes=len(data.classes))
 
 
 def features_of(run: Run, net: nn.Layer, facts: Facts) -> Features:
@@ -207,7 +201,8 @@ def trained_floor(run: Run) -> Facts | None:
         right, total = right + int((said == data.images.labels[rows]).sum()), total + len(rows)
     judged = {"out_of_fold": _share(right, total)}
     if data.test is not None:
-        said = fold_probe(run, features, None).logits(features.test).argmax(axis=1)
+        learned = None if run.settings.data.n_splits > 1 else 0
+        said = fold_probe(run, features, learned).logits(features.test).argmax(axis=1)
         judged["test"] = _share(int((said == data.test.labels).sum()), len(data.test))
     size = run.settings.data.input_size
     return {"network": features.network, "input_size": size, "start": found[1], **judged}

@@ -16,12 +16,14 @@ from shared_core.datasets.splitting.manifest import Entry
 from shared_core.datasets.splitting.prepared import VERIFY_FILE, PreparedData, prepare_data
 from shared_core.runs import derive_seed
 from shared_core.runs.json_files import write_json
-from visiondistill_gc.options import Settings
+from visiondistill_gc.options import DataOptions, Settings
 from visiondistill_gc.utils.folds import Matcher, group_matcher, group_names, make_folds
 from visiondistill_gc.utils.transforms import GarbageView, eval_view
 
 FOLDS_FILE, CACHE_FOLDER = "folds.json", "decoded"
 EVAL_BATCH = 64
+NO_FOLD = -2  # no row's fold
+PARTS_OF_ONE = 10  # a single student is validated on a tenth, where no part is there for it
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class GarbageData:
         input_size: side of the network's input, pixels.
         entries: the samples that the folds divide, in the order of ``images``.
         images: their pixels.
-        folds: the fold in which each of them is validated, ``(N,)``.
+        folds: the fold in which each of them is validated, ``(N,)``. A single student has fold 0,
+            and -1 for what it learns from.
         test: images that no fold sees; None without such a part.
         groups: how many groups of copies the folds kept together (a single image is one).
     """
@@ -51,13 +54,13 @@ class GarbageData:
         """Class names in the order of the logits."""
         return self.prepared.classes
 
-    def train_rows(self, fold: int) -> np.ndarray:
-        """Rows of ``images`` that fold ``fold`` learns from."""
-        return np.flatnonzero(self.folds != fold)
+    def train_rows(self, fold: int | None) -> np.ndarray:
+        """Rows of ``images`` that fold ``fold`` learns from; None: all."""
+        return np.flatnonzero(self.folds != (NO_FOLD if fold is None else fold))
 
-    def validation_rows(self, fold: int) -> np.ndarray:
-        """Rows of ``images`` that fold ``fold`` is validated on."""
-        return np.flatnonzero(self.folds == fold)
+    def validation_rows(self, fold: int | None) -> np.ndarray:
+        """Rows of ``images`` that fold ``fold`` is validated on; None: none."""
+        return np.flatnonzero(self.folds == (NO_FOLD if fold is None else fold))
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the data."""
@@ -82,16 +85,10 @@ def prepare(settings: Settings, output: Path) -> GarbageData:
     if options.group_pattern and all(matcher(e.path) is None for e in prepared.manifest.entries):
         raise DatasetError(f"--group-pattern {options.group_pattern} matches no file's name")
     held = [e for e in prepared.manifest.entries if e.split == "test"]
-    entries = tuple(e for e in prepared.manifest.entries if e.split != "test")
-    duplicates = _near_copies(output / VERIFY_FILE) if options.group_by == "near" else []
-    groups = group_names(entries, duplicates=duplicates, matcher=matcher)
-    folds = make_folds(
-        [e.label for e in entries],
-        groups,
-        folds=options.n_splits,
-        seed=options.split_seed,
-        kind=options.kfold,
-    )
+    entries = _entries(options, prepared)
+    near = _near_copies(output / VERIFY_FILE) if options.group_by == "near" else []
+    groups = group_names(entries, root=prepared.root, near=near, matcher=matcher)
+    folds = _folds(options, entries, groups)
     _write_folds(output / FOLDS_FILE, entries, folds)
     images, test = (_images(part, prepared.root) for part in (entries, held))
     if options.decoded_cache:
@@ -114,22 +111,46 @@ def prepare(settings: Settings, output: Path) -> GarbageData:
     )
 
 
+def _entries(options: DataOptions, prepared: PreparedData) -> tuple[Entry, ...]:
+    """The samples to learn from and to validate on.
+
+    A manifest's calibration part is there to choose on, so no fold learns from it.
+    """
+    parts = ["train"]
+    if options.split is None or options.n_splits == 1:
+        parts.append("calibration")
+    return tuple(e for e in prepared.manifest.entries if e.split in parts)
+
+
+def _folds(options: DataOptions, entries: Sequence[Entry], groups: Sequence[str]) -> np.ndarray:
+    """The fold of each sample; a single student is validated on the calibration part."""
+    chosen = np.array([e.split == "calibration" for e in entries])
+    if options.n_splits == 1 and chosen.any():
+        return np.where(chosen, 0, -1)
+    folds = make_folds(
+        [e.label for e in entries],
+        groups,
+        folds=PARTS_OF_ONE if options.n_splits == 1 else options.n_splits,
+        seed=options.split_seed,
+        kind=options.kfold,
+    )
+    return folds if options.n_splits > 1 else np.where(folds == 0, 0, -1)
+
+
 def _prepared(settings: Settings, output: Path, matcher: Matcher) -> PreparedData:
     """The images and their held-out part; copies and groups lie whole on one side of it."""
     options, test = settings.data, settings.data.test_share
     known = options.data_path is not None and options.data_set in datasets.names()
-
-    def group(path: str) -> str | None:
-        match = matcher(path)
-        return None if match is None else f"{path.split('/')[0]}/{match}"  # the first is the class
-
+    fractions = [("train", 1.0 - test), ("test", test)] if test else [("train", 1.0)]
+    if options.n_splits == 1 and test:
+        fractions = [("train", 1.0 - 2 * test), ("calibration", test), ("test", test)]
     return prepare_data(
         output,
         root=options.data_path,
         name=options.data_set if options.data_path else None,
         spec=datasets.get(options.data_set) if known else None,
         num_classes=options.num_classes,
-        fractions=(("train", 1.0 - test), ("test", test)) if test else (("train", 1.0),),
+        fractions=fractions,
         split_seed=options.split_seed,
         quarantine=options.quarantine,
         workers=options.workers,
@@ -139,7 +160,7 @@ def _prepared(settings: Settings, output: Path, matcher: Matcher) -> PreparedDat
             "images_per_class": options.builtin_images,
             "seed": derive_seed(settings.run.seed, "scenes") % 2**31,
         },
-        groups=group,
+        groups=matcher,
         split=options.split,
     )
 

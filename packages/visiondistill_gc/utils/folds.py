@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from shared_core.datasets import DatasetError
+from shared_core.datasets.finding.scan import Listing, Sample, part_of
 from shared_core.datasets.splitting.manifest import Entry
-from shared_core.datasets.splitting.placing import place
+from shared_core.datasets.splitting.placing import Placing, bounded_groups, place
 from visiondistill_gc.options import FOLD_KINDS
 
-Matcher = Callable[[str], str | None]  # path below the root to what its name has in common
+Matcher = Callable[[str], str | None]  # path below the root to the group that its name tells
 
 
 def group_matcher(pattern: str | None) -> Matcher:
-    """What a file's name tells of its group: files of a class with equal matches belong together.
+    """What a path tells of its group: files of a class with equal matches belong together.
+
+    The path's first folder is the class (below ``train``, ``val`` or ``test`` the second).
 
     Args:
         pattern: a regular expression on the name without suffix; its first bracket counts, or all
@@ -35,7 +39,10 @@ def group_matcher(pattern: str | None) -> Matcher:
     def group(path: str) -> str | None:
         name = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
         found = wanted.search(name) if wanted else None
-        return found and (found.group(1) if found.groups() else found.group(0))
+        match = found and (found.group(1) if found.groups() else found.group(0))
+        first, *more = path.split("/")[:-1]
+        kind = more[0] if more and part_of(first) else first
+        return None if match is None else f"{kind}/{match}"
 
     return group
 
@@ -43,42 +50,31 @@ def group_matcher(pattern: str | None) -> Matcher:
 def group_names(
     entries: Sequence[Entry],
     *,
-    duplicates: Iterable[Sequence[str]] = (),
+    root: Path,
+    near: Sequence[Sequence[str]] = (),
     matcher: Matcher | None = None,
 ) -> list[str]:
     """The group of each sample; samples of one group stay on one side.
 
-    Exact copies (equal content keys) always are a group.
+    Exact copies (equal content keys) always are a group; near copies are one unless they would
+    swallow a class, as for the held-out part.
 
     Args:
         entries: samples of a manifest.
-        duplicates: groups of paths that belong together, near copies say.
+        root: the folder that their paths start from.
+        near: groups of paths of nearly the same picture.
         matcher: see :func:`group_matcher`.
     """
-    parent: dict[str, str] = {}
-
-    def top(name: str) -> str:
-        while name in parent:
-            name = parent[name]
-        return name
-
-    def link(first: str, second: str) -> None:
-        low, high = sorted((top(first), top(second)))
-        if low != high:
-            parent[high] = low
-
-    nodes = [f"key:{entry.key}" for entry in entries]
-    by_path = {entry.path: node for entry, node in zip(entries, nodes, strict=True)}
-    for copies in duplicates:
-        members = [by_path[path] for path in copies if path in by_path]
-        for member in members[1:]:
-            link(members[0], member)
-    seen: dict[tuple[int, str], str] = {}
-    for entry, node in zip(entries, nodes, strict=True):
-        match = matcher(entry.path) if matcher else None
-        if match is not None:
-            link(seen.setdefault((entry.label, match), node), node)
-    return [top(node) for node in nodes]
+    samples = tuple(Sample(root / entry.path, entry.label, None) for entry in entries)
+    listing = Listing(root, (), samples, "single")
+    placing = Placing(
+        listing,
+        groups=matcher,
+        duplicates=bounded_groups(listing, near)[0],
+        quarantine={},
+        keys={entry.path: entry.key for entry in entries},
+    )
+    return placing.deciders
 
 
 def make_folds(

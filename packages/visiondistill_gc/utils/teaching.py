@@ -105,20 +105,21 @@ class StoredTeacher:
     """Answers from a store that any framework may have written.
 
     The store's view says what its teacher saw. When that is the run's own training view, its
-    ``view_id`` numbers replay in turn and the answers are for exactly the student's pixels. When it
-    is the evaluation view, each image has one answer for the whole run. Where two images are
+    ``view_id`` numbers replay in turn and the answers are for exactly the student's pixels. A store
+    of one view, whatever it is, has one answer an image for the whole run: its teacher may have
+    seen the images larger, or cropped. Where two images are
     mixed, their answers are mixed at the loss's temperature by the same weight: the teacher did not
     see the mixture, and the record says so.
 
     Args:
         folder: of the store.
         classes: names in the order of the logits; the store's must be the same.
-        train_view, eval_view: settings of the run's views.
+        train_view: settings of the run's training view.
         temperature: of the loss.
 
     Raises:
         FileNotFoundError: no store there.
-        KnowledgeError: other classes, another view, or features instead of answers.
+        KnowledgeError: other classes, several views that are not the run's, or features.
     """
 
     def __init__(
@@ -127,7 +128,6 @@ class StoredTeacher:
         *,
         classes: Sequence[str],
         train_view: dict[str, Any],
-        eval_view: dict[str, Any],
         temperature: float,
     ) -> None:
         self.store = KnowledgeStore.open(folder, classes=list(classes))
@@ -135,10 +135,10 @@ class StoredTeacher:
             raise KnowledgeError(f"{folder}: holds features, expected logits or probs")
         view = self.store.about["view"]
         self.replays = view == train_view
-        if not self.replays and view != eval_view:
+        if not self.replays and len(self.store.views) > 1:
             raise KnowledgeError(
-                f"{folder}: its teacher saw {view}, expected the run's training view {train_view} "
-                f"or its evaluation view {eval_view}"
+                f"{folder}: its teacher saw {len(self.store.views)} views of an image, {view}: "
+                f"expected one view, or the run's training view {train_view}"
             )
         if not self.store.views:
             raise KnowledgeError(f"{folder}: holds no outputs, expected some of every image")

@@ -190,7 +190,7 @@ class Training:
     teacher: Teacher | None
     images: ImageSet
     loader: BatchLoader
-    validate: Callable[[nn.Layer], dict[str, float]]  # net in eval mode -> loss, accuracy
+    validate: Callable[[nn.Layer], dict[str, float]]  # net in eval mode -> loss, accuracy; or {}
     num_classes: int
     normalizer: Normalizer
     precision: Precision
@@ -318,15 +318,17 @@ def _end_epoch(
         found = main_writes(lambda: training.validate(plain), world)
         better = plan.keep == "last" or found["acc"] > best.accuracy
         if better:
-            best.keep(plain, found["acc"], epoch)
+            best.keep(plain, found.get("acc", -1.0), epoch)
     waited = 0 if better else counters["waited"] + 1
     counters.update(epoch=epoch + 1, batch=0, sums={}, waited=waited)
     log.write(training.stage, "train", epoch, trained)
-    log.write(training.stage, "val", epoch, found)
+    if found:
+        log.write(training.stage, "val", epoch, found)
     training.visual.epoch(epoch, trained, found)
     log.say(
         f"{training.stage}: epoch {epoch + 1}/{how.epochs}, train loss {trained['loss']:.4f} "
-        f"acc {trained['acc']:.4f}, val loss {found['loss']:.4f} acc {found['acc']:.4f}"
+        f"acc {trained['acc']:.4f}"
+        + (f", val loss {found['loss']:.4f} acc {found['acc']:.4f}" if found else "")
         + (" (best)" if better and plan.keep == "best" else "")
     )
 
