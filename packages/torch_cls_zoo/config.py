@@ -21,6 +21,7 @@ from torch_cls_zoo.options import (
     MOST,
     NONE,
     OPTIONS,
+    PICTURES_SHOWN,
     RECIPES,
     RESUME_RUN,
     STEPS,
@@ -232,7 +233,7 @@ class Config:
         """
         if self.training.epochs is not None:
             return self
-        epochs = min(MOST, max(FEWEST, round(SHOWN_SHOWN / max(1, number))))
+        epochs = min(MOST, max(FEWEST, round(PICTURES_SHOWN / max(1, number))))
         _check_lengths({**resolved(self.values), "epochs": epochs})
         return replace(self, training=replace(self.training, epochs=epochs))
 
