@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from landmark_distill.config import HoldOut
 from landmark_distill.feature_layer import class_directions
+from landmark_distill.head.cosine_head import SCALE
 from landmark_distill.images.two_level import scan_levels, split_levels
 from shared_core.datasets import BatchLoader, ImageSet, Manifest
 from shared_core.datasets.finding.verify import verify
@@ -25,7 +26,7 @@ CALIBRATION = 0.2  # share of a folder's images that fits the temperature
 
 
 class NearestMean(nn.Module):
-    """Normalised images to the cosines ``(N, K)`` of their features and the classes' means."""
+    """Normalised images to cosines ``(N, K)`` of features and class means, times 32."""
 
     def __init__(self, encoder: nn.Module, means: NDArray[np.float64]) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ def class_images(source: Path, data_path: Path | None) -> ClassImages:
 def nearest_mean(
     network: Predictor, images: ClassImages, *, batch: int
 ) -> tuple[NDArray[np.float64], ModelFacts]:
-    """Unit means of the classes ``(K, F)``, and what has to be known of the classifier.
+    """Means of the classes ``(K, F)``, each as long as a head's scale, and the classifier's facts.
 
     Args:
         network: gives features of length 1.
@@ -109,7 +110,7 @@ def nearest_mean(
         return np.concatenate(found)
 
     learned = images.parts["train"]
-    means = class_directions(features("train"), learned.labels, count=len(images.names))
+    means = SCALE * class_directions(features("train"), learned.labels, count=len(images.names))
     held = images.parts["calibration"]
     temperature = fit_temperature(features("calibration") @ means.T, held.labels)
     more: dict[str, Any] = {**network.facts.more, "class_means": len(learned)}

@@ -96,7 +96,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, line, named):
 
 
 def test_bad_list_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_list(tmp_path / "none.txt", ".")
     (tmp_path / "null.txt").write_bytes(b"a\tb\t0\n\0")
     with pytest.raises(DatasetError, match="null characters"):

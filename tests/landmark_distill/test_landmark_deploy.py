@@ -259,7 +259,7 @@ def test_class_means_behind_the_features_name_classes(tmp_path):
     pixels, labels = part("train")
     rows = _wanted(model, pixels)
     means = np.stack([rows[labels == n].sum(0) for n in range(6)])
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    means *= 32 / np.linalg.norm(means, axis=1, keepdims=True)
     pixels, labels = part("calibration")
     cosines = _wanted(model, pixels) @ means.T
 
@@ -267,7 +267,7 @@ def test_class_means_behind_the_features_name_classes(tmp_path):
         z = cosines / np.exp(log_t)
         return -(z[np.arange(len(z)), labels] - np.log(np.exp(z).sum(1))).mean()
 
-    best = np.exp(minimize_scalar(cost, bounds=(-6, 3), method="bounded").x)
+    best = np.exp(minimize_scalar(cost, bounds=(-4, 6), method="bounded").x)
     facts = read_facts(tmp_path / "out")
     assert (facts.task, facts.class_names) == ("classify", split.classes)
     assert facts.temperature == pytest.approx(best, rel=1e-3)

@@ -152,8 +152,8 @@ def test_a_query_of_no_class_is_unknown_at_the_rate_that_was_asked_for(made, tmp
     near = (np.stack([rows[3], other / np.linalg.norm(other)]) @ rows.T).max(1)
     assert said == [bool(one <= kept["threshold"]) for one in near] == [False, True]
     assert "1 unknown" in capsys.readouterr().out
-    assert run_command(search.main, [*asked, "--threshold", "1"]) == 0
-    assert "2 unknown" in capsys.readouterr().out
+    assert run_command(search.main, [*asked, "--threshold", "-1"]) == 0
+    assert "0 unknown" in capsys.readouterr().out
     assert run_command(embed.main, [*words, "--far", "0.01"]) == 0  # of twelve images: not to see
     assert json.loads((tmp_path / "g.json").read_text())["unknown"]["threshold"] is None
     assert "unknown at or below -:" in capsys.readouterr().out

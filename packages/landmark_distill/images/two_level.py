@@ -14,6 +14,7 @@ from landmark_distill.config import LAYOUTS, HoldOut
 from shared_core.datasets import DatasetError, ImageSet, Listing, Manifest, Sample, scan
 from shared_core.datasets.splitting.manifest import Entry, sorted_entries
 
+LEAST_LEARNED = 2  # groups that validation leaves to learn from
 # What is learned from; images of the same classes that choose the best epoch; unseen classes that
 # tune settings; unseen classes that are looked at once.
 PARTS = ("train", "calibration", "validation", "test")
@@ -63,7 +64,8 @@ def assign_groups(coarse: Sequence[str], hold_out: HoldOut) -> dict[str, str]:
     """Part of each coarse group: ``test``, ``validation`` or ``train``.
 
     A part that is asked for by share takes groups in the order of a hash of seed and name until
-    the share of the classes is reached; at least one group stays for training.
+    the share of the classes is reached; at least one group stays for training, and validation by
+    share takes none of the last two.
 
     Args:
         coarse: coarse name of each class.
@@ -96,7 +98,8 @@ def assign_groups(coarse: Sequence[str], hold_out: HoldOut) -> dict[str, str]:
             continue
         wanted, taken = share * len(coarse), 0
         for name in order:
-            if taken >= wanted:
+            few = part == "validation" and len(sizes) - len(parts) <= LEAST_LEARNED
+            if taken >= wanted or few:
                 break
             if name not in parts:
                 parts[name] = part
