@@ -42,6 +42,12 @@ class Place:
         return self.folder / CANDIDATES / self.planned.teacher / WORK
 
     @property
+    def answers(self) -> Path:
+        """The store of what the teacher said of the training images."""
+        stores = self.teacher / "answers" / "knowledge"
+        return next(iter(sorted(stores.glob("train-*"))), stores)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Of the candidate."""
         return self.planned.settings
@@ -87,6 +93,7 @@ class Proposal:
     Attributes:
         step: (network, side in pixels) whose training step says what an epoch costs.
         factor: cost of an image in training, of that step's.
+        before: epochs of that step that come first (a teacher of its own).
         least, enough, most: epochs: fewer make no sense, enough are wanted, more gain nothing.
             All 0: nothing is trained.
         fixed: seconds besides: starting and exporting.
@@ -99,6 +106,7 @@ class Proposal:
     step: tuple[str, int]
     settings: Mapping[str, Any] = field(default_factory=dict)
     factor: float = 1.0
+    before: float = 0.0
     least: int = 0
     enough: int = 0
     most: int = 0
@@ -158,15 +166,33 @@ def _landmark(place: Place) -> list[list[str]]:
 
 
 def _garbage(place: Place) -> list[list[str]]:
-    """One student on Paddle, taught by lite2 under a linear head; its first layers stay."""
+    """One student on Paddle, taught by the same stored answers; its first layers stay."""
     train = [
         "packages/visiondistill_gc/main.py", *place.images(), "--scale", "short",
         "--n-splits", "1", "--epochs", str(place.settings["epochs"]),
         "--workers", str(max(1, place.threads)), "--compare-seeds", "--no-visualdl", "--no-floor",
+        "--knowledge", str(place.answers),
     ]  # fmt: skip
     export = [
         "packages/visiondistill_gc/export.py", str(place.work), str(place.work / "model"),
         "--format", "onnx", "--int8", "auto",
+    ]  # fmt: skip
+    return [train, export]
+
+
+def _gfnet(place: Place) -> list[list[str]]:
+    """A small GFNet with early exits, taught by the answers of a fine-tuned lite0."""
+    train = [
+        "packages/gfnet_dynn/main.py", *place.images(batch="--finetune-batch"), "--scale", "short",
+        "--backbone-epochs", "2", "--student-epochs", str(place.settings["epochs"]),
+        "--epochs", "6", "--max_warmup_epoch", "3", "--compare-labels", "false",
+        "--vflip", "false", "--workers", str(max(1, place.threads)), "--use_mlflow", "false",
+    ]  # fmt: skip
+    best = sorted((place.work / "checkpoint" / "best").glob("*.pth"))
+    export = [
+        "packages/gfnet_dynn/export_model.py",
+        str(best[0] if best else place.work / "checkpoint" / "best"), str(place.work / "model"),
+        "--int8", "auto", "--data-path", place.check.root,
     ]  # fmt: skip
     return [train, export]
 
@@ -180,6 +206,7 @@ MAKERS: dict[str, Maker] = {
     "visiondistill_gc": Maker(
         "visiondistill_gc", ("paddle", "paddle2onnx"), _garbage, "model", refuses=True
     ),
+    "gfnet": Maker("gfnet_dynn", ("torch", "timm"), _gfnet, "model", refuses=True),
     "landmark": Maker("landmark_distill", ("torch",), _landmark, "model"),
 }
 
@@ -247,11 +274,15 @@ def propose(
         ),
         tuned(
             f"garbage-{small}", "visiondistill_gc", f"lite0 taught on Paddle, {small} px", 5, LITE0,
-            small, factor=1.5, least=1, enough=3, most=6, fixed=90.0,
+            small, factor=1.5, least=1, enough=3, most=6, fixed=90.0, teacher="teacher",
         ),
         tuned(
             f"landmark-{full}", "landmark", f"nearest class mean of lite0's features, {full} px", 4,
             LITE0, full, least=1, enough=2, most=3, fixed=40.0,
+        ),
+        tuned(
+            f"gfnet-{full}", "gfnet", f"GFNet with early exits, taught by lite0, {full} px", 6,
+            LITE0, full, factor=0.27, before=2.8, least=16, enough=24, most=40, fixed=60.0,
         ),
     ]  # fmt: skip
     return [one for n, one in enumerate(found) if one.name not in {x.name for x in found[:n]}]

@@ -83,18 +83,18 @@ def make(place: Place, watch: Watch, tick: Callable[[], None] = lambda: None) ->
     room = place.work.parent
     room.mkdir(parents=True, exist_ok=True)
     maker, begun = MAKERS[place.planned.maker], time.monotonic()
-    commands = maker.commands(place)
-    typed = tuple(shlex.join(["python", *words]) for words in commands)
-    reason = ""
+    count, typed, reason = len(maker.commands(place)), [], ""
 
     def pulse() -> None:
         watch.tick()
         tick()
 
     with (room / LOG_FILE).open("ab") as log:
-        for number, words in enumerate(commands, start=1):
+        for number in range(count):
+            words = maker.commands(place)[number]  # anew: it may name a file of the one before
+            typed.append(shlex.join(["python", *words]))
             code = run_words(words, log, pulse)
-            refused = code == 1 and maker.refuses and number == len(commands)
+            refused = code == 1 and maker.refuses and number == count - 1
             if code and not (refused and (place.work / maker.model).is_dir()):
                 reason = _reason(room / LOG_FILE, code)
                 break
@@ -104,7 +104,9 @@ def make(place: Place, watch: Watch, tick: Callable[[], None] = lambda: None) ->
     seconds = round(time.monotonic() - begun, 1)
     state = "failed" if reason else "done"
     notes = () if reason else _told(room / LOG_FILE)
-    return _kept(room / JOB_FILE, Job(place.planned.name, state, reason, seconds, typed, notes))
+    return _kept(
+        room / JOB_FILE, Job(place.planned.name, state, reason, seconds, tuple(typed), notes)
+    )
 
 
 def run_words(words: Sequence[str], log: BinaryIO, tick: Callable[[], None]) -> int:

@@ -117,6 +117,7 @@ def cost(one: Proposal, epochs: int, check: DataCheck, steps: Mapping[Step, Seco
     learn = check.images("train") * step.learn * one.factor
     validate = check.images("calibration") * step.answer * one.factor
     once = check.images("train") * step.answer if one.trains else 0.0  # the probe of the head
+    once += one.before * check.images("train") * step.learn
     return one.fixed + JUDGED + epochs * (learn + validate) + once + ASKED * asked * step.answer
 
 
