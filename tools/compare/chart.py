@@ -57,12 +57,18 @@ class _Axes:
 
 
 def draw(
-    points: Sequence[Point], *, label: str, ms: float | None = None, accuracy: float | None = None
+    points: Sequence[Point],
+    *,
+    label: str,
+    mark: str,
+    ms: float | None = None,
+    accuracy: float | None = None,
 ) -> str:
     """The picture as one ``<svg>``; its colours are classes and variables of the page.
 
     Args:
         label: of the horizontal axis.
+        mark: word beside the winner.
         ms, accuracy: limits of the budget, drawn as dashed lines.
     """
     axes = _axes(points, ms, accuracy)
@@ -74,7 +80,7 @@ def draw(
     most = max(p.bytes for p in points)
     for point in sorted(points, key=lambda p: -p.bytes):  # small ones on top
         parts += _marker(axes, point, radius=_radius(point.bytes, most))
-    parts += _numbers(axes, points, most)
+    parts += _numbers(axes, points, most, mark)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="accuracy over latency">'
         + "".join(parts)
@@ -137,12 +143,12 @@ def _marker(axes: _Axes, point: Point, *, radius: float) -> Iterator[str]:
     yield (f'{shape} class="mark g{point.group}"><title>{escape(point.title)}</title></{ending}>')
 
 
-def _numbers(axes: _Axes, points: Sequence[Point], most: int) -> Iterator[str]:
+def _numbers(axes: _Axes, points: Sequence[Point], most: int, mark: str) -> Iterator[str]:
     """The number of each point where it covers the fewest markers and other numbers."""
     discs = [(axes.x(p.ms), axes.y(p.accuracy), _radius(p.bytes, most)) for p in points]
     taken: list[tuple[float, float]] = []
     for point, (x, y, r) in zip(points, discs, strict=True):
-        text = f"{point.number} winner" if point.winner else str(point.number)
+        text = f"{point.number} {mark}" if point.winner else str(point.number)
         half, far = 4.5 * len(text), r + (11 if point.winner else 3)
         places = [
             (x + far + half, y), (x - far - half, y), (x, y - far - 7), (x, y + far + 8),

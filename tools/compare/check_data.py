@@ -91,7 +91,7 @@ def check(
         data_path = unpack(data_path, room / "unpacked", limits=Limits())
     data, report = _prepared(data_path, room, split=split, seed=seed, threads=threads)
     groups = _copy_groups(data, report)
-    if data.manifest.kind == "random":
+    if data.manifest.kind == "random" and split is None:
         data = replace(data, manifest=evened(data.manifest, groups, seed=seed))
     _refuse(data, groups)
     data.manifest.write(folder / SPLIT_FILE)

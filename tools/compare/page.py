@@ -274,7 +274,8 @@ def _cells(
     for number, row in enumerate(rows):
         cells = "".join(f"<td {side}>{_cell(c)}</td>" for side, c in zip(sides, row, strict=True))
         body.append(f"<tr{' class=winner' if number == winner else ''}>{cells}</tr>")
-    return f'<div class="box"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+    top = f"<tr>{head}</tr>" if any(columns) else ""
+    return f'<div class="box"><table>{top}{"".join(body)}</table></div>'
 
 
 def _cell(cell: Cell) -> str:
@@ -295,7 +296,7 @@ def _top(run: Run) -> Iterator[str]:
     row, check = run.winner, run.check
     images = sum(check.images(part) for part in check.counts)
     yield (
-        f"<h1>{_text(check.name)}: {images:,} images, {len(check.classes)} classes, "
+        f"<h1>{_text(check.name)}: {images:,} images, {len(check.classes):,} classes, "
         f"{len(run.rows)} files of {len({one.candidate for one in run.rows})} candidates measured"
         "</h1>"
     )
@@ -362,7 +363,13 @@ def _chart(run: Run) -> str:
     label = f"milliseconds an image at batch {batch}, {run.plan.threads} " + (
         "thread" if run.plan.threads == 1 else "threads"
     )
-    picture = draw(points, label=label, ms=limits.get("ms"), accuracy=limits.get("accuracy"))
+    picture = draw(
+        points,
+        label=label,
+        mark="winner" if run.choice.meets else "nearest",
+        ms=limits.get("ms"),
+        accuracy=limits.get("accuracy"),
+    )
     colours = "".join(
         f'<span><b class="g{n % 6}"></b>{_text(name)}</span>' for n, name in enumerate(projects)
     )
