@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfnet_dynn.choices import ALL, LEARNED_RULES, PYRAMID_ARCHS, SETS
-from gfnet_dynn.options import BACKBONE, BUILTIN, LEARNING, NETWORK, STUDENT, build_parser
+from gfnet_dynn.choices import ALL, LEARNED_RULES, PYRAMID_ARCHS, SETS, STORED
+from gfnet_dynn.options import BACKBONE, BUILTIN, LEARNING, NETWORK, SIZES, STUDENT, build_parser
 from gfnet_dynn.recipes import RECIPES
+from gfnet_dynn.settings import is_model_file
 from shared_core import datasets
 from shared_core.datasets.views.randaugment import RandAugment
 from shared_core.runs import UsageError
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, scale: str | None) -> Comman
     if isinstance(args.resume, str):
         args.checkpoint, args.resume = Path(args.resume), False
     args.pretrained = _file_or_none(args.pretrained)
+    _settle_teacher(args, given)
     _check_files(args)
     _check_agreement(args)
     _check_exits(args)
@@ -113,16 +115,45 @@ def _file_or_none(text: str | Path | None) -> Path | None:
     return None if text is None or str(text) == "none" else Path(text)
 
 
+def _settle_teacher(args: argparse.Namespace, given: set[str]) -> None:
+    """A recipe's teacher gives way to a GFNet that was asked for; a name must be a network's.
+
+    Raises:
+        UsageError: no such network, or one whose weights are not here.
+    """
+    own = args.no_distil or given & {"backbone_arch", "backbone_dim"}
+    if args.teacher == "none" or (own and args.teacher and "teacher" not in given):
+        args.teacher = None
+        for name in ("epochs", "lr"):  # the recipe's are those of fine-tuning
+            if f"backbone_{name}" not in given:
+                setattr(args, f"backbone_{name}", getattr(args, f"student_{name}"))
+    if args.teacher is None or is_model_file(args.teacher):
+        return
+    from shared_core.for_torch.networks import find_network
+    from shared_core.weights.catalogue import entry
+    from shared_core.weights.finding import TRAINED, find_weights, how_to_get
+
+    try:
+        found = find_network(args.teacher)
+    except ValueError as error:
+        raise UsageError(f"--teacher: there is no such file, and {error}") from None
+    if args.pretrained is None and found.library == "core":
+        if find_weights(TRAINED, architecture=found.name) is None:
+            how = how_to_get(entry(found.name))
+            raise UsageError(f"--teacher {args.teacher}: get its trained weights by {how}")
+
+
 def _check_files(args: argparse.Namespace) -> None:
     """What is named must be there."""
     for flag, path in (
         ("--checkpoint-path", args.checkpoint),
         ("--init", args.pretrained),
-        ("--teacher", args.teacher),
+        ("--student-init", args.student_init),
+        ("--teacher", args.teacher if args.teacher and is_model_file(args.teacher) else None),
         ("--split", args.split),
         ("--quarantine", args.quarantine),
     ):
-        if path is not None and not path.is_file():
+        if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"{flag} {path}: there is no such file")
 
 
@@ -155,6 +186,19 @@ def _check_agreement(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--no-distil: exits cannot sit on {args.backbone_arch}, whose grid shrinks from "
             "stage to stage; expected a student, or another --backbone-arch"
+        )
+    if args.answers == STORED and not args.no_distil:
+        live = ("nd_weight", "spectrum_weight", "mixup", "cutmix")
+        if used := [name for name in live if getattr(args, name)]:
+            flag = f"--{used[0].replace('_', '-')}"
+            raise UsageError(
+                f"{flag} {getattr(args, used[0]):g} needs a teacher that is asked live: expected 0 "
+                "with --answers stored"
+            )
+    if not args.no_distil and not (args.label_weight or args.kd_weight or args.nd_weight):
+        raise UsageError(
+            "--label-weight 0 and --kd-weight 0 leave the student nothing to learn: expected one "
+            "of them above 0"
         )
     if args.backbone_arch in PYRAMID_ARCHS and args.spectrum_weight:
         raise UsageError(
@@ -198,6 +242,7 @@ def _check_effects(args: argparse.Namespace, given: set[str]) -> None:
         and datasets.scan(args.data_path).layout == "split"
     )
     file, judged = args.checkpoint is not None, args.stage == "evaluate"
+    taken = args.teacher is not None and is_model_file(args.teacher)
     for without, names, reason in (
         (
             own_parts,
@@ -209,8 +254,13 @@ def _check_effects(args: argparse.Namespace, given: set[str]) -> None:
         (args.data_path is not None, BUILTIN, f"the images of {args.data_path} are used"),
         (args.aa != "none", ("color_jitter",), f"as in timm, --aa {args.aa} takes its place"),
         (args.no_distil, STUDENT, "--no-distil leaves the student out"),
-        (args.teacher is not None, BACKBONE, "--teacher takes the backbone's place"),
-        (args.pretrained is None, ("resolution_transfer",), "there is no --init file"),
+        (taken, BACKBONE, "--teacher takes the backbone's place"),
+        (args.teacher is not None, SIZES, "--teacher takes the backbone's place"),
+        (
+            args.pretrained is None and args.student_init is None,
+            ("resolution_transfer",),
+            "there is no --init or --student-init file",
+        ),
         (file, ("pretrained",), "--checkpoint-path takes its place"),
         (not args.kd_weight, ("kd_temperature", "kd_warmup"), "--kd-weight is 0"),
         (not args.reprob, ("remode", "recount"), "--reprob is 0"),

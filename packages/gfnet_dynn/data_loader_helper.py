@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from gfnet_dynn.scene_views import ALL_TURNS, MIRRORED, ShiftedView, TurnedLoader
 from gfnet_dynn.settings import Source, Views
 from shared_core import datasets
 from shared_core.datasets.reading.image_set import ImageSet
 from shared_core.datasets.splitting.prepared import PreparedData
 from shared_core.datasets.splitting.prepared import prepare_data as prepare_splits
+from shared_core.datasets.views.augment import View
 from shared_core.for_torch.data import Normalizer, TorchLoader
 from shared_core.runs import derive_seed
 
@@ -101,6 +103,34 @@ class Loaders:
         Raises:
             DatasetError: too few images for one batch.
         """
+        return self._shuffled(self._train_view(stage), stage, batch_size)
+
+    def shifted(self, stage: str, *, batch_size: int) -> TorchLoader:
+        """The same of whole images, shifted and turned: for fine-tuning a trained network."""
+        seed = derive_seed(self.seed, stage, "views")
+        view = ShiftedView(self.data.input_size, turns=self.turns, seed=seed, **self._resizing)
+        return self._shuffled(view, stage, batch_size)
+
+    def turned(
+        self, stage: str, *, batch_size: int, answers: np.ndarray | None = None
+    ) -> TurnedLoader:
+        """The same of whole images in all their turns, with a teacher's answers to them."""
+        view = datasets.EvalView(self.data.input_size, **self._resizing)
+        batches = self._shuffled(view, stage, batch_size)
+        seed = derive_seed(self.seed, stage, "turns")
+        return TurnedLoader(batches, turns=self.turns, seed=seed, answers=answers)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The turns that are as likely as the image itself; all where upside down may be."""
+        return ALL_TURNS if self.views.vflip else MIRRORED
+
+    @property
+    def _resizing(self) -> dict[str, Any]:
+        method = METHOD[self.views.train_interpolation]
+        return {"resize_ratio": 1.0 / self.views.crop_pct, "method": method}
+
+    def _shuffled(self, view: View, stage: str, batch_size: int) -> TorchLoader:
         images = self.data.image_set("train")
         if len(images) < batch_size * self.world_size:
             raise datasets.DatasetError(
@@ -116,7 +146,7 @@ class Loaders:
         )
         loader = datasets.BatchLoader(
             images,
-            view=self._train_view(stage),
+            view=view,
             batch_size=batch_size,
             order=order,
             threads=self.workers,
@@ -164,11 +194,7 @@ class Loaders:
                 f"{len(images)} images of the {split} split for {self.world_size} processes: "
                 "expected one for each at least"
             )
-        view = datasets.EvalView(
-            self.data.input_size,
-            resize_ratio=1.0 / self.views.crop_pct,
-            method=METHOD[self.views.train_interpolation],
-        )
+        view = datasets.EvalView(self.data.input_size, **self._resizing)
         order = datasets.EpochOrder(
             len(images), shuffle=False, rank=self.rank, world_size=self.world_size
         )

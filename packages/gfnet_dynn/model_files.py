@@ -14,6 +14,7 @@ from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.gfnet_pyramid import GFNetPyramid
+from gfnet_dynn.models.named import NamedNetwork
 from gfnet_dynn.models.transfer import load_weights
 from shared_core import checkpoints
 from shared_core.for_torch.checkpoints import (
@@ -27,7 +28,7 @@ from shared_core.for_torch.precision import computes_bf16
 from shared_core.runs import UsageError
 
 PROJECT = "gfnet_dynn"
-PLAIN, PYRAMID, EXITS = "GFNet", "GFNetPyramid", "GFNetDynn"
+PLAIN, PYRAMID, NAMED, EXITS = "GFNet", "GFNetPyramid", "NamedNetwork", "GFNetDynn"
 POLICIES = "exit_policies"  # the facts' entry: thresholds that the run's evaluation found
 
 
@@ -45,7 +46,7 @@ def save_model(
     """Write ``weights`` of ``model`` with everything that is needed to use them alone.
 
     Args:
-        model: a network of this project: its sizes are written, not its own weights.
+        model: a network that this project builds: its sizes are written, not its own weights.
         metrics: of these weights; fractions in [0, 1].
         config: every option of the run.
         more: further facts, such as costs.
@@ -80,7 +81,7 @@ def load_model(path: Path, *, architecture: str | None = None) -> tuple[nn.Modul
     """
     weights, facts = load_checkpoint(path, project=PROJECT, architecture=architecture)
     try:
-        kinds = {PLAIN: GFNet, PYRAMID: GFNetPyramid}
+        kinds = {PLAIN: GFNet, PYRAMID: GFNetPyramid, NAMED: NamedNetwork}
         if facts["architecture"] == EXITS:
             model: nn.Module = GFNetDynn.from_config(facts["model"])
         else:

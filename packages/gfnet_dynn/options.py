@@ -13,14 +13,17 @@ from typing import Any
 
 from gfnet_dynn.choices import (
     ALL,
+    ANSWERS,
     FILTERS,
     GATES,
     HEAD_LOSSES,
     ISOTROPIC_ARCHS,
+    LIVE,
     OBJECTIVES,
     PHASE2,
     PYRAMID_ARCHS,
     RULES,
+    SCALES,
     SETS,
     STAGES,
     TRANSFERS,
@@ -46,13 +49,17 @@ ARCH_ALIASES = {"gfnet-dynn": "gfnet-xs", "gfnet-xs-dynn": "gfnet-xs"}
 # Options that act on what a run may not have.
 BUILTIN = ("builtin_classes", "builtin_images")
 DISTIL = (
-    *("student_epochs", "student_lr", "kd_weight", "kd_temperature", "nd_weight"),
-    *("spectrum_weight", "kd_warmup"),
+    *("student_epochs", "student_lr", "label_weight", "kd_weight", "kd_temperature", "nd_weight"),
+    *("spectrum_weight", "kd_warmup", "answers", "compare_labels"),
 )
-STUDENT = ("student_arch", "student_dim", "teacher", *DISTIL)
+STUDENT = ("student_arch", "student_dim", "student_init", "teacher", *DISTIL)
+SIZES = ("backbone_arch", "backbone_dim")
 BACKBONE = ("backbone_arch", "backbone_dim", "backbone_epochs", "backbone_lr", "pretrained")
 # What a model file brings along, and how the networks below the exits learn.
-NETWORK = ("backbone_arch", "backbone_dim", "student_arch", "student_dim", "depth", "patch_size")
+NETWORK = (
+    *("backbone_arch", "backbone_dim", "student_arch", "student_dim", "student_init", "depth"),
+    "patch_size",
+)
 LEARNING = (
     *("backbone_epochs", "backbone_lr", *DISTIL, "finetune_batch", "finetune_wd"),
     *("finetune_warmup", "clip_grad", "ema", "mixup", "cutmix", "smoothing", "drop_path"),
@@ -136,12 +143,13 @@ def _run(parser: CommandParser) -> None:
         defaults={"scale": None},
         help={
             "output": "The folder of the run (default: runs/gfnet_dynn/<set>-<scale>).",
-            "scale": "The recipe: full is the published one, short takes minutes on a CPU, "
-            "rehearsal runs on built-in images, auto is full where the data set is found and else "
-            "a rehearsal. Options given beside it win. main.py's default is auto, main_dynn.py "
-            "takes each option's own default.",
+            "scale": "The recipe: full is the published one, short teaches a student by a trained "
+            "network within the hour on a CPU, finetune is the official GFNet's own for another "
+            "data set, rehearsal runs on built-in images, auto is full where the data set is found "
+            "and else a rehearsal. Options given beside it win. main.py's default is auto, "
+            "main_dynn.py takes each option's own default.",
         },
-        more={"amp": {"choices": (*PRECISIONS, "auto")}},
+        more={"amp": {"choices": (*PRECISIONS, "auto")}, "scale": {"choices": SCALES}},
     )
     group.add_argument(
         "--stage",
@@ -307,8 +315,8 @@ def _networks(parser: CommandParser) -> None:
         ("init",),
         aliases={"init": ("--pretrained",)},
         help={
-            "init": "An official GFNet file that the backbone starts from; its head is new. none "
-            "trains from nothing (default: none)."
+            "init": "A file that the backbone starts from, of an official GFNet or of --teacher's "
+            "network; its head is new. none trains a GFNet from nothing (default: none)."
         },
         more={"init": {"dest": "pretrained", "metavar": "FILE"}},
     )
@@ -329,13 +337,19 @@ def _networks(parser: CommandParser) -> None:
                 "How --init's filters get to another image size.",
             ),
             (
-                "--teacher",
+                "--student-init",
                 Path,
                 None,
-                "A trained model of this project that teaches the student in place of a backbone "
-                "that is trained here.",
+                "An official GFNet file that the student starts from; its head is new.",
             ),
         ],
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="FILE|lite0|timm:NAME|torchvision:NAME",
+        help="What teaches the student in place of a GFNet that is trained here: a model file of "
+        "this project as it is, or a trained network by name, which learns the classes first "
+        "(lite0, lite1, lite2 need no network connection; none: a GFNet).",
     )
     group.add_argument(
         "--no-distil", action="store_true", help="Give the backbone itself exits, no student."
@@ -374,11 +388,27 @@ def _distillation(parser: CommandParser) -> None:
     _table(
         group,
         [
+            (
+                "--answers",
+                ANSWERS,
+                LIVE,
+                "live asks the teacher every random view; stored asks it once for each turn and "
+                "mirror image of an image (mirror images alone without --vflip true), and the "
+                "student sees these.",
+            ),
+            ("--label-weight", WEIGHT, 1.0, "The weight of the labels in the student's loss."),
             ("--kd-weight", WEIGHT, 1.0, "The weight of the teacher's answers."),
             ("--kd-temperature", POSITIVE, 4.0, "The temperature of these answers."),
             ("--kd-warmup", SIZE, 1, "Epochs in which their weight rises."),
             ("--nd-weight", WEIGHT, 2.0, "The weight of norm and direction."),
             ("--spectrum-weight", WEIGHT, 0.0, "The weight of the tokens' spectra; 0 is off."),
+            (
+                "--compare-labels",
+                yes_no,
+                False,
+                "Train the same student from the labels alone, too, and report whether "
+                "distillation helped: true, false.",
+            ),
         ],
     )
 

@@ -152,7 +152,7 @@ class _ExitStage:
         )
         phases = phases_with_parameters(self.model, phases_of(wanted.phase2))
         self.alternation = Alternation(wanted.bilevel_batch_count, phases=phases)
-        self.loader = run.loaders(shared=True).train("exits", batch_size=wanted.batch)
+        self.loader = run.student_batches("exits", batch_size=wanted.batch)
         self.best = BestExits()
         self.policy = ExitPolicy(_judged_rule(run), 0.5)
         limits = (BARELY_TRAIN, BARELY_EVALUATE) if wanted.barely_train else (None, None)

@@ -15,17 +15,19 @@ from gfnet_dynn.data_loader_helper import prepare_data
 from gfnet_dynn.judge.evaluate import evaluate_run, judged_file
 from gfnet_dynn.model_files import choose_device, choose_precision
 from gfnet_dynn.our_train_helper import train_exits
-from gfnet_dynn.report.lines import headline, result_lines
+from gfnet_dynn.report.lines import headline, result_lines, verdicts
 from gfnet_dynn.report.run_page import write_record, write_report
 from gfnet_dynn.run import Run
 from gfnet_dynn.settings import Settings
 from gfnet_dynn.tracking import RunLog, Tracker
-from gfnet_dynn.train.networks import distil_student, train_backbone
+from gfnet_dynn.train.networks import distil_student, train_backbone, train_on_labels
 from gfnet_dynn.train.parallel import join
+from gfnet_dynn.train.teacher import measure_trained_floor
 from shared_core.datasets import DatasetError, Manifest, content_key
 from shared_core.datasets.splitting.prepared import SPLIT_FILE
 from shared_core.for_torch.distributed import World, main_works, main_writes, stop
 from shared_core.metrics.floor import floor_accuracy
+from shared_core.metrics.trained_floor import NAME
 from shared_core.runs import OpenRun, UsageError, open_run
 from shared_core.runs.json_files import read_object, write_json
 from shared_core.runs.opening import CONFIG_FILE
@@ -178,13 +180,15 @@ def _run_stages(command: Command, opened: OpenRun, said: str, world: World) -> N
         "prepare": lambda: main_works(lambda: _prepare(run, said), world),
         "backbone": lambda: train_backbone(run),
         "distil": lambda: distil_student(run),
+        "labels": lambda: train_on_labels(run),
         "exits": lambda: train_exits(run),
         "evaluate": lambda: main_works(lambda: _evaluate(run, opened, command, said), world),
     }
     run.log.say(headline(run))
     for stage in stages:
         opened.stage(stage, works[stage], state=opened.folder / "state" / f"{stage}.pth")
-    run.log.say(headline(run))
+    judged = (run.log.done("evaluate") or {}).get("verdicts", [])
+    run.log.say(" ".join([headline(run), *judged]))
 
 
 def _wanted(settings: Settings, command: Command) -> list[str]:
@@ -192,10 +196,12 @@ def _wanted(settings: Settings, command: Command) -> list[str]:
     left_out = set()
     if settings.networks.no_distil:
         left_out.add("distil")
+    if settings.networks.no_distil or not settings.distillation.compare_labels:
+        left_out.add("labels")
     if command.judged is not None:
-        left_out |= {"backbone", "distil", "exits"}
+        left_out |= {"backbone", "distil", "labels", "exits"}
     elif settings.checkpoint is not None:
-        left_out |= {"backbone", "distil"}
+        left_out |= {"backbone", "distil", "labels"}
     return [stage for stage in STAGES if stage not in left_out]
 
 
@@ -234,14 +240,19 @@ def _prepare(run: Run, said: str) -> dict[str, Any]:
         f"floor without a network: {floor['plain']:.4f} with plain features, "
         f"{floor['engineered']:.4f} with engineered ones"
     )
-    return {"floor": floor, "command": of_all_stages(said)}
+    kept: dict[str, Any] = {"floor": floor, "command": of_all_stages(said)}
+    if not run.data.rehearsal and (trained := measure_trained_floor(run)):
+        kept["trained_floor"] = trained
+        run.log.say(f"{NAME} ({trained['network']}): {trained['accuracy']:.4f}")
+    return kept
 
 
 def _evaluate(run: Run, opened: OpenRun, command: Command, said: str) -> dict[str, Any]:
     """Judge, write the record and the report, and say it."""
     prepared = run.log.done("prepare") or {}
     file = judged_file(run, command.judged)
-    judgement = evaluate_run(run, file, floor=prepared.get("floor"))
+    floors = {name: prepared[name] for name in ("floor", "trained_floor") if name in prepared}
+    judgement = evaluate_run(run, file, floors=floors)
     record = write_record(
         run,
         judgement.measured,
@@ -256,4 +267,4 @@ def _evaluate(run: Run, opened: OpenRun, command: Command, said: str) -> dict[st
     if run.log.tracker is not None:
         for path in (*(run.folder / name for name in REPORT_FILES), judgement.file):
             run.log.tracker.artifact(path)
-    return {}
+    return {"verdicts": verdicts(judgement.measured)}

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gfnet_dynn.data_loader_helper import Data, Loaders
+from gfnet_dynn.scene_views import TurnedLoader
 from gfnet_dynn.settings import Settings
 from gfnet_dynn.tracking import RunLog
 from shared_core.for_torch.data import TorchLoader
@@ -43,8 +45,18 @@ class Run:
         """Where the run's files lie."""
         return self.log.folder
 
+    def student_batches(
+        self, stage: str, *, batch_size: int, answers: np.ndarray | None = None
+    ) -> TorchLoader | TurnedLoader:
+        """What a student and its exits learn from: whole images in turns where answers are stored,
+        because the teacher was asked these very views; random crops where it is asked live."""
+        loaders = self.loaders(shared=True)
+        if self.settings.stored_answers:
+            return loaders.turned(stage, batch_size=batch_size, answers=answers)
+        return loaders.train(stage, batch_size=batch_size)
+
     def file(self, stage: str) -> Path:
-        """The model file of ``backbone`` or ``student``."""
+        """The model file of ``backbone``, ``student`` or ``labels``."""
         return self.folder / "checkpoint" / f"{stage}_{self.data.file_name}.pth"
 
     def seed(self, stage: str) -> None:
@@ -52,7 +64,7 @@ class Run:
         seed_all(derive_seed(self.settings.seed, stage) % 2**32)
 
 
-def pairs(loader: TorchLoader, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs(loader: TorchLoader | TurnedLoader, label: str) -> Iterator[tuple[Tensor, Tensor]]:
     """``(images, labels)`` of each batch, with progress."""
     for batch in progress(loader, total=len(loader), label=label):
         yield batch.images, batch.labels

@@ -11,10 +11,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from gfnet_dynn.choices import ALL, SETS
+from gfnet_dynn.choices import ALL, SETS, STORED
 
-PATHS = frozenset({"data_path", "pretrained", "teacher", "checkpoint", "quarantine", "split"})
+PATHS = frozenset({"data_path", "pretrained", "student_init", "checkpoint", "quarantine", "split"})
 TUPLES = frozenset({"crop_scale", "exits"})
+
+
+def is_model_file(teacher: str) -> bool:
+    """Whether ``--teacher`` names a file; else it is a network's name."""
+    return teacher.endswith(".pth") or Path(teacher).is_file()
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,19 @@ class Networks:
     filter: str
     pretrained: Path | None
     resolution_transfer: str
-    teacher: Path | None
+    student_init: Path | None
+    teacher: str | None  # a model file of this project, or a network's name
     no_distil: bool
+
+    @property
+    def teacher_network(self) -> str | None:
+        """The name of a trained network that is fine-tuned to be the teacher."""
+        return None if self.teacher is None or is_model_file(self.teacher) else self.teacher
+
+    @property
+    def teacher_file(self) -> Path | None:
+        """A finished model that is the teacher as it is."""
+        return None if self.teacher is None or self.teacher_network else Path(self.teacher)
 
 
 @dataclass(frozen=True)
@@ -100,11 +116,14 @@ class FineTuning:
 class Distillation:
     """The weights of what the student learns from its teacher."""
 
+    label_weight: float
     kd_weight: float
     kd_temperature: float
     kd_warmup: int  # epochs
     nd_weight: float
     spectrum_weight: float
+    answers: str  # of the teacher: live, or stored
+    compare_labels: bool
 
 
 @dataclass(frozen=True)
@@ -165,6 +184,11 @@ class Settings:
     deep: DeepLosses
     exits: Exits
     judging: Judging
+
+    @property
+    def stored_answers(self) -> bool:
+        """Whether a student learns from answers that its teacher gave once."""
+        return self.distillation.answers == STORED and not self.networks.no_distil
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:

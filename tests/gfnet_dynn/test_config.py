@@ -87,15 +87,39 @@ def test_recipe_sets_defaults_and_flags_win(aid, scale):
     for name, value in RECIPES[scale].items():
         assert getattr(plain, name) == value, name
     given = parsed(
-        *("--data-root", aid, "--scale", scale, "--num_epoch", 33, "--student-dim", 17),
-        *("--mixup", 0.25, "--crop-scale", 0.3, 0.9, "--backbone-lr", 0.5),
+        *("--data-root", aid, "--scale", scale, "--num_epoch", 33, "--finetune-batch", 17),
+        *("--ema", 0.25, "--crop-scale", 0.3, 0.9, "--backbone-lr", 0.5),
     )
-    assert (given.num_epoch, given.student_dim, given.mixup) == (33, 17, 0.25)
+    assert (given.num_epoch, given.finetune_batch, given.ema) == (33, 17, 0.25)
     assert list(given.crop_scale) == [0.3, 0.9] and given.backbone_lr == 0.5
-    named = {"num_epoch", "student_dim", "mixup", "crop_scale", "backbone_lr", "threads"}
+    named = {"num_epoch", "finetune_batch", "ema", "crop_scale", "backbone_lr", "threads"}
     for name, value in RECIPES[scale].items():
         if name not in named:
             assert getattr(given, name) == value, name
+
+
+def test_a_teacher_is_a_file_a_network_or_a_gfnet(aid, tmp_path):
+    words = ("--data-root", aid, "--scale", "short")
+    assert parsed(*words).teacher == "lite0" and parsed(*words).answers == "stored"
+    assert parsed(*words, "--teacher", "torchvision:resnet18").teacher == "torchvision:resnet18"
+    # A GFNet that is asked for takes the recipe's teacher's place, with rates of its own.
+    for own in (("--teacher", "none"), ("--backbone-dim", 32), ("--no-distil",)):
+        args = parsed(*words, *own)
+        assert args.teacher is None and args.backbone_lr == args.student_lr
+    for wrong, message in (
+        (("--teacher", "lite9"), "there is no such file, and network 'lite9'"),
+        (("--teacher", "lite0", "--backbone-dim", 32), "--backbone-dim would have no effect"),
+        (("--nd-weight", 1), "--nd-weight 1 needs a teacher that is asked live"),
+        (("--mixup", 0.2), "--mixup 0.2 needs a teacher that is asked live"),
+        (("--kd-weight", 0), "leave the student nothing to learn"),
+        (("--resolution-transfer", "spectrum"), "there is no --init or --student-init file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            asked(*words, *wrong)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        asked(*words, "--teacher", tmp_path / "gone.pth")
+    with pytest.raises(FileNotFoundError, match="--student-init"):
+        asked(*words, "--student-init", tmp_path / "gone.pth")
 
 
 def test_names_of_networks_are_those_of_the_networks():

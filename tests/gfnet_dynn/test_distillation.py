@@ -205,8 +205,8 @@ def test_block_outputs_are_the_tokens_after_the_blocks():
     assert torch.equal(found[0], want[0])
 
 
-def weights(kd=1.0, nd=2.0, spectrum=0.0, temperature=4.0, warmup=1):
-    return Distillation(kd, temperature, warmup, nd, spectrum)
+def weights(kd=1.0, nd=2.0, spectrum=0.0, temperature=4.0, warmup=1, label=1.0):
+    return Distillation(label, kd, temperature, warmup, nd, spectrum, "live", False)
 
 
 def task_of(student, teacher, settings, **options):
@@ -255,6 +255,22 @@ def test_ramp():
     ramp = task_of(make(8), make(12), weights(warmup=20)).ramp
     assert [ramp(e) for e in (1, 10, 20, 200)] == [0.05, 0.5, 1.0, 1.0]
     assert task_of(make(8), make(12), weights(warmup=1)).ramp(1) == 1.0
+
+
+def test_stored_answers_teach_as_the_teacher_itself():
+    teacher, student = make(12, seed=1), make(8, seed=2)
+    images, labels = data(6)
+    with torch.no_grad():
+        answers = freeze_teacher(teacher)(images) * 40
+        teacher.head.weight.mul_(40), teacher.head.bias.mul_(40)
+    settings = weights(nd=0, label=0.25)
+    live = task_of(student, teacher, settings)(images, labels, 1)
+    stored = DistillationTask(student, None, settings)(images, labels, 1, answers)
+    for name in ("loss", "ce", "kd"):
+        assert stored[name].item() == pytest.approx(live[name].item(), rel=1e-5)
+    assert live["loss"].item() == pytest.approx((0.25 * live["ce"] + live["kd"]).item())
+    with pytest.raises(ValueError, match="stored answers hold no tokens"):
+        DistillationTask(student, None, weights())
 
 
 def test_without_weights_it_is_plain_cross_entropy():

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
+from gfnet_dynn.models.named import NamedNetwork
 from shared_core.deploy.exit_chain import GATE, LOGITS
 from shared_core.for_torch.export import export_onnx
 
@@ -39,7 +40,9 @@ class Segment(nn.Module):
 def portable(model: nn.Module, form: str) -> nn.Module:
     """A copy of ``model`` on the CPU, in eval mode, with its filters in ``form``."""
     model = copy.deepcopy(model).cpu().float().eval()
-    (model.backbone if isinstance(model, GFNetDynn) else model).set_filter(form)
+    plain = model.backbone if isinstance(model, GFNetDynn) else model
+    if not isinstance(plain, NamedNetwork):
+        plain.set_filter(form)
     return model
 
 

@@ -37,7 +37,8 @@ from shared_core.runs.opening import CONFIG_FILE
 from shared_core.runs.stage_log import STAGES_FILE
 from shared_core.trials import Cell
 
-FROM_SCRATCH = {"kd_weight": 0.0, "nd_weight": 0.0, "spectrum_weight": 0.0}
+TEACHING = ("kd_weight", "nd_weight", "spectrum_weight")
+FROM_SCRATCH = {**dict.fromkeys(TEACHING, 0.0), "label_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def cell_name(setting: Setting, config: Mapping[str, Any]) -> str:
     """Equal for settings that train the same: such are tried once."""
     values = {**config, **setting.changes}
     if setting.stage == "distil":
-        taught = any(values[name] for name in FROM_SCRATCH)
+        taught = any(values[name] for name in TEACHING)
         return "student distilled" if taught else "student from scratch"
     exits = values["exits"] if values["exits"] == ALL else ".".join(map(str, values["exits"]))
     return f"exits {exits} lambda {values['ce_ic_tradeoff']:g}"

@@ -11,6 +11,7 @@ Source: Rao et al. 2021, arXiv:2107.00645, table 1.
 import numpy as np
 from torch import nn
 
+from gfnet_dynn.models.named import NamedNetwork
 from shared_core.metrics import cost
 
 GATE_INPUTS = 4  # features that a gate's linear layer sees
@@ -76,7 +77,9 @@ def exit_layers(tokens: int, channels: int, classes: int, *, names: tuple[str, s
 
 
 def model_macs(model: nn.Module, *, elementwise: bool = True) -> int:
-    """MACs of one image through a GFNet or GFNetPyramid; LayerNorm counted unless told not to."""
+    """MACs of one image through any network here; LayerNorm counted unless told not to."""
+    if isinstance(model, NamedNetwork):
+        return model.macs()
     return cost.total_macs(layer_costs(model), elementwise=elementwise)
 
 

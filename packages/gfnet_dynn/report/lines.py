@@ -6,6 +6,7 @@ from typing import Any
 
 from gfnet_dynn.models.exit_policy import NEVER
 from gfnet_dynn.run import Run
+from shared_core.metrics.trained_floor import NAME
 
 NOT_REPRODUCED = "rehearsal on built-in data: this is not a reproduction of any published number"
 
@@ -24,13 +25,44 @@ def headline(run: Run) -> str:
     return f"REHEARSAL - {what}{wanted}. {NOT_REPRODUCED[0].upper()}{NOT_REPRODUCED[1:]}."
 
 
+def verdicts(measured: dict[str, Any]) -> list[str]:
+    """Whether the student is above the floors, and whether distillation helped: whole sentences."""
+    name = "student" if "student" in measured else "backbone"
+    found = measured[name]["accuracy"] if name in measured else None
+    floors = {
+        f"{kind} features, linear": value for kind, value in measured.get("floor", {}).items()
+    }
+    if "trained_floor" in measured:
+        floors[NAME] = measured["trained_floor"]["accuracy"]
+    said = []
+    if found is not None and floors:
+        sides = [
+            f"{'above' if found > floor else 'BELOW' if found < floor else 'equal to'} the floor "
+            f"({of}) of {floor:.4f}"
+            for of, floor in floors.items()
+        ]
+        said.append(f"The {name}'s test accuracy {found:.4f} is {', '.join(sides)}.")
+    if gap := measured.get("distillation"):
+        helped = "did not help for sure"
+        if gap["low"] > 0:
+            helped = "helped"
+        elif gap["high"] < 0:
+            helped = "did not help, it hurt"
+        said.append(
+            f"Distillation {helped}: {100 * gap['difference']:+.1f} points against the same "
+            f"student from labels (95 % interval {100 * gap['low']:+.1f} to "
+            f"{100 * gap['high']:+.1f} over {gap['images']} test images, one seed)."
+        )
+    return said
+
+
 def result_lines(measured: dict[str, Any]) -> list[str]:
     """The numbers of a run's report."""
     exits = measured["exits"]
     lines = [
         f"{name}: test accuracy {measured[name]['accuracy']:.4f}, "
         f"{measured[name]['macs'] / 1e6:.1f} M MACs, " + _times(measured[name]["ms_per_image"])
-        for name in ("backbone", "student")
+        for name in ("backbone", "student", "labels")
         if name in measured
     ]
     timed = exits["ms_per_image_at_exits"]

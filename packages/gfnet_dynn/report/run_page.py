@@ -10,11 +10,13 @@ import numpy as np
 from gfnet_dynn.choices import DEFAULT_POINT
 from gfnet_dynn.judge.evaluate import Judgement
 from gfnet_dynn.report import run_plots as plots
-from gfnet_dynn.report.lines import headline, threshold_text
+from gfnet_dynn.report.lines import headline, threshold_text, verdicts
 from gfnet_dynn.run import Run
 from shared_core import datasets
+from shared_core.metrics.trained_floor import NAME
 from shared_core.runs import Report, read_metrics, write_result
 
+MODELS = {"backbone": "teacher", "student": "student", "labels": "the same student from labels"}
 SAMPLES = 8  # images an exit on the sheet
 
 
@@ -39,7 +41,8 @@ def write_report(run: Run, record: dict[str, Any], judged: Judgement) -> None:
     """Draw the plots and write both forms of the report."""
     measured = record["measured"]
     report = Report(f"GFNet with early exits on {run.data.name}")
-    (report.note if run.data.rehearsal else report.text)(headline(run))
+    first = " ".join([headline(run), *verdicts(measured)])
+    (report.note if run.data.rehearsal else report.text)(first)
     for note in run.data.notes:
         report.text(f"Of the data: {note}.")
     report.text(_circumstances(run, record))
@@ -52,7 +55,6 @@ def write_report(run: Run, record: dict[str, Any], judged: Judgement) -> None:
         "times are medians over rounds in which all models take turns, of a GPU on the clock, of a "
         "CPU the time that one thread computes; decoding is not included."
     )
-    _floor(report, measured)
     report.figure(
         plots.accuracy_cost(run.folder, measured, judged.sweep, judged.other_sweeps),
         "Accuracy against MACs.",
@@ -92,15 +94,18 @@ def _result_table(report: Report, measured: dict[str, Any]) -> None:
         for name in ("plain", "engineered")
         if "floor" in measured
     ]
+    if trained := measured.get("trained_floor"):
+        accuracy = trained["accuracy"]
+        rows.append([f"{NAME} ({trained['network']})", accuracy, *[None] * (2 + len(labels))])
 
     def row(label: str, accuracy: float, parameters: int, macs: float, times: Any) -> None:
         rows.append([label, accuracy, parameters / 1e6, macs / 1e6, *times])
 
-    for name in ("backbone", "student"):
+    for name, label in MODELS.items():
         if name in measured:
             one = measured[name]
             times = one["ms_per_image"].values()
-            row(name, one["accuracy"], one["parameters"], one["macs"], times)
+            row(label, one["accuracy"], one["parameters"], one["macs"], times)
     final, parameters = exits["final_accuracy"], exits["parameters"]
     plain = exits["ms_per_image_without_exits"].values()
     row("its exits taken away", final, parameters, exits["macs_without_exits"], plain)
@@ -111,20 +116,6 @@ def _result_table(report: Report, measured: dict[str, Any]) -> None:
         row(f"with exits, {name}", point["accuracy"], parameters, point["macs"], times)
     times = [f"ms an image, {label}" for label in labels]
     report.table(["model", "accuracy", "parameters (M)", "MACs (M)", *times], rows)
-
-
-def _floor(report: Report, measured: dict[str, Any]) -> None:
-    """How the backbone stands to a linear classifier."""
-    if "floor" not in measured or "backbone" not in measured:
-        return
-
-    def against(name: str) -> str:
-        lead = measured["backbone"]["accuracy"] - measured["floor"][name]
-        return (
-            f"{100 * abs(lead):.1f} points {'above' if lead > 0 else 'BELOW'} the {name}-features"
-        )
-
-    report.text(f"The backbone is {against('plain')} floor and {against('engineered')} floor.")
 
 
 def _exit_tables(report: Report, exits: dict[str, Any]) -> None:

@@ -58,10 +58,12 @@ class DeepTask(Task):
         """The inner task's."""
         return self.inner.model
 
-    def forward(self, images: Tensor, targets: Tensor, epoch: float) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, epoch: float, answers: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The inner losses, with the term in ``loss`` and by itself under ``deep``."""
         with block_outputs(self.model, (*self.exits, self.model.depth - 1)) as tokens:
-            parts = self.inner(images, targets, epoch)
+            parts = self.inner(images, targets, epoch, answers)
         *early, last = (self.model.pool(t) for t in tokens)
         term = self.term(early, self.model.head(last), targets)
         return {**parts, "loss": parts["loss"] + term, "deep": term}

@@ -204,14 +204,16 @@ def spectrum_loss(student_tokens: Tensor, teacher_tokens: Tensor, grid: tuple[in
 
 
 class DistillationTask(Task):
-    """``CE + kd * ramp * KD(T) + nd * ND + spectrum * Spec``, each weight a number.
+    """``label * CE + kd * ramp * KD(T) + nd * ND + spectrum * Spec``, each weight a number.
 
     ``ramp = min(1, epoch / kd_warmup)`` with epochs counted from 1. The teacher is no part of this
-    module: nothing of it learns, is saved, or changes its mode.
+    module: nothing of it learns, is saved, or changes its mode. Where its answers are stored it is
+    not asked; KD then is all that it can teach.
 
     Args:
         student: ``model(images, embed=True) -> (embedding (N, D), logits (N, K))`` with ``blocks``.
-        teacher: the same, in eval mode; see :func:`freeze_teacher`.
+        teacher: the same, in eval mode; see :func:`freeze_teacher`. None where every batch brings
+            its stored answers.
         centres: ``(K, teacher's D)`` of :func:`class_centres`; needed with ``nd_weight``.
         pairs: ``(student block, teacher block)`` for the spectrum term; needed with its weight.
         smoothing: of the labels, fraction in [0, 1).
@@ -226,7 +228,7 @@ class DistillationTask(Task):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         settings: Distillation,
         *,
         centres: Tensor | None = None,
@@ -235,8 +237,12 @@ class DistillationTask(Task):
         dropout: float = 0.5,
     ):
         super().__init__()
-        dims = student.embed_dim, teacher.embed_dim
-        if teacher.training:
+        if teacher is None and (settings.nd_weight or settings.spectrum_weight):
+            raise ValueError(
+                "stored answers hold no tokens; expected weights of 0 for nd, spectrum"
+            )
+        dims = student.embed_dim, student.embed_dim if teacher is None else teacher.embed_dim
+        if teacher is not None and teacher.training:
             raise ValueError("the teacher is in training mode; expected eval (freeze_teacher)")
         if settings.nd_weight and (centres is None or centres.shape[1:] != dims[1:]):
             got = None if centres is None else tuple(centres.shape)
@@ -254,16 +260,22 @@ class DistillationTask(Task):
         """Share of the KD weight in ``epoch``, counted from 1."""
         return min(1.0, epoch / self.settings.kd_warmup) if self.settings.kd_warmup else 1.0
 
-    def forward(self, images: Tensor, targets: Tensor, epoch: float) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, epoch: float, answers: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The total under ``loss`` and every part that is in use, unweighted, under its name."""
         blocks = [pair[1] for pair in self.pairs]
-        with torch.no_grad(), block_outputs(self.teacher, blocks) as teacher_tokens:
-            teacher_embedding, teacher_logits = self.teacher(images, embed=True)
+        if self.teacher is None:
+            assert answers is not None
+            teacher_tokens, teacher_embedding, teacher_logits = [], None, answers
+        else:
+            with torch.no_grad(), block_outputs(self.teacher, blocks) as teacher_tokens:
+                teacher_embedding, teacher_logits = self.teacher(images, embed=True)
         with block_outputs(self.model, [pair[0] for pair in self.pairs]) as tokens:
             embedding, logits = self.model(images, embed=True)
         weights, logits = self.settings, logits.float()
         parts = {"ce": F.cross_entropy(logits, targets, label_smoothing=self.smoothing)}
-        total = parts["ce"]
+        total = weights.label_weight * parts["ce"]
         if weights.kd_weight:
             parts["kd"] = kd_kl(logits, teacher_logits.float(), temperature=weights.kd_temperature)
             total = total + weights.kd_weight * self.ramp(epoch) * parts["kd"]

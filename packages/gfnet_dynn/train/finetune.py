@@ -7,7 +7,7 @@ The same loop trains the backbone (cross-entropy) and the student (distillation)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfnet_dynn.scene_views import TaughtBatch, TurnedLoader
 from gfnet_dynn.settings import FineTuning
 from gfnet_dynn.train.parallel import ALONE
 from shared_core.datasets.views.mixing import Mix, draw_cutmix, draw_mixup
@@ -41,13 +42,16 @@ class Task(nn.Module):
 
     model: nn.Module
 
-    def forward(self, images: Tensor, targets: Tensor, epoch: float) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, epoch: float, answers: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Named losses, ``loss`` among them, in nats.
 
         Args:
             images: ``(N, 3, H, W)``.
             targets: int64 ``(N,)``, or class shares ``(N, K)``.
             epoch: counted from 1.
+            answers: ``(N, K)``, a teacher's stored logits of these images, where there are some.
         """
         raise NotImplementedError
 
@@ -59,7 +63,10 @@ class PlainTask(Task):
         super().__init__()
         self.model, self.smoothing = model, smoothing
 
-    def forward(self, images: Tensor, targets: Tensor, epoch: float) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, epoch: float, answers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Cross-entropy; see :class:`Task`."""
         logits = self.model(images).float()
         return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.smoothing)}
 
@@ -81,15 +88,26 @@ class Schedule:
         return floor + (self.base - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict]:
-    """Decay matrices and filters, not biases, norms and positions (``pos_embed``)."""
-    decay, plain = [], []
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Decay matrices and filters, not biases, norms and positions (``pos_embed``).
+
+    Args:
+        rates: by the beginning of a parameter's name, how many times the base rate it learns at.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             flat = parameter.ndim <= 1 or name.endswith("pos_embed")
-            (plain if flat else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}]
-    return [*groups, {"params": plain, "weight_decay": 0.0}] if plain else groups
+            rate = next((r for start, r in (rates or {}).items() if name.startswith(start)), 1.0)
+            groups.setdefault((0.0 if flat else weight_decay, rate), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate": rate}
+        for (decay, rate), parameters in sorted(
+            groups.items(), key=lambda one: one[0], reverse=True
+        )
+    ]
 
 
 def draw_mix(settings: FineTuning, *, stage: str, step: int, batch: int, size: int) -> Mix | None:
@@ -150,6 +168,8 @@ class FineTune:
         num_classes, image_size: of the data; pixels.
         epochs, base_lr: of this stage.
         settings: what the stages have in common.
+        rates: of parts of the task, see :func:`parameter_groups`.
+        started: the network knows the classes already; no epoch below it is kept.
         world: the processes that train together; a metric of the training is of this one's share.
     """
 
@@ -158,7 +178,7 @@ class FineTune:
         stage: str,
         task: Task,
         *,
-        loader: TorchLoader,
+        loader: TorchLoader | TurnedLoader,
         validation: TorchLoader,
         num_classes: int,
         image_size: int,
@@ -168,16 +188,18 @@ class FineTune:
         settings: FineTuning,
         log: StageLog,
         world: World = ALONE,
+        rates: Mapping[str, float] | None = None,
+        started: bool = False,
     ) -> None:
         self.stage, self.task, self.model = stage, task, task.model
         self.loader, self.validation = loader, validation
         self.num_classes, self.image_size = num_classes, image_size
         self.epochs, self.precision, self.settings = epochs, precision, settings
-        self.log, self.world = log, world
+        self.log, self.world, self.started = log, world, started
         self.learner = wrap(task, world)
         if world.rank:  # all began with the same weights; from here each draws its own noise
             seed_all(derive_seed(settings.seed, stage, "rank", world.rank) % 2**32)
-        groups = parameter_groups(task, weight_decay=settings.finetune_wd)
+        groups = parameter_groups(task, weight_decay=settings.finetune_wd, rates=rates)
         self.optimizer = torch.optim.AdamW(groups, lr=base_lr)
         self.ema = Ema(task.model, decay=settings.ema) if settings.ema else None
         self.best, self.means, self.step = Best(), Means(), 0
@@ -203,6 +225,9 @@ class FineTune:
             self.means.load(self.state.counters["sums"], self.precision.device)
             self.log.say(f"{self.stage}: resumed at epoch {first + 1}, step {self.step}")
         else:
+            if self.started:
+                self._offer(-1)
+                self.log.say(f"{self.stage}: starts at {self.best.accuracy:.4f}")
             self._save(0)
         for epoch in range(first, self.epochs):
             self._train_epoch(epoch)
@@ -231,14 +256,14 @@ class FineTune:
         if self.loader.loader.order.epoch == epoch:  # the last batches were left out
             self.loader.loader.order.set_epoch(epoch + 1)
 
-    def _batches(self, epoch: int, done: int) -> Iterator[TorchBatch]:
+    def _batches(self, epoch: int, done: int) -> Iterator[TorchBatch | TaughtBatch]:
         label = f"{self.stage} epoch {epoch + 1}/{self.epochs}"
         return iter(progress(self.loader, total=self.steps, done=done, label=label))
 
-    def _step(self, batch: TorchBatch, epoch: int) -> None:
+    def _step(self, batch: TorchBatch | TaughtBatch, epoch: int) -> None:
         """Forward, losses, update."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.at(self.step)
+            group["lr"] = group["rate"] * self.schedule.at(self.step)
         mix = draw_mix(
             self.settings,
             stage=self.stage,
@@ -247,8 +272,9 @@ class FineTune:
             size=self.image_size,
         )
         images, targets = apply_mix(mix, batch.images, batch.labels, num_classes=self.num_classes)
+        answers = getattr(batch, "answers", None)
         with self.precision.autocast():
-            losses = self.learner(images, targets, epoch + 1)
+            losses = self.learner(images, targets, epoch + 1, answers)
         clip = self.settings.clip_grad or None
         self.precision.backward_step(losses["loss"], self.optimizer, clip=clip)
         if self.ema is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from gfnet_dynn.choices import PYRAMID_ARCHS
@@ -19,6 +21,7 @@ from gfnet_dynn.model_files import (
 from gfnet_dynn.models.build import build_gfnet
 from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.run import Run, pairs
+from gfnet_dynn.scene_views import TurnedLoader
 from gfnet_dynn.train.deep_supervision import DeepTask
 from gfnet_dynn.train.distillation import (
     DistillationTask,
@@ -27,8 +30,11 @@ from gfnet_dynn.train.distillation import (
     matched_blocks,
 )
 from gfnet_dynn.train.finetune import FineTune, PlainTask, Task
+from gfnet_dynn.train.teacher import HEAD_RATE, start_teacher, stored_answers
+from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.precision import Precision
 
+FILES = {"backbone": "backbone", "distil": "student", "labels": "labels"}  # by stage
 SPECTRUM_BLOCKS = 4  # pairs of blocks that the spectrum term compares
 
 
@@ -52,16 +58,22 @@ def new_network(run: Run, *, arch: str, dim: int | None) -> nn.Module:
 def train_backbone(run: Run) -> dict[str, Any]:
     """Stage 1: the backbone learns the classes, from ``--init`` weights if there are any.
 
-    With ``--teacher`` it is that file and learns nothing.
+    With ``--teacher FILE`` it is that file and learns nothing; with the name of a network it is
+    that one, fine-tuned from its trained weights.
 
     Returns:
         What the run's log keeps of the stage.
     """
-    settings = run.settings
-    if settings.networks.teacher is not None:
-        return _take_teacher(run, settings.networks.teacher)
+    settings, names = run.settings, run.settings.networks
+    if names.teacher_file is not None:
+        return _take_teacher(run, names.teacher_file)
     run.seed("backbone")
-    names = settings.networks
+    if names.teacher_network is not None:
+        teacher = start_teacher(run)
+        task = PlainTask(teacher, smoothing=settings.finetuning.smoothing)
+        return _fine_tune(
+            run, "backbone", task, rates={f"model.body.{teacher.head_name}": HEAD_RATE}
+        )
     model = new_network(run, arch=names.backbone_arch, dim=names.backbone_dim)
     if names.pretrained is not None:
         replaced = load_pretrained(names.pretrained, model, transfer=names.resolution_transfer)
@@ -95,11 +107,43 @@ def distil_student(run: Run) -> dict[str, Any]:
     Returns:
         What the run's log keeps of the stage.
     """
-    settings, weights = run.settings, run.settings.distillation
+    student, smoothing = _new_student(run), run.settings.finetuning.smoothing
+    if run.settings.stored_answers:
+        taught = run.settings.distillation.kd_weight
+        answers = stored_answers(run) if taught else None
+        task: Task = PlainTask(student, smoothing=smoothing)
+        if taught:
+            weights = run.settings.distillation
+            task = DistillationTask(student, None, weights, smoothing=smoothing)
+        return _fine_tune(run, "distil", task, answers=answers)
+    return _fine_tune(run, "distil", _live_task(run, student).to(run.device))
+
+
+def train_on_labels(run: Run) -> dict[str, Any]:
+    """The student of stage 2 once more, same start, views and steps, from the labels alone.
+
+    Returns:
+        What the run's log keeps of the stage.
+    """
+    task = PlainTask(_new_student(run), smoothing=run.settings.finetuning.smoothing)
+    return _fine_tune(run, "labels", task)
+
+
+def _new_student(run: Run) -> nn.Module:
+    """The student before it learns; equal weights at every call."""
     run.seed("distil")
-    teacher = freeze_teacher(load_model(run.file("backbone"))[0]).to(run.device)
-    names = settings.networks
+    names = run.settings.networks
     student = new_network(run, arch=names.student_arch, dim=names.student_dim)
+    if names.student_init is not None:
+        load_pretrained(names.student_init, student, transfer=names.resolution_transfer)
+        run.log.say(f"student: starts from {names.student_init}")
+    return student
+
+
+def _live_task(run: Run, student: nn.Module) -> DistillationTask:
+    """A teacher that is asked every view as it is shown."""
+    weights = run.settings.distillation
+    teacher = freeze_teacher(load_model(run.file("backbone"))[0]).to(run.device)
     centres = None
     if weights.nd_weight:
         batches = pairs(run.loaders().held("train"), "class centres")
@@ -113,31 +157,46 @@ def distil_student(run: Run) -> dict[str, Any]:
             )
         depths = student.depth, teacher.depth
         blocks = matched_blocks(*depths, min(SPECTRUM_BLOCKS, *depths))
-    task = DistillationTask(
+    return DistillationTask(
         student,
         teacher,
         weights,
         centres=centres,
         pairs=blocks,
-        smoothing=settings.finetuning.smoothing,
+        smoothing=run.settings.finetuning.smoothing,
     )
-    return _fine_tune(run, "distil", task.to(run.device))
 
 
-def _fine_tune(run: Run, stage: str, task: Task) -> dict[str, Any]:
+def _batches(run: Run, stage: str, answers: np.ndarray | None) -> TorchLoader | TurnedLoader:
+    """What a stage learns from; a student and its twin from labels see the same views."""
+    size = run.settings.finetuning.finetune_batch
+    if stage != "backbone":
+        return run.student_batches("distil", batch_size=size, answers=answers)
+    loaders = run.loaders(shared=True)
+    trained = run.settings.networks.teacher_network is not None
+    return (loaders.shifted if trained else loaders.train)(stage, batch_size=size)
+
+
+def _fine_tune(
+    run: Run,
+    stage: str,
+    task: Task,
+    *,
+    answers: np.ndarray | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Train, save the best epoch's weights, and say how good they are."""
-    settings, data = run.settings, run.data
-    learn, name = settings.finetuning, "backbone" if stage == "backbone" else "student"
-    carries_exits = name == "student" or settings.networks.no_distil
+    settings, data, learn = run.settings, run.data, run.settings.finetuning
+    name = FILES[stage]
+    carries_exits = name != "backbone" or settings.networks.no_distil
     if carries_exits and settings.deep.deep_supervision:
         exits = settings.exits.blocks(task.model.depth)
         task = DeepTask(task, exits, settings.deep, smoothing=learn.smoothing).to(run.device)
-    loaders = run.loaders(shared=True)
     training = FineTune(
         stage,
         task,
-        loader=loaders.train(stage, batch_size=learn.finetune_batch),
-        validation=loaders.held("calibration"),
+        loader=_batches(run, stage, answers),
+        validation=run.loaders(shared=True).held("calibration"),
         num_classes=len(data.classes),
         image_size=data.input_size,
         epochs=learn.backbone_epochs if name == "backbone" else learn.student_epochs,
@@ -146,6 +205,8 @@ def _fine_tune(run: Run, stage: str, task: Task) -> dict[str, Any]:
         settings=learn,
         log=run.log,
         world=run.world,
+        rates=rates,
+        started=rates is not None,
     )
     best = training.run()
     if run.world.is_main:
