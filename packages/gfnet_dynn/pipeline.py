@@ -15,7 +15,7 @@ from gfnet_dynn.data_loader_helper import prepare_data
 from gfnet_dynn.judge.evaluate import evaluate_run, judged_file
 from gfnet_dynn.model_files import choose_device, choose_precision
 from gfnet_dynn.our_train_helper import train_exits
-from gfnet_dynn.report.lines import headline, result_lines, verdicts
+from gfnet_dynn.report.lines import headline, result_lines, verdicts, with_verdicts
 from gfnet_dynn.report.run_page import write_record, write_report
 from gfnet_dynn.run import Run
 from gfnet_dynn.settings import Settings
@@ -188,7 +188,7 @@ def _run_stages(command: Command, opened: OpenRun, said: str, world: World) -> N
     for stage in stages:
         opened.stage(stage, works[stage], state=opened.folder / "state" / f"{stage}.pth")
     judged = (run.log.done("evaluate") or {}).get("verdicts", [])
-    run.log.say(" ".join([headline(run), *judged]))
+    run.log.say(with_verdicts(headline(run), judged))
 
 
 def _wanted(settings: Settings, command: Command) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gfnet_dynn.models.exit_policy import NEVER
@@ -23,6 +24,11 @@ def headline(run: Run) -> str:
         return what
     wanted = f"; {source.data_set} was not used" if source.known else ""
     return f"REHEARSAL - {what}{wanted}. {NOT_REPRODUCED[0].upper()}{NOT_REPRODUCED[1:]}."
+
+
+def with_verdicts(line: str, found: Sequence[str]) -> str:
+    """A headline and the sentences of :func:`verdicts` behind it."""
+    return " ".join([f"{line.rstrip('.')}.", *found]) if found else line
 
 
 def verdicts(measured: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from gfnet_dynn.choices import DEFAULT_POINT
 from gfnet_dynn.judge.evaluate import Judgement
 from gfnet_dynn.report import run_plots as plots
-from gfnet_dynn.report.lines import headline, threshold_text, verdicts
+from gfnet_dynn.report.lines import headline, threshold_text, verdicts, with_verdicts
 from gfnet_dynn.run import Run
 from shared_core import datasets
 from shared_core.metrics.trained_floor import NAME
@@ -41,7 +41,7 @@ def write_report(run: Run, record: dict[str, Any], judged: Judgement) -> None:
     """Draw the plots and write both forms of the report."""
     measured = record["measured"]
     report = Report(f"GFNet with early exits on {run.data.name}")
-    first = " ".join([headline(run), *verdicts(measured)])
+    first = with_verdicts(headline(run), verdicts(measured))
     (report.note if run.data.rehearsal else report.text)(first)
     for note in run.data.notes:
         report.text(f"Of the data: {note}.")
