@@ -22,7 +22,7 @@ from compare.contract import (
     CHOICE_FILE,
     FINDINGS,
     FLOORS_FILE,
-    INT8,
+    FORMS,
     JOB_FILE,
     JUDGED_FILE,
     PLAN_FILE,
@@ -173,7 +173,7 @@ def _macs(row: Judged) -> str:
 
 
 def _form(row: Judged) -> str:
-    return "int8" if row.form == INT8 else "float"
+    return FORMS.get(row.form, row.form)
 
 
 def _title(row: Judged) -> str:
@@ -221,9 +221,17 @@ def why_not(run: Run, row: Judged) -> str:
     missed = [text for limit in run.plan.budget if (text := _misses(run, row, limit))]
     if missed:
         return "; ".join(missed)
-    if (row.candidate, row.form) in run.choice.front:
-        return "on the front, within the budget"
-    return "another is as accurate and no slower"
+    won, batch = run.winner, str(run.plan.batch)
+    words = []
+    if row.form == "paddle":
+        words.append("needs Paddle, not shipped")
+    if row.calibration_accuracy < won.calibration_accuracy:
+        words.append(f"accuracy {row.calibration_accuracy:.4f} on calibration")
+    if row.bytes > won.bytes:
+        words.append("larger")
+    if batch in row.latency and row.latency[batch]["p50"] > won.latency[batch]["p50"]:
+        words.append("slower")
+    return ", ".join(words) or "as good; the simpler one is taken"
 
 
 # The page, section by section.
@@ -312,11 +320,13 @@ def _top(run: Run) -> Iterator[str]:
         (_share(row.macro_f1), "macro F1"),
     ]
     cards = "".join(f"<div><b>{_text(a)}</b><span>{_text(b)}</span></div>" for a, b in numbers)
+    verdicts = "".join(f"<p>{_text(line)}</p>" for line in run.plan.notes)
     head = "Winner" if run.choice.meets else "No file meets the budget; the nearest is"
     yield (
         f'<div class="top"><section class="win{"" if run.choice.meets else " none"}">'
         f'<span class="small">{head}</span><div class="name">{_title_html(row)}</div>'
         f"<p>{_text(run.choice.sentence)}</p><p><b>{_text(_promise(run))}</b></p>"
+        f"{verdicts}"
         f'<div class="cards">{cards}</div><p class="small">Budget: {_text(budget)}. '
         f"{_text(_floor_line(run))}</p></section><section>{_chart(run)}</section></div>"
     )
@@ -351,7 +361,7 @@ def _chart(run: Run) -> str:
             number=number, title=f"{_title(row)}: {_share(row.accuracy.value)}, "
             f"{_ms(row, batch)} ms, {_mb(row.bytes)} MB", ms=row.latency[str(batch)]["p50"],
             accuracy=row.accuracy.value, low=row.accuracy.low, high=row.accuracy.high,
-            bytes=row.bytes, group=projects.index(row.project) % 6, square=row.form == INT8,
+            bytes=row.bytes, group=projects.index(row.project) % 6, square="int8" in row.form,
             front=(row.candidate, row.form) in front, winner=number == 1,
         )
         for number, row in enumerate(run.rows, start=1)
@@ -432,13 +442,19 @@ def _table(run: Run) -> Iterator[str]:
         "none-of-these threshold", "false accepts", "known kept", "seed", "notes",
     ]  # fmt: skip
     yield "<details><summary>more numbers of each file</summary>"
-    yield _cells(columns, more, left=2, wide=len(columns) - 1, winner=0) + "</details>"
+    yield _cells(columns, more, left=2, wide=len(columns) - 1, winner=0)
+    if source := run.winner.unknown.get("source"):
+        yield f'<p class="small">None-of-these was tried on {_text(str(source))}</p>'
+    yield "</details>"
 
 
-def _unknown(row: Judged) -> list[str]:
+def _unknown(row: Judged) -> list[Cell]:
     """Threshold, false-accept rate and share of known images kept of "none of these"."""
     found = [row.unknown.get(name) for name in ("threshold", "false_accepts", "kept")]
-    return [_share(value) if isinstance(value, (int, float)) else "–" for value in found]
+    cells: list[Cell] = [_share(value) for value in found]
+    if kinds := row.unknown.get("by_kind"):
+        cells[1] = (_share(found[1]), ", ".join(f"{kind} {n:.2f}" for kind, n in kinds.items()))
+    return cells
 
 
 def _confusions(run: Run) -> Iterator[str]:
@@ -592,7 +608,7 @@ def _plan(run: Run) -> Iterator[str]:
                      "; ".join(text for text in (reason, notes) if text)])  # fmt: skip
         if state == "failed":
             fallen.append(f"{one.title or one.name} failed: {reason}")
-    for line in (*fallen, *plan.notes):
+    for line in fallen:
         yield f'<p class="note">{_text(line)}</p>'
     columns = [
         "candidate",
@@ -638,7 +654,7 @@ def _markdown(run: Run, record: dict[str, Any]) -> Report:
     """The short report for a terminal or a repository."""
     report = Report(f"{printable(run.check.name)}: {_headline(run)}")
     report.text(printable(run.choice.sentence))
-    for line in (_promise(run), _floor_line(run)):
+    for line in (_promise(run), *run.plan.notes, _floor_line(run)):
         if line:
             report.text(line)
     rows = [
