@@ -157,6 +157,17 @@ def test_what_is_planned_never_takes_more_than_there_is():
                 assert one.least <= found[one.name][0] <= one.most
 
 
+def test_a_teacher_is_made_only_where_a_student_of_it_fits_too():
+    all_of_them = {one.name: one for one in proposals()}
+    teacher, student = all_of_them["teacher"], all_of_them["student-96"]
+    pair = [teacher, student]
+    least = sum(cost(one, one.least, checked(), STEPS) for one in pair)
+    short = fit(pair, checked(), STEPS, least - 1)
+    assert short["teacher"][1].startswith("needs") and "left out" in short["student-96"][1]
+    enough = fit(pair, checked(), STEPS, least + 1)
+    assert enough == {"teacher": (teacher.least, ""), "student-96": (student.least, "")}
+
+
 def planned(tmp_path: Path, minutes: float, *, jitter: float = 1.0, **more) -> Plan:
     said: list[str] = []
     every = Seconds(0.0105 * jitter, 0.0031 * jitter)

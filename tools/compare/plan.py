@@ -133,7 +133,7 @@ def fit(
     """Name -> (epochs, "" or why it is left out).
 
     In order, each takes enough epochs if they fit, or as many as fit; what is left over then goes
-    to more epochs, in the same order.
+    to more epochs, in the same order. A teacher is made only where a student of it fits, too.
     """
     left_out = left_out or {}
     found: dict[str, tuple[int, str]] = {}
@@ -149,9 +149,12 @@ def fit(
             found[one.name] = (0, "its teacher is left out")
             continue
         epochs = [n for n in EPOCHS if one.least <= n <= one.enough] if one.trains else [0]
-        fits = [n for n in epochs if price(one, n) <= seconds]
+        students = [x for x in proposals if x.teacher == one.name and x.name not in left_out]
+        kept = min((price(x, x.least) for x in students), default=0.0)
+        fits = [n for n in epochs if price(one, n) + kept <= seconds]
         if not fits:
-            needs = f"needs {minutes(price(one, epochs[0]))}, {minutes(max(0, seconds))} are left"
+            needs = price(one, epochs[0]) + kept
+            needs = f"needs {minutes(needs)}, {minutes(max(0, seconds))} are left"
             found[one.name] = (0, needs)
             continue
         found[one.name] = (fits[-1], "")
