@@ -197,6 +197,23 @@ def _gfnet(place: Place) -> list[list[str]]:
     return [train, export]
 
 
+def _mpkd(place: Place) -> list[list[str]]:
+    """A student taught without labels, then trained with 8 bits in weights and activations."""
+    settings = {
+        "model.student_model": "lite0", "model.teacher_model": "lite0", "teacher.epochs": 3,
+        "distillation.views": 2, "quantization.method": "qat", "quantization.epochs": 1,
+        "quantization.w_bits": 8, "quantization.a_bits": 8, "quantization.compare_uniform": False,
+        "export.onnx": True,
+    }  # fmt: skip
+    words = [
+        "packages/mpkd/main.py", *place.images(), "--epochs", str(place.settings["epochs"]),
+        "--workers", str(max(1, place.threads)),
+    ]  # fmt: skip
+    for key, value in settings.items():
+        words += ["--set", f"{key}={str(value).lower()}"]
+    return [words]
+
+
 _ZOO_NEEDS = ("torch", "torchvision")
 MAKERS: dict[str, Maker] = {
     "probe": Maker("compare", ("torch",), _probe, "model"),
@@ -206,6 +223,7 @@ MAKERS: dict[str, Maker] = {
     "visiondistill_gc": Maker(
         "visiondistill_gc", ("paddle", "paddle2onnx"), _garbage, "model", refuses=True
     ),
+    "mpkd": Maker("mpkd", _ZOO_NEEDS, _mpkd, "export"),
     "gfnet": Maker("gfnet_dynn", ("torch", "timm"), _gfnet, "model", refuses=True),
     "landmark": Maker("landmark_distill", ("torch",), _landmark, "model"),
 }
@@ -279,6 +297,10 @@ def propose(
         tuned(
             f"landmark-{full}", "landmark", f"nearest class mean of lite0's features, {full} px", 4,
             LITE0, full, least=1, enough=2, most=3, fixed=40.0,
+        ),
+        tuned(
+            f"mpkd-{small}", "mpkd", f"lite0 taught without labels, trained in 8 bits, {small} px",
+            7, LITE0, small, before=7.0, least=2, enough=4, most=10, fixed=60.0,
         ),
         tuned(
             f"gfnet-{full}", "gfnet", f"GFNet with early exits, taught by lite0, {full} px", 6,
