@@ -10,6 +10,7 @@ from torch import nn
 from shared_core.for_torch.checkpoints import load_checkpoint
 from shared_core.for_torch.pretrained import start_network
 from shared_core.runs import read_result
+from torch_cls_zoo import config
 from torch_cls_zoo.dataloader.balance import BalancedOrder
 from torch_cls_zoo.dataloader.enhancement.policies import make_augment
 from torch_cls_zoo.dataloader.view import CropView
@@ -70,10 +71,15 @@ def test_the_averaged_weights_are_judged_and_kept(trained):
     assert not torch.equal(last["fc.weight"], parts["model"]["fc.weight"])
 
 
-def test_the_average_begins_where_the_probe_left_the_head(probed, tmp_path, zoo_command, zoo_data):
-    words = ("--train", "--epochs", "1", "--lr", "1e-9", "--head_lr", "1e-9", "--ema", "0.9999")
+def test_the_average_begins_where_the_probe_left_the_head(
+    probed, tmp_path, zoo_command, zoo_data, monkeypatch
+):
+    monkeypatch.setattr(config, "MOST", 1)  # epochs, which the command does not say
+    words = ("--train", "--lr", "1e-9", "--head_lr", "1e-9", "--ema", "0.9999")
     done = zoo_command(*words, "--data", zoo_data, *QUICK, "--output", tmp_path / "run")
     assert done.code == 0, done.err
+    training = read_result(tmp_path / "run" / "result.json")["measured"]["training"]
+    assert (training["epochs"], training["recipe"]) == (1, "finetune")
     head = weights_in(probed[0])["classifier.weight"]
     torch.testing.assert_close(weights_in(tmp_path / "run")["classifier.weight"], head)
 

@@ -175,12 +175,13 @@ def run_epoch(
     seen, total = len(loader.loader.skipped), len(loader)
     for batch in loader:
         at = sums.batches
-        last = min(at - at % learner.accumulate + learner.accumulate, total)
+        first = at - at % learner.accumulate  # of the batches that make a step together
+        last = min(first + learner.accumulate, total)
         schedule.set_step(first_number + at)
         loss, hits = learner.step(
             batch,
             first_number + at,
-            gathered=last - (at - at % learner.accumulate),
+            gathered=last - first,
             update=at + 1 == last,
         )
         sums.add(loss, hits, len(batch.labels))
