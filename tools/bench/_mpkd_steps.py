@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from mpkd.dataset import views
 from mpkd.dataset.data_utils import TRAIN
 from mpkd.dataset.sources import load_data
-from mpkd.model.student import build_student
+from mpkd.model.networks import PLAIN, build_net
 from mpkd.run_context import Run
 from mpkd.trainer.metrics_logger import MetricsLogger
 from mpkd.trainer.objectives import make_objective
 from mpkd.trainer.settings import settings_from
 from mpkd.trainer.trainer import Job, Trainer
-from mpkd.utils.common import build_net, describe_net
+from mpkd.utils.common import describe_net
 from mpkd.utils.config import load_config
 from shared_core.datasets import digits
 from shared_core.deploy.facts import ModelFacts
@@ -100,7 +100,7 @@ def trainings(folder: Path, ways: dict[str, dict[str, Any]], *, count: int) -> d
         job = Job(
             "distil", student.train(), make_objective(run.config, source),
             run.training_loader("student", images, replayed=replayed), run.evaluation_loader(),
-            settings_from(run.config), run.precision(), run.log, run.csv,
+            settings_from(run.config), run.precision(student), run.log, run.csv,
         )  # fmt: skip
         made[name] = Training(Trainer(job), shared)
     return made
@@ -111,7 +111,8 @@ def _run(folder: Path, changes: dict[str, Any], count: int) -> Run:
     keys = {
         "dataset.name": "digits", "dataset.image_size": PIXELS, "dataset.workers": 0,
         "dataset.max_images": BATCH * (count + 1), "experiment.batch_size": BATCH,
-        "distillation.views": 1,
+        "distillation.views": 1, "model.teacher_model": "resnet18", "model.teacher_ckpt": "none",
+        "training.channels_last": False, "mixed_precision.enabled": False,
     } | changes  # fmt: skip
     folder.mkdir(parents=True)
     config = load_config(None, (), overrides=keys)
@@ -167,7 +168,9 @@ def mobilenet(
     images = normal(tiled(pixels[:test], 2)).to(memory_format=torch.channels_last)
     truth = torch.from_numpy(labels[:test])
     torch.manual_seed(0)
-    net = build_student("mobilenet_v2", num_classes=10, dropout=0.0)
+    about = {"name": "mobilenet_v2", "image_size": SIDE, "stem": "auto"}
+    net = build_net(about, num_classes=10)
+    net.classifier[0].p = 0.0  # no dropout
     net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=1e-2)
     steps = epochs * (test // 32)
@@ -183,8 +186,8 @@ def mobilenet(
     settled(net, normal(large))
     names = tuple(str(n) for n in range(10))
     facts = ModelFacts(
-        "mpkd", "mobilenet_v2", names, (SIDE, SIDE), views.eval_view(SIDE).settings(), views.MEAN,
-        views.STD,
+        "mpkd", "mobilenet_v2", names, (SIDE, SIDE), views.eval_view(SIDE).settings(), PLAIN.mean,
+        PLAIN.std,
     )  # fmt: skip
     made = Deployed(
         net, facts, large[:calibration], tiled(pixels[test:], SIDE // TILE), labels[test:]
