@@ -361,9 +361,9 @@ def _learning(parser: CommandParser) -> None:
     _table(
         group,
         [
-            ("--backbone-epochs", SIZE, 100, "Epochs of the backbone."),
+            ("--backbone-epochs", SIZE, 100, "Epochs of the backbone; short has its own."),
             ("--backbone-lr", POSITIVE, 1e-3, "The backbone's learning rate (AdamW, cosine)."),
-            ("--student-epochs", SIZE, 100, "Epochs of the student."),
+            ("--student-epochs", SIZE, 100, "Epochs of the student; short has its own."),
             ("--student-lr", POSITIVE, 1e-3, "The student's learning rate (AdamW, cosine)."),
             ("--finetune-batch", SIZE, 64, "Images of a step, in each process."),
             ("--finetune-wd", WEIGHT, 0.05, "Weight decay."),

@@ -43,8 +43,8 @@ SHORT: dict[str, Any] = {
     "student_dim": 64,
     "patch_size": 8,
     "input_size": 128,
-    "backbone_epochs": 5,
-    "student_epochs": 36,
+    "backbone_epochs": None,  # by the number of images: of AID's 5 and 36
+    "student_epochs": None,
     "deep_supervision": 0.75,
     "backbone_lr": 5e-4,
     "student_lr": 2e-3,

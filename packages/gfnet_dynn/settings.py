@@ -95,9 +95,9 @@ class Networks:
 class FineTuning:
     """How backbone and student learn."""
 
-    backbone_epochs: int
+    backbone_epochs: int | None  # None: by the number of images
     backbone_lr: float
-    student_epochs: int
+    student_epochs: int | None
     student_lr: float
     finetune_batch: int
     finetune_wd: float

@@ -22,6 +22,7 @@ from gfnet_dynn.scene_views import (
     turn_images,
     turn_pixels,
 )
+from gfnet_dynn.train.networks import usual_epochs
 from shared_core.datasets import EpochOrder, EvalView, ImageSet, Manifest
 from shared_core.datasets.reading.loader import BatchLoader
 from shared_core.for_torch.data import Normalizer, TorchLoader
@@ -224,6 +225,8 @@ def test_the_report_says_what_it_is_worth(taught, images):
         with torch.no_grad():
             right[name] = model_of(folder, name)(Normalizer()(pixels)).argmax(1).numpy() == labels
         assert measured[name]["accuracy"] == right[name].mean()
+    start = measured["backbone"]["start"]
+    assert start["licence"] == "Apache-2.0" and len(start["sha256"]) == 64
     gap = measured["distillation"]
     assert gap["difference"] == pytest.approx(right["student"].mean() - right["labels"].mean())
     assert gap["low"] <= gap["difference"] <= gap["high"] and gap["images"] == len(labels)
@@ -288,6 +291,13 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, taught, folder_of_image
     assert (
         done.code == 1 and "knows 3 classes (a, b, c...), the data has 3 (a, b, x...)" in done.err
     )
+
+
+def test_fewer_images_are_shown_more_often():
+    # AID at 128 pixels has 6,400 training images: 5 and 36 epochs.
+    for images, teacher, student in ((6400, 5, 36), (2000, 16, 115), (500, 20, 120), (9**6, 3, 12)):
+        assert usual_epochs(images, started=True) == teacher
+        assert usual_epochs(images, started=False) == student
 
 
 # --- the paired interval

@@ -101,7 +101,7 @@ def model_facts(model: nn.Module, facts: Mapping[str, Any]) -> ModelFacts:
             "checkpoint_sha256": facts["sha256"],
             "data": facts.get("data"),
             "split_hash": facts.get("split_hash"),
-            "initial_weights": config.get("pretrained"),
+            "initial_weights": facts.get("start") or config.get("pretrained"),
             "teacher": config.get("teacher"),
             "scale": config.get("scale"),
             "seed": config.get("seed"),

@@ -187,6 +187,9 @@ class Trying:
         precision = choose_precision(values["amp"], device)
         run = Run(settings, values, data, RunLog(work), device, precision, ALONE)
         _copy(self.run.folder / "checkpoint" / run.file("backbone").name, run.file("backbone"))
+        answers = self.run.folder / "knowledge"
+        if answers.exists() and not (work / "knowledge").exists():
+            shutil.copytree(answers, work / "knowledge")
         if cell.settings["stage"] == "exits":
             theirs = self.run.folder
             if cell.settings["own"]:

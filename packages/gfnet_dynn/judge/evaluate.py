@@ -98,6 +98,9 @@ def evaluate_run(run: Run, file: Path, *, floors: Mapping[str, Any]) -> Judgemen
     right: dict[str, np.ndarray] = {}
     for name, network in plain.items():
         measured[name], right[name] = _plain_row(network, run)
+    start = (run.log.done("backbone") or {}).get("start")
+    if start and "backbone" in measured:
+        measured["backbone"]["start"] = start
     if "labels" in plain:
         gap = paired_shares(right["student"], right["labels"])
         measured["distillation"] = gap

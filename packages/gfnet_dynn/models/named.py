@@ -45,6 +45,7 @@ class NamedNetwork(nn.Module):
         super().__init__()
         self.network, self.num_classes = network, num_classes
         self.img_size, self.drop_path_rate = tuple(img_size), drop_path_rate
+        self.start = started.start if started else {}  # where its weights are from, plain JSON
         made = started or make_network(
             network,
             num_classes=num_classes,

@@ -105,7 +105,13 @@ def _result_table(report: Report, measured: dict[str, Any]) -> None:
         if name in measured:
             one = measured[name]
             times = one["ms_per_image"].values()
-            row(label, one["accuracy"], one["parameters"], one["macs"], times)
+            row(
+                label if "student" in measured else name,
+                one["accuracy"],
+                one["parameters"],
+                one["macs"],
+                times,
+            )
     final, parameters = exits["final_accuracy"], exits["parameters"]
     plain = exits["ms_per_image_without_exits"].values()
     row("its exits taken away", final, parameters, exits["macs_without_exits"], plain)

@@ -20,6 +20,7 @@ from gfnet_dynn.model_files import (
 )
 from gfnet_dynn.models.build import build_gfnet
 from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.named import NamedNetwork
 from gfnet_dynn.run import Run, pairs
 from gfnet_dynn.scene_views import TurnedLoader
 from gfnet_dynn.train.deep_supervision import DeepTask
@@ -177,6 +178,16 @@ def _batches(run: Run, stage: str, answers: np.ndarray | None) -> TorchLoader | 
     return (loaders.shifted if trained else loaders.train)(stage, batch_size=size)
 
 
+def usual_epochs(images: int, *, started: bool) -> int:
+    """Epochs for so many training images where none are asked for: about as many steps for all.
+
+    Args:
+        started: from trained weights, which a few passes are enough for.
+    """
+    shown, least, most = (32_000, 3, 20) if started else (230_000, 12, 120)
+    return min(most, max(least, round(shown / images)))
+
+
 def _fine_tune(
     run: Run,
     stage: str,
@@ -188,6 +199,7 @@ def _fine_tune(
     """Train, save the best epoch's weights, and say how good they are."""
     settings, data, learn = run.settings, run.data, run.settings.finetuning
     name = FILES[stage]
+    asked = learn.backbone_epochs if name == "backbone" else learn.student_epochs
     carries_exits = name != "backbone" or settings.networks.no_distil
     if carries_exits and settings.deep.deep_supervision:
         exits = settings.exits.blocks(task.model.depth)
@@ -199,7 +211,7 @@ def _fine_tune(
         validation=run.loaders(shared=True).held("calibration"),
         num_classes=len(data.classes),
         image_size=data.input_size,
-        epochs=learn.backbone_epochs if name == "backbone" else learn.student_epochs,
+        epochs=asked or usual_epochs(len(data.image_set("train")), started=rates is not None),
         base_lr=learn.backbone_lr if name == "backbone" else learn.student_lr,
         precision=Precision(run.device, run.precision),
         settings=learn,
@@ -209,6 +221,7 @@ def _fine_tune(
         started=rates is not None,
     )
     best = training.run()
+    start = {"start": task.model.start} if isinstance(task.model, NamedNetwork) else {}
     if run.world.is_main:
         save_model(
             run.file(name),
@@ -218,8 +231,10 @@ def _fine_tune(
             epoch=best.epoch,
             metrics={"calibration_accuracy": best.accuracy},
             config=run.config,
+            **start,
         )
     return {
+        **start,
         "calibration_accuracy": best.accuracy,
         "epoch": best.epoch,
         "file": run.file(name).name,
