@@ -139,10 +139,15 @@ def load_model(
         network = NetworkConfig.of_file(facts["network"])
     elif network is None:
         raise ValueError(f"{path} does not say what network it is of: expected a file of this one")
-    heads = [value for name, value in weights.items() if name.endswith("head.weight")]
+    heads = [value for name, value in weights.items() if is_head(name)]
     model = build(network, num_classes=len(heads[0]) if heads else None)
     load_weights(model, weights, source=str(path))
     return model, facts
+
+
+def is_head(name: str) -> bool:
+    """Whether a weight of this name is a head's; ``conv_head.weight`` of a body is none."""
+    return name.split(".")[-2:] == ["head", "weight"]
 
 
 def read_own(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -211,11 +216,11 @@ def _head_weight(path: Path) -> Tensor | None:
     """Mapped by the libraries, and nothing in the file is executed."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith("head.weight")]  # noqa: SIM118
+            names = [name for name in file.keys() if is_head(name)]  # noqa: SIM118
             return file.get_tensor(names[0]) if names else None
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    names = [n for n in state if n.endswith("head.weight")] if isinstance(state, dict) else []
+    names = [n for n in state if is_head(n)] if isinstance(state, dict) else []
     return state[names[0]] if names else None

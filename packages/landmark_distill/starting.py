@@ -16,7 +16,7 @@ from landmark_distill.backbones import CLASSES, LibraryEncoder, without_head
 from landmark_distill.config import AUTO, BACKBONES, NONE, TRAINED, NetworkConfig
 from landmark_distill.feature_layer import class_directions, turned, whitening
 from landmark_distill.model import EmbeddingModel, load_weights
-from landmark_distill.model_files import check_channels, read_model, read_own
+from landmark_distill.model_files import check_channels, is_head, read_model, read_own
 from shared_core.checkpoints import CheckpointError
 from shared_core.for_torch.checkpoints import from_numpy
 from shared_core.for_torch.data import TorchBatch
@@ -108,7 +108,7 @@ def _from_own(
 ) -> Start:
     check_channels(path, stored, bgr=bgr)
     own_head = model.head is not None and not model.head.frozen
-    whole = own_head and any(name.endswith("head.weight") for name in weights)
+    whole = own_head and any(is_head(name) for name in weights)
     load_weights(model if whole else model.encoder, dict(weights), source=path)
     facts = {"name": Path(path).name, "sha256": stored["sha256"], "licence": "of its run"}
     return Start(f"starts from {Path(path).name} ({stored['sha256'][:12]}), every weight", facts)

@@ -14,6 +14,7 @@ from landmark_distill.config import DrawnScenes
 from landmark_distill.images.truths import folder_labels
 from landmark_distill.judging.verification import verification_rates
 from landmark_distill.parsing import parse
+from landmark_distill.reproducing.report_page import verdicts
 from landmark_distill.reproducing.settings import ARMS, SETTINGS, Setting, words
 from shared_core.knowledge import KnowledgeStore
 from shared_core.runs import read_result
@@ -68,6 +69,28 @@ def test_first_and_last_line_say_rehearsal(reproduced):
     lines = reproduced[1].out.strip().splitlines()
     for line in (lines[0], lines[-1]):
         assert line.startswith("REHEARSAL") and "not a reproduction" in line
+    said = read_result(reproduced[0] / "result.json")["measured"]["verdicts"]
+    assert lines[-1].endswith(" ".join(said)) and "Distillation" in said[-1]
+    assert " ".join(said) in (reproduced[0] / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "helped"),
+    [(0.001, 0.02, "helped in"), (-0.01, 0.02, "did not help for sure in"),
+     (-0.02, -0.001, "did not help, it hurt in"), (None, None, "did not help for sure in")],
+)  # fmt: skip
+def test_the_verdict_is_that_of_the_interval_and_the_floor(low, high, helped):
+    gap = {"mean": 0.011, "low": low, "high": high, "n": 3}
+    measured = {
+        "arms": {"fixed": {"recall_at_1": {"mean": 0.94}, "vr_0.01": {"mean": 0.5}}},
+        "trained_features": {"recall_at_1": 0.95, "vr_0.01": 0.25},
+        "paired": {"fixed - none": {"recall_at_1": gap}},
+    }
+    rate, recall, teacher = verdicts(measured, "fixed")
+    assert "0.5000, above trained features (0.2500)" in rate and rate.startswith("VR at FAR 0.01")
+    assert "0.9400, BELOW trained features (0.9500)" in recall
+    assert teacher.startswith(f"Distillation {helped} recall@1: +1.1 points (")
+    assert ("one seed" in teacher) == (low is None)
 
 
 def test_record_holds_every_run_and_the_differences(reproduced):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from landmark_distill.config import NetworkConfig
+from landmark_distill.config import NetworkConfig, ViewConfig
 from landmark_distill.feature_layer import class_directions, turned, whitening
 from landmark_distill.helpers import prepare_optimizer
-from landmark_distill.model_files import build, load_model
+from landmark_distill.model_files import build, load_model, read_head, save_model
 from landmark_distill.optimizers import set_lr
 from landmark_distill.starting import start_model
 from shared_core.checkpoints import CheckpointError
@@ -79,8 +79,20 @@ def test_the_package_fills_the_body_and_none_does_not():
     assert rates[id(model.encoder.project.weight)] == rates[id(model.head.weight)] == 2.0
     assert rates[id(body.conv_head.weight)] == pytest.approx(0.2)  # the last layer below
     assert rates[id(body.blocks[6][0].conv_pw.weight)] == pytest.approx(0.1)
-    assert rates[id(body.blocks[5][2].conv_pw.weight)] == pytest.approx(0.05)
+    assert rates[id(body.blocks[5][-1].conv_pw.weight)] == pytest.approx(0.05)
     assert rates[id(body.conv_stem.weight)] < 1e-4
+
+
+def test_a_bodys_own_head_is_no_head(tmp_path):
+    """EfficientNet has a layer ``conv_head`` before the features."""
+    model = build(LITE, num_classes=3)
+    save_model(
+        tmp_path / "m.pth", model.state_dict(), network=LITE, class_names=["a", "b", "c"], epoch=1,
+        metrics={}, split_hash=None, config={}, views=ViewConfig(32), start={},
+    )  # fmt: skip
+    assert torch.equal(load_model(tmp_path / "m.pth")[0].head.weight, model.head.weight)
+    head = read_head(tmp_path / "m.pth", mapped=False, dtype=None, scale=32.0, margin=0.1)
+    assert torch.equal(head.weight, model.head.weight)
 
 
 def test_the_first_layer_makes_classes_round_and_a_teacher_turns_it():

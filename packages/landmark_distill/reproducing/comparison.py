@@ -211,6 +211,7 @@ class Bench:
         return {
             "folder": place.relative_to(self.folder).as_posix(),
             "parameters": found["parameters"],
+            "start": found["start"],
             "calibration_accuracy": found["training"]["max_acc"],
             "best_epoch": found["training"]["best_epoch"],
             "seconds": found["training"]["seconds"],
