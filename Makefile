@@ -55,7 +55,7 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(WORKERS)
 REPROS := $(GFNET_SETS:%=repro-gfnet-%) $(LANDMARK_RECIPES:%=repro-landmark-%) \
 	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%) $(MPKD_SETS:%=repro-mpkd-%)
 
-.PHONY: help compare setup test test-slow mutants lint format doctor house ledger bench constraints wheels \
+.PHONY: help compare setup setup-paddleclas test test-slow test-compare test-paddleclas mutants lint format doctor house ledger bench constraints wheels \
 	mlflow visualdl tensorboard clean repro $(REPROS) test-shared \
 	$(PROJECTS:%=install-%) $(PROJECTS:%=setup-%) $(PROJECTS:%=test-%)
 
@@ -96,6 +96,21 @@ $(PROJECTS:%=.venv-%/.ready): .venv-%/.ready: constraints.txt tools/requirements
 	.venv-$*/bin/python -m pip install --disable-pip-version-check --no-deps -e shared
 	@touch $@
 
+# paddleclas pins NumPy 1.24.4 and OpenCV 4.6: an environment of its own, Python 3.10 or 3.11, without constraints.txt.
+PADDLECLAS_PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do "$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+.venv-paddleclas/.ready: shared/pyproject.toml packages/visiondistill_gc/pyproject.toml
+	@test -n "$(PADDLECLAS_PYTHON)" || { echo "error: paddleclas needs Python 3.10 or 3.11; name one by PADDLECLAS_PYTHON=" >&2; exit 1; }
+	test -x .venv-paddleclas/bin/python || "$(PADDLECLAS_PYTHON)" -m venv .venv-paddleclas
+	.venv-paddleclas/bin/python -m pip install --disable-pip-version-check "./packages/visiondistill_gc[paddleclas,export]" pytest
+	@touch $@
+
+setup-paddleclas: .venv-paddleclas/.ready ## .venv-paddleclas: visiondistill_gc with PaddleClas' networks (Python 3.10 or 3.11)
+	@echo "environment ready: .venv-paddleclas"
+
+test-paddleclas: .venv-paddleclas/.ready ## visiondistill_gc's tests with PaddleClas, in its environment
+	.venv-paddleclas/bin/python -m pytest -m "" tests/visiondistill_gc/test_vgc_paddleclas.py
+
 setup: $(READY) ## make .venv with the versions of constraints.txt (TORCH_INDEX=... for another torch)
 	@echo "environment ready: .venv"
 
@@ -110,6 +125,9 @@ test-slow: $(READY) ## what is long by nature: kill loops, full trainings in sev
 
 test-shared: $(READY) ## the tests of the shared core, of parity and of the repository's contracts
 	$(PYTEST) tests/shared tests/parity tests/contracts
+
+test-compare: $(READY) ## the tests of the journey of make compare
+	$(PYTEST) tests/compare
 
 .SECONDEXPANSION:
 $(PROJECTS:%=test-%): PY = $(if $(ONLY),.venv-$(@:test-%=%),.venv)/bin/python
