@@ -14,6 +14,7 @@ from shared_core.weights.efficientnet_lite import block_plan
 from shared_core.weights.finding import NONE, TRAINED, installed_file
 from visiondistill_gc.options import (
     MOBILENET,
+    PADDLECLAS,
     Settings,
     StudentOptions,
     build_parser,
@@ -34,6 +35,9 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> Settings:
     parser = build_parser(prog)
     first = parser.parse_args(argv)
     given = options_given(parser, argv)
+    if first.train_list is not None and first.data_path is None:
+        first.data_path = first.train_list.parent
+        parser.set_defaults(data_path=first.data_path)
     found = first.data_path or _find(first.data_root, first.data_set)
     scale = choose_scale(first.scale, found=bool(found))
     if first.scale in (None, "auto") and first.data_path:
@@ -49,6 +53,8 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> Settings:
         args.data_set = args.data_path.resolve().name or "images"
     if args.output is None:
         args.output = Path("runs") / "visiondistill_gc" / f"garbage-{scale}"
+    if "cache_size" not in given and not args.decoded_cache:
+        args.cache_size = 0
     if "warmup_epochs" not in given:  # a recipe's own
         args.warmup_epochs = min(args.warmup_epochs, args.epochs - 1)
     if "compare_seeds" not in given and args.alpha == 1:
@@ -94,7 +100,8 @@ def _check_files(settings: Settings) -> None:
     """What is named must be there."""
     data, teacher = settings.data, settings.teacher
     files = {
-        "split": data.split, "quarantine": data.quarantine,
+        "split": data.split, "quarantine": data.quarantine, "train_list": data.train_list,
+        "val_list": data.val_list, "test_list": data.test_list, "label_list": data.label_list,
         "teacher_pretrained": teacher.teacher_pretrained,
         "teacher_weights": teacher.teacher_weights,
     }  # fmt: skip
@@ -138,6 +145,9 @@ def _check_data(settings: Settings, given: set[str]) -> None:
     data = settings.data
     if data.cache_size and not data.decoded_cache:
         raise UsageError("--cache-size would have no effect: expected --decoded-cache with it")
+    for name in ("val_list", "test_list", "label_list"):
+        if getattr(data, name) is not None and data.train_list is None:
+            raise UsageError(f"{_flag(name)} would have no effect: expected --train-list with it")
     for name in ("test_share", "quarantine"):
         if data.split is not None and name in given:
             raise UsageError(f"{_flag(name)} would have no effect: --split says what is held out")
@@ -149,6 +159,8 @@ def _student(student: StudentOptions, given: set[str]) -> StudentOptions:
     Layers are frozen only above trained weights; a network of paddleclas has its own head.
     """
     student = replace(student, student=ALIASES.get(student.student, student.student))
+    if student.student_source == PADDLECLAS:
+        student = _of_paddleclas(student, given)
     if student.init == NONE:
         if "frozen" in given and student.frozen:
             raise UsageError(
@@ -158,8 +170,8 @@ def _student(student: StudentOptions, given: set[str]) -> StudentOptions:
         student = replace(student, frozen=0)
     elif student.init != TRAINED and not entry(student.init) and not Path(student.init).is_file():
         raise FileNotFoundError(f"--init {student.init}: there is no such file")
-    if student.student != MOBILENET:
-        for name in ("head", "hidden", "student_scale", "student_source"):
+    if student.student != MOBILENET and student.student_source != PADDLECLAS:
+        for name in ("head", "hidden", "student_scale"):
             if name in given:
                 raise UsageError(f"{_flag(name)} would have no effect: it is of {MOBILENET}")
     elif student.init == TRAINED and "student_scale" in given and student.student_scale != 1:
@@ -168,24 +180,31 @@ def _student(student: StudentOptions, given: set[str]) -> StudentOptions:
             f"--init FILE or --init {NONE} with it"
         )
     most = _units(student.student)
-    if student.frozen > most:
+    if student.student_source != PADDLECLAS and student.frozen > most:
         if "frozen" in given:
             raise UsageError(
                 f"--frozen {student.frozen}: expected 0 to {most} of {student.student}"
             )
         student = replace(student, frozen=most)
-    if student.student_source == "paddleclas":
-        wanted = {"head": "plain", "student_scale": 1.0}
-        for name, value in wanted.items():
-            if name in given and getattr(student, name) != value:
-                raise UsageError(
-                    f"{_flag(name)} {getattr(student, name)}: expected {value}, a network of "
-                    "paddleclas has its own head and width"
-                )
-        student = replace(student, **wanted)
     if "head" in given and student.head == "plain" and "hidden" in given:
         raise UsageError("--hidden would have no effect: --head plain has no hidden layer")
     return student
+
+
+def _of_paddleclas(student: StudentOptions, given: set[str]) -> StudentOptions:
+    """A student that has its own head and width; MobileNetV2 where the words name none."""
+    wanted = {"head": "plain", "student_scale": 1.0}
+    for name, value in wanted.items():
+        if name in given and getattr(student, name) != value:
+            raise UsageError(
+                f"{_flag(name)} {getattr(student, name)}: expected {value}, a network of "
+                "paddleclas has its own head and width"
+            )
+    name = student.student if "student" in given else MOBILENET
+    frozen = student.frozen
+    if name not in (MOBILENET, "MobileNetV2") and "frozen" not in given:
+        frozen = 0  # how many units it has, only the package tells
+    return replace(student, student=name, frozen=frozen, **wanted)
 
 
 def _units(name: str) -> int:
@@ -211,7 +230,9 @@ def _from_trained(settings: Settings, given: set[str]) -> Settings:
     else:
         frozen = teacher.teacher_frozen
     most = _units(name) if name != MOBILENET else 0
-    if frozen > most:
+    if teacher.teacher_source == PADDLECLAS:
+        frozen = frozen if "teacher_frozen" in given else 0
+    elif frozen > most:
         if "teacher_frozen" in given:
             raise UsageError(f"--teacher-frozen {frozen}: expected 0 to {most} of {name}")
         frozen = most

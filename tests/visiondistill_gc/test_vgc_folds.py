@@ -51,7 +51,7 @@ def test_plain_folds_do_not_move_when_a_file_comes():
     assert np.array_equal(all_of_them[1:], fewer)
 
 
-def test_group_names():
+def test_group_names(tmp_path):
     entries = [
         entry("a/cup_1.jpg", key="0" * 32),
         entry("a/cup_2.jpg"),
@@ -60,12 +60,27 @@ def test_group_names():
         entry("b/cup_3.jpg", 1),  # another class
         entry("b/near.jpg", 1),
     ]
-    alone = group_names(entries)
+    alone = group_names(entries, root=tmp_path)
     assert alone[0] == alone[2] and len(set(alone)) == 5
-    near = group_names(entries, duplicates=[("b/cup_3.jpg", "b/near.jpg", "gone.jpg")])
+    near = group_names(entries, root=tmp_path, near=[("b/cup_3.jpg", "b/near.jpg", "gone.jpg")])
     assert near[4] == near[5] and len(set(near)) == 4
-    named = group_names(entries, matcher=group_matcher(r"^([a-z]+)_\d+$"))
+    named = group_names(entries, root=tmp_path, matcher=group_matcher(r"^([a-z]+)_\d+$"))
     assert named[0] == named[1] == named[2] and named[4] != named[0] and len(set(named)) == 4
+
+
+def test_near_copies_never_swallow_a_class(tmp_path):
+    """Pictures of a fixed camera all look alike; bound together they would be one fold."""
+    entries = [entry(f"a/{n}.jpg") for n in range(20)]
+    camera = [e.path for e in entries[:8]]
+    assert len(set(group_names(entries, root=tmp_path, near=[camera]))) == 20
+    assert len(set(group_names(entries, root=tmp_path, near=[camera[:3]]))) == 18
+
+
+def test_the_class_of_a_group_is_its_folder():
+    match = group_matcher(r"^(\w+?)_")
+    assert match("Kitchen/cup_1.jpg") == "Kitchen/cup" != match("Other/cup_1.jpg")
+    assert match("train/Kitchen/cup_1.jpg") == match("val/Kitchen/cup_2.jpg") == "Kitchen/cup"
+    assert match("Kitchen/none.jpg") is None
 
 
 @pytest.mark.parametrize(

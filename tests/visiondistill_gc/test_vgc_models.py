@@ -6,10 +6,8 @@ import numpy as np
 import paddle
 import pytest
 
-from visiondistill_gc.models.paddleclas_models import build_paddleclas
 from visiondistill_gc.models.student_model import BLOCKS, build_student, count_parameters
 from visiondistill_gc.models.teacher_model import build_teacher, freeze, teach, teacher_names
-from visiondistill_gc.utils.model_files import load_model, save_model
 
 
 def small(**more):
@@ -122,53 +120,6 @@ def test_unknown_teacher():
     assert not {"lenet", "ResNet"} & set(teacher_names())
     with pytest.raises(ValueError, match="resnet50"):
         build_teacher("resnet5", num_classes=2)
-
-
-@pytest.fixture
-def paddleclas():
-    return pytest.importorskip("paddleclas", reason="paddleclas has an environment of its own")
-
-
-def test_paddleclas_networks_twice(paddleclas):
-    for name, count in (("ResNet50", 23_569_348), ("MobileNetV2", 2_264_260)):
-        for _ in range(2):
-            net = build_paddleclas(name, num_classes=4)
-            assert count_parameters(net)["state"] == count
-
-
-@pytest.mark.parametrize("freeze_bn", [True, False])
-def test_a_paddleclas_student_is_frozen_block_by_block(paddleclas, freeze_bn, tmp_path):
-    net = build_student(
-        num_classes=3, source="paddleclas", head="plain", frozen=4, freeze_bn=freeze_bn
-    )
-    before = {k: v.numpy().copy() for k, v in net.state_dict().items()}
-    learned = [p for p in net.parameters() if not p.stop_gradient]
-    optimizer = paddle.optimizer.Adam(1e-2, parameters=learned)
-    net.train()
-    net(paddle.randn([4, 3, 32, 32])).square().mean().backward()
-    optimizer.step()
-    after = {k: v.numpy() for k, v in net.state_dict().items()}
-    changed = {k for k in before if not np.array_equal(before[k], after[k])}
-    # conv1, the one block of conv2, both of conv3
-    below = {k for k in before if k.startswith(("conv1.", "conv2.", "conv3."))}
-    statistics = {k for k in below if k.endswith(("_mean", "_variance"))}
-    assert changed & below == (set() if freeze_bn else statistics)
-    assert {k.split(".")[0] for k in changed} >= {"conv4", "conv9", "out"}
-    save_model(tmp_path / "m.pdparams", net, class_names="abc", architecture="m", input_size=32)
-    again = load_model(tmp_path / "m.pdparams").net
-    images = paddle.randn([2, 3, 32, 32])
-    net.eval()
-    assert np.array_equal(again(images).numpy(), net(images).numpy())
-
-
-def test_a_run_with_paddleclas(paddleclas, tmp_path, tiny, command):
-    words = tiny(
-        tmp_path / "run", "--student-source", "paddleclas", "--teacher-source", "paddleclas",
-        "--teacher", "ResNet18", "--folds", "0", "--no-visualdl", "--epochs", "2",
-    )  # fmt: skip
-    done = command(*[w for w in words if w not in ("--student-scale", "0.1", "--hidden", "16")])
-    assert done.code == 0, done.err
-    assert (tmp_path / "run" / "result.json").is_file()
 
 
 def test_without_paddleclas(monkeypatch):

@@ -5,7 +5,9 @@ What a request may bring, how images become batches, and the page are the core's
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -15,6 +17,7 @@ import pytest
 import vgc_tools as tools
 
 import serve_load
+from shared_core.deploy.options import add_model_options, add_serve_options, serve_options
 from visiondistill_gc import serve
 
 for name in ("fastapi", "uvicorn", "python_multipart"):
@@ -88,6 +91,31 @@ def test_told_to_stop_it_ends_well(service):
     process, _ = service
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0 and "stopped" in process.stdout.read()
+
+
+def test_the_dockerfile_says_what_is_there():
+    """Its sources, the extra, the command's words, the port and the health check fit together."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    text = (tools.PACKAGE / "Dockerfile").read_text()
+    steps = [line.partition(" ")[::2] for line in text.splitlines() if line[:1].isalpha()]
+    said = dict(steps)
+    source, _ = said["COPY"].split()
+    project = tomllib.loads((tools.REPOSITORY / source / "pyproject.toml").read_text())["project"]
+    installs = next(words for step, words in steps if step == "RUN" and "pip install" in words)
+    (extra,) = re.findall(r"shared\[(\w+)\]", installs)
+    assert {"onnxruntime", "fastapi", "uvicorn"} <= {
+        re.split("[><=]", need)[0] for need in project["optional-dependencies"][extra]
+    }
+    command, *words = json.loads(said["ENTRYPOINT"])
+    assert command in project["scripts"] and words[0] == "serve"
+    parser = argparse.ArgumentParser()
+    add_model_options(parser, all_threads=True)
+    add_serve_options(parser)
+    options = serve_options(parser.parse_args(words[1:]))
+    assert options.host == "0.0.0.0" and str(options.port) == said["EXPOSE"]
+    assert f"http://127.0.0.1:{said['EXPOSE']}/health" in said["HEALTHCHECK"]
+    assert said["USER"] not in ("root", "0") and "useradd --system" in text
+    assert steps.index(("USER", said["USER"])) < steps.index(("ENTRYPOINT", said["ENTRYPOINT"]))
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,13 @@ def store(folder, *, view=EVAL, kind="logits", values=LOGITS, views=1, classes=C
 
 
 def reader(folder, temperature=4.0):
-    return StoredTeacher(
-        folder, classes=CLASSES, train_view=TRAIN, eval_view=EVAL, temperature=temperature
-    )
+    return StoredTeacher(folder, classes=CLASSES, train_view=TRAIN, temperature=temperature)
 
 
-def test_one_answer_an_image(tmp_path):
-    teacher = reader(store(tmp_path / "s"))
+@pytest.mark.parametrize("view", [EVAL, {"view": "letterbox", "size": [64, 64]}])
+def test_one_answer_an_image(tmp_path, view):
+    """Whatever its teacher saw: larger images, another frame."""
+    teacher = reader(store(tmp_path / "s", view=view))
     assert teacher.views is None
     order = [KEYS[2], KEYS[0]]
     for epoch in (0, 7):
@@ -98,7 +98,7 @@ def test_probabilities(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"view": {"view": "eval", "size": [64, 64]}}, "its teacher saw"),
+        ({"view": {"view": "flips"}, "views": 2}, "its teacher saw 2 views"),
         ({"classes": ["b", "a", "c"]}, "classes"),
         ({"kind": "features"}, "expected logits or probs"),
         ({"views": 0}, "holds no outputs"),

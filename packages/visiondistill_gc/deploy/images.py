@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,10 @@ from shared_core.datasets.splitting.prepared import SPLIT_FILE
 from shared_core.deploy.predictor import Predictor
 from shared_core.deploy.write import Calibration
 from shared_core.texts import read_json
-from visiondistill_gc.utils.model_files import LoadedModel
+from visiondistill_gc.utils.listed import FOLDER
+
+if TYPE_CHECKING:
+    from visiondistill_gc.utils.model_files import LoadedModel
 
 Labelled = tuple[list[Path], NDArray[np.int64]]
 BATCH = 16
@@ -84,7 +87,8 @@ def run_parts(run: Path, model: LoadedModel, root: Path | None) -> dict[str, Lab
         ValueError: the run's split is not the one that the model was trained on.
     """
     config = read_json(run / "config.json")
-    root = root or (Path(config["data_path"]) if config.get("data_path") else run / SCENES)
+    there = Path(config["data_path"]) if config.get("data_path") else run / SCENES
+    root = run / FOLDER if config.get("train_list") else root or there
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root}, the images of the run {run}, is not there: expected --data-path DIR with it, "

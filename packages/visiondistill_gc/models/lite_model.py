@@ -43,7 +43,6 @@ class Lite(EfficientNetLite):
         if not 0 <= frozen <= count:
             raise ValueError(f"frozen is {frozen}, expected 0 to {count} units of {variant}")
         self.frozen, self.freeze_bn = frozen, freeze_bn
-        self.keep_norms = False  # whether all batch norms go on with their trained statistics
         self._front: Callable[..., Any] | None = None
         for layer in self.frozen_layers():
             for parameter in layer.parameters():
@@ -64,9 +63,6 @@ class Lite(EfficientNetLite):
         super().train()
         for layer in self.frozen_layers() if self.freeze_bn else ():
             layer.eval()
-        for layer in self.sublayers() if self.keep_norms else ():
-            if isinstance(layer, nn.BatchNorm2D):
-                layer.eval()
 
     def passed(self, x: Tensor, first: int, last: int) -> Tensor:
         """``x`` through the units ``first`` to ``last - 1``."""

@@ -107,8 +107,9 @@ def build_student(
 
     Args:
         name: ``mobilenet_v2``, or any network that can be a teacher: an EfficientNet-lite has
-            ``frozen``, ``freeze_bn`` and ``dropout`` of these settings, others none.
-        source: ``paddle.vision``, or ``paddleclas`` for that package's MobileNetV2 with its own
+            ``frozen``, ``freeze_bn`` and ``dropout`` of these settings, one of paddleclas the
+            first two, others none.
+        source: ``paddle.vision``, or ``paddleclas`` for a network of that package with its own
             head (``plain``, without dropout) and width.
 
     Others as in :class:`Student`.
@@ -117,46 +118,31 @@ def build_student(
         ValueError: a value out of range, or one that the source cannot do.
         ImportError: paddleclas is not installed.
     """
-    if name != MOBILENET:
-        lite = {"frozen": frozen, "freeze_bn": freeze_bn, "dropout": dropout}
-        net = build_teacher(name, num_classes=num_classes, source=source, **lite)
+    if source == "paddleclas" and (head != "plain" or scale != 1.0):
+        raise ValueError(
+            f"a paddleclas student with head={head!r}, scale={scale}: expected head plain, "
+            "scale 1; its network has its own head and width"
+        )
+    if name != MOBILENET or source == "paddleclas":
+        own = {"frozen": frozen, "freeze_bn": freeze_bn, "dropout": dropout}
+        net = build_teacher(name, num_classes=num_classes, source=source, **own)
         net.built_from["kind"] = "student"
+        if source == "paddleclas":
+            net.built_from |= {"head": head, "scale": scale}
         return net
-    shape: dict[str, Any] = {"scale": scale, "head": head, "frozen": frozen, "freeze_bn": freeze_bn}
-    if source == "paddleclas":
-        if head != "plain" or scale != 1.0:
-            raise ValueError(
-                f"a paddleclas student with head={head!r}, scale={scale}: expected head plain, "
-                "scale 1; its network has its own head and width"
-            )
-        net = _paddleclas_student(num_classes, frozen=frozen, freeze_bn=freeze_bn)
-    elif source == "paddle.vision":
-        shape |= {"dropout": dropout, "hidden": hidden}
-        # Generated names start anew for every network, so that a second one of a process has the
-        # same, whatever was built before it.
-        with unique_name.guard():
-            net = Student(num_classes=num_classes, **shape)
-    else:
+    if source != "paddle.vision":
         raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
+    shape: dict[str, Any] = {
+        "scale": scale, "head": head, "frozen": frozen, "freeze_bn": freeze_bn,
+        "dropout": dropout, "hidden": hidden,
+    }  # fmt: skip
+    # Generated names start anew for every network, so that a second one of a process has the same,
+    # whatever was built before it.
+    with unique_name.guard():
+        net = Student(num_classes=num_classes, **shape)
     net.normal = (IMAGENET_MEAN, IMAGENET_STD)
     recipe = {"kind": "student", "source": source, "num_classes": num_classes}
     net.built_from = {**recipe, **shape}
-    return net
-
-
-def _paddleclas_student(num_classes: int, *, frozen: int, freeze_bn: bool) -> nn.Layer:
-    """PaddleClas' MobileNetV2: the same 19 blocks, which lie in groups by their width."""
-    from visiondistill_gc.models.paddleclas_models import build_paddleclas
-
-    net = build_paddleclas("MobileNetV2", num_classes=num_classes)
-    units = [layer for layer in net.sublayers() if type(layer).__name__ == "InvertedResidualUnit"]
-    for block in [net.conv1, *units, net.conv9][:frozen]:
-        for parameter in block.parameters():
-            parameter.stop_gradient = True
-            parameter.trainable = False
-        for layer in block.sublayers() if freeze_bn else ():
-            if hasattr(layer, "_use_global_stats"):
-                layer._use_global_stats = True  # in training mode, too
     return net
 
 

@@ -12,7 +12,7 @@ from paddle.vision import models as vision
 from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD
 from shared_core.weights.catalogue import ALIASES, entry, names
 from visiondistill_gc.models.lite_model import Lite
-from visiondistill_gc.options import SOURCES
+from visiondistill_gc.options import MOBILENET, SOURCES
 
 DEFAULT = "resnet50"
 
@@ -68,7 +68,7 @@ def vision_names() -> list[str]:
 
 
 def build_teacher(
-    name: str = DEFAULT, *, num_classes: int, source: str = "paddle.vision", **lite: Any
+    name: str = DEFAULT, *, num_classes: int, source: str = "paddle.vision", **own: Any
 ) -> nn.Layer:
     """A classifier with random weights; ``built_from`` of it holds what rebuilds it.
 
@@ -76,7 +76,8 @@ def build_teacher(
         name: see :func:`teacher_names`; with ``paddleclas`` one of its classes, ``ResNet50``.
         num_classes: at least 2.
         source: ``paddle.vision`` or ``paddleclas``.
-        lite: ``frozen``, ``dropout`` ... of :class:`Lite`; other networks have no such settings.
+        own: ``frozen``, ``freeze_bn`` of an EfficientNet-lite and of paddleclas, ``dropout`` of
+            the first; other networks have no such settings, and these are passed over.
 
     Raises:
         ValueError: a name or source that is not there.
@@ -84,18 +85,20 @@ def build_teacher(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}, expected at least 2")
-    lite = lite if entry(name) else {}
     if source == "paddleclas":
         from visiondistill_gc.models.paddleclas_models import build_paddleclas
 
-        net = build_paddleclas(name, num_classes=num_classes)
+        name = "MobileNetV2" if name == MOBILENET else name
+        own = {key: value for key, value in own.items() if key != "dropout"}
+        net = build_paddleclas(name, num_classes=num_classes, **own)
     elif source == "paddle.vision":
         if name not in teacher_names():
             raise ValueError(f"network {name!r}, expected one of {', '.join(teacher_names())}")
         name = ALIASES.get(name, name)
+        own = own if entry(name) else {}
         with unique_name.guard():
             if entry(name):
-                net = Lite(name, num_classes=num_classes, **lite)
+                net = Lite(name, num_classes=num_classes, **own)
             else:
                 net = getattr(vision, name)(pretrained=False, num_classes=num_classes)
             if name == "googlenet":
@@ -103,7 +106,7 @@ def build_teacher(
     else:
         raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
     net.normal = normal_of(name)
-    recipe: dict[str, Any] = {"kind": "teacher", "source": source, "name": name, **lite}
+    recipe: dict[str, Any] = {"kind": "teacher", "source": source, "name": name, **own}
     net.built_from = {**recipe, "num_classes": num_classes}
     return net
 

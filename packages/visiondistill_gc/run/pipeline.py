@@ -15,7 +15,7 @@ from shared_core.for_paddle.distributed import World, main_writes, start, stop
 from shared_core.metrics.floor import floor_accuracy
 from shared_core.runs import UsageError, open_run
 from visiondistill_gc.models.teacher_model import teacher_names
-from visiondistill_gc.options import STAGES, Settings
+from visiondistill_gc.options import PADDLECLAS, STAGES, Settings
 from visiondistill_gc.run import plots
 from visiondistill_gc.run.comparisons import cells_of, stage_of, summary, train_cell
 from visiondistill_gc.run.context import Run
@@ -91,8 +91,10 @@ def _check(settings: Settings, world: World) -> None:
     training, teacher = settings.training, settings.teacher
     if training.amp != "fp32" and world.device.startswith("cpu"):
         raise UsageError(f"--amp {training.amp}: mixed precision needs a GPU, this run is on a CPU")
-    asked = {"--student": settings.student.student}
-    if teacher.teacher_source == "paddle.vision":
+    asked = {}
+    if settings.student.student_source != PADDLECLAS:
+        asked["--student"] = settings.student.student
+    if teacher.teacher_source != PADDLECLAS:
         asked["--teacher"] = teacher.teacher
     for flag, name in asked.items():
         if name not in teacher_names():

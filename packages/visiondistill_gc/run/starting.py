@@ -28,9 +28,10 @@ from shared_core.metrics.probe import LinearProbe, fit_probe
 from shared_core.runs import progress
 from shared_core.weights.catalogue import CATALOGUE, entry
 from shared_core.weights.finding import NONE, TRAINED, installed_file
+from visiondistill_gc.models.paddleclas_models import paddleclas_weights
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.models.teacher_model import build_teacher, normal_of
-from visiondistill_gc.options import MOBILENET
+from visiondistill_gc.options import MOBILENET, PADDLECLAS
 from visiondistill_gc.run.context import Run
 from visiondistill_gc.utils.data_utils import eval_loader
 from visiondistill_gc.utils.model_files import fill_body
@@ -97,7 +98,11 @@ def started(run: Run, who: str) -> tuple[nn.Layer, Facts]:
         return net, {}
     options = run.settings
     name = options.teacher.teacher if who == TEACHER else options.student.student
-    arrays, facts = start_weights(name, init)
+    source = options.teacher.teacher_source if who == TEACHER else options.student.student_source
+    if source == PADDLECLAS and init == TRAINED:
+        arrays, facts = paddleclas_weights(net.built_from["name"])
+    else:
+        arrays, facts = start_weights(name, init)
     new = fill_body(net, arrays, path=facts["name"])
     return net, {**facts, "head": "new" if new else "the file's"}
 
@@ -167,7 +172,8 @@ def _compute(run: Run, net: nn.Layer, images: ImageSet, name: str) -> NDArray[np
 def _floor_net(run: Run) -> tuple[nn.Layer, Facts] | None:
     """The student's trained network; else an installed one; else none."""
     student = run.settings.student
-    if student.student != MOBILENET and student.init != NONE:
+    other = student.student != MOBILENET or student.student_source == PADDLECLAS
+    if other and student.init != NONE:
         return started(run, STUDENT)
     if student.init == TRAINED and student.student_source == "paddle.vision":
         name = MOBILENET

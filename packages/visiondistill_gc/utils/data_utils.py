@@ -18,6 +18,7 @@ from shared_core.runs import derive_seed
 from shared_core.runs.json_files import write_json
 from visiondistill_gc.options import DataOptions, Settings
 from visiondistill_gc.utils.folds import Matcher, group_matcher, group_names, make_folds
+from visiondistill_gc.utils.listed import FOLDER, lay_out
 from visiondistill_gc.utils.transforms import GarbageView, eval_view
 
 FOLDS_FILE, CACHE_FOLDER = "folds.json", "decoded"
@@ -144,9 +145,13 @@ def _prepared(settings: Settings, output: Path, matcher: Matcher) -> PreparedDat
     fractions = [("train", 1.0 - test), ("test", test)] if test else [("train", 1.0)]
     if options.n_splits == 1 and test:
         fractions = [("train", 1.0 - 2 * test), ("calibration", test), ("test", test)]
+    root = options.data_path
+    if options.train_list is not None and root is not None:
+        lists = {"train": options.train_list, "val": options.val_list, "test": options.test_list}
+        root = lay_out(lists, options.label_list, root, output / FOLDER)
     return prepare_data(
         output,
-        root=options.data_path,
+        root=root,
         name=options.data_set if options.data_path else None,
         spec=datasets.get(options.data_set) if known else None,
         num_classes=options.num_classes,

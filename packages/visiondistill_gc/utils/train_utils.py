@@ -242,6 +242,14 @@ def fit(training: Training) -> tuple[Best, StageState]:
     return best, state
 
 
+def training_mode(net: nn.Layer) -> None:
+    """Training mode; a net that has ``keep_norms`` keeps all its batch norms' statistics."""
+    net.train()
+    for layer in net.sublayers() if getattr(net, "keep_norms", False) else ():
+        if "BatchNorm" in type(layer).__name__:
+            layer.eval()
+
+
 def _train_epoch(
     training: Training,
     net: nn.Layer,
@@ -252,7 +260,7 @@ def _train_epoch(
     """The rest of the current epoch; ``counters`` are moved along."""
     plan, how = training.plan, training.plan.how
     plain, epoch, steps = unwrap(net), counters["epoch"], len(training.loader)
-    plain.train()
+    training_mode(plain)
     rest = progress(
         training.loader,
         total=steps,
