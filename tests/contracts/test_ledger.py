@@ -300,7 +300,7 @@ ONE = "<!-- record: aid.json#measured.one -->"
         "The threshold is 0.573.",
         "Accuracy never falls below `0.95` in code.",
         "Accuracy of 0.99 is a dream. <!-- no result -->",
-        "Accuracy with its 95 % interval; at least so accurate with confidence 95 %; 准确率及 95 % 区间",
+        "Accuracy with its 95 % interval; accurate with confidence 95 %; 准确率及 95 % 区间",
         "Accuracy as in [a paper](https://example.org/0.97).",
         "top-5 of 10 runs, version 0.12.1 of the accuracy tool",
         "```\naccuracy 0.99\n```",
