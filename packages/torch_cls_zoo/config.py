@@ -387,7 +387,7 @@ def _check_weights(values: Mapping[str, Any], given: Iterable[str]) -> None:
         if needs and not trained:
             raise UsageError(f"{_flag(name)} {values[name]} needs trained weights: expected --init")
     if values["recipe"] == "probe":
-        for name in given:
+        for name in sorted(given):
             if name in STEPS:
                 raise UsageError(f"{_flag(name)} does nothing with --recipe probe: no step is made")
 

@@ -15,11 +15,7 @@ from shared_core.runs import run_command
 from torch_cls_zoo.dataloader.enhancement import pixel_ops as ops
 from torch_cls_zoo.dataloader.enhancement import preview
 from torch_cls_zoo.dataloader.enhancement.my_augment import FILTERS, TOP_GROUPS, MyAugment
-from torch_cls_zoo.dataloader.enhancement.policies import (
-    POLICIES,
-    AutoAugmentPolicy,
-    make_augment,
-)
+from torch_cls_zoo.dataloader.enhancement.policies import POLICIES, AutoAugmentPolicy, make_augment
 
 RNG = np.random.default_rng(0)
 IMAGE = cv2.resize(RNG.integers(0, 256, (9, 11, 3), dtype=np.uint8), (44, 36))

@@ -230,11 +230,7 @@ def test_ghm_weighs_a_rare_gradient_as_much_as_all_the_common_ones() -> None:
 
 
 def test_ghm_edges_and_bins_never_met() -> None:
-    criterion = build_criterion(
-        ["ghm"],
-        family="sigmoid",
-        num_classes=2,
-    ).train()
+    criterion = build_criterion(["ghm"], family="sigmoid", num_classes=2).train()
     ghm = criterion.weights["ghm"]
     zeros = torch.zeros(1, 2, dtype=torch.float64)
     g = torch.tensor([[0.0, 1.0]], dtype=torch.float64)

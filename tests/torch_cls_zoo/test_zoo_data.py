@@ -9,12 +9,7 @@ import torch
 
 from shared_core.datasets.views.evaluation import LetterboxView
 from shared_core.for_torch.distributed import World
-from torch_cls_zoo.dataloader.batch_ops import (
-    BatchOps,
-    mixed_targets,
-    permuted,
-    scaled_size,
-)
+from torch_cls_zoo.dataloader.batch_ops import BatchOps, mixed_targets, permuted, scaled_size
 from torch_cls_zoo.dataloader.folders import check_classes, open_data, part
 from torch_cls_zoo.dataloader.loaders import InputSettings, eval_loader, train_loader
 

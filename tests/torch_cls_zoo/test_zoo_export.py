@@ -37,11 +37,7 @@ def written(tmp_path_factory):
     ).train()  # fmt: skip
     model[1].running_var.fill_(3.0)
     folder = tmp_path_factory.mktemp("files")
-    return (
-        model,
-        folder,
-        export_all(model, folder, arch="timm/net", facts=_facts()),
-    )
+    return (model, folder, export_all(model, folder, arch="timm/net", facts=_facts()))
 
 
 def test_all_three_give_the_numbers_of_the_network(written) -> None:

@@ -15,13 +15,7 @@ from torch_cls_zoo import prune as prune_command
 from torch_cls_zoo.models import build_model
 from torch_cls_zoo.optim import build_optimizer
 from torch_cls_zoo.pruning.channel_graph import ChannelGraph
-from torch_cls_zoo.pruning.cutting import (
-    choose,
-    cut_channels,
-    mask,
-    merge_kept,
-    prune,
-)
+from torch_cls_zoo.pruning.cutting import choose, cut_channels, mask, merge_kept, prune
 from torch_cls_zoo.pruning.slimming import (
     add_slimming,
     scales,

@@ -12,12 +12,7 @@ from shared_core.runs import write_result
 from torch_cls_zoo.applications.evaluation_report import write_report
 from torch_cls_zoo.applications.floor import Floors
 from torch_cls_zoo.applications.session import PROJECT, Session
-from torch_cls_zoo.applications.test import (
-    measure,
-    outputs_of,
-    plain_criterion,
-    probabilities_of,
-)
+from torch_cls_zoo.applications.test import measure, outputs_of, plain_criterion, probabilities_of
 from torch_cls_zoo.dataloader.folders import part
 
 

@@ -157,12 +157,7 @@ class Learner:
 
 
 def run_epoch(
-    learner: Learner,
-    loader: TorchLoader,
-    sums: Sums,
-    *,
-    first_number: int,
-    schedule: Schedule,
+    learner: Learner, loader: TorchLoader, sums: Sums, *, first_number: int, schedule: Schedule
 ) -> Iterator[Sums]:
     """The rest of the loader's epoch; yields the sums after each batch.
 
@@ -179,10 +174,7 @@ def run_epoch(
         last = min(first + learner.accumulate, total)
         schedule.set_step(first_number + at)
         loss, hits = learner.step(
-            batch,
-            first_number + at,
-            gathered=last - first,
-            update=at + 1 == last,
+            batch, first_number + at, gathered=last - first, update=at + 1 == last
         )
         sums.add(loss, hits, len(batch.labels))
         new = loader.loader.skipped[seen:]

@@ -88,8 +88,7 @@ def loss_of(outputs: Outputs, criterion: Criterion) -> float:
     device = next((b.device for b in criterion.buffers()), torch.device("cpu"))
     with torch.inference_mode():
         loss = criterion(
-            torch.from_numpy(outputs.logits).to(device),
-            torch.from_numpy(outputs.labels).to(device),
+            torch.from_numpy(outputs.logits).to(device), torch.from_numpy(outputs.labels).to(device)
         )
     criterion.train(was_training)
     return float(loss)

@@ -299,10 +299,7 @@ def sums_of_all(sums: Sums, session: Session) -> dict[str, Any]:
 def weight_files(session: Session) -> dict[str, Path]:
     """Where the best and the last weights lie."""
     folder, name = session.output / "checkpoints", session.arch.replace("/", "_")
-    return {
-        "best": folder / f"model_best_{name}.pth",
-        "last": folder / f"checkpoint_{name}.pth",
-    }
+    return {"best": folder / f"model_best_{name}.pth", "last": folder / f"checkpoint_{name}.pth"}
 
 
 def facts_of(session: Session, epochs: int, values: dict[str, Any]) -> dict[str, Any]:

@@ -40,12 +40,7 @@ class GHMWeight(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        bins: int = 30,
-        momentum: float = 0.75,
-        softmax: bool = False,
-        counts: str = "loss",
+        self, *, bins: int = 30, momentum: float = 0.75, softmax: bool = False, counts: str = "loss"
     ) -> None:
         super().__init__()
         if bins < 1:

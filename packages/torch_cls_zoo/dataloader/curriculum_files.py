@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_cls_zoo.dataloader.sample_files import (
-    read_sample_file,
-    rows_for,
-    write_sample_file,
-)
+from torch_cls_zoo.dataloader.sample_files import read_sample_file, rows_for, write_sample_file
 
 CURRICULUM_FILE = "curriculum.txt"
 

@@ -97,12 +97,7 @@ def train_loader(
 
 
 def eval_loader(
-    images: ImageSet,
-    settings: InputSettings,
-    *,
-    batch_size: int,
-    world: World,
-    threads: int,
+    images: ImageSet, settings: InputSettings, *, batch_size: int, world: World, threads: int
 ) -> TorchLoader:
     """This process' share of the images, each once; unreadable ones are in ``loader.skipped``."""
     order = EpochOrder(

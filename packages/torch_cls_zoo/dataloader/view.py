@@ -10,12 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shared_core.datasets.views.augment import (
-    Plan,
-    place,
-    random_erasing,
-    random_resized_crop_box,
-)
+from shared_core.datasets.views.augment import Plan, place, random_erasing, random_resized_crop_box
 from shared_core.datasets.views.evaluation import LetterboxView
 
 

@@ -33,8 +33,7 @@ def build_parser() -> CommandParser:
     )
     add_model_options(parser, runtimes=("checkpoint", "torchscript"))
     add_predict_options(
-        parser,
-        aliases={"top": ("--topk",), "camera": ("--webcam",), "show-dir": ("--output",)},
+        parser, aliases={"top": ("--topk",), "camera": ("--webcam",), "show-dir": ("--output",)}
     )
     return parser
 

@@ -131,11 +131,7 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def draw_sheet(
-    explained: Sequence[Explained],
-    path: str | Path,
-    *,
-    class_names: Sequence[str],
-    title: str,
+    explained: Sequence[Explained], path: str | Path, *, class_names: Sequence[str], title: str
 ) -> None:
     """Draw images as rows: image, then overlays; with a legend. Written atomically as PNG."""
     with figure_texts([*class_names, title, *(one.name for one in explained)]) as ready:

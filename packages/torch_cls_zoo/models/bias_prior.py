@@ -31,11 +31,7 @@ def share_of_classes(labels: Sequence[int], num_classes: int) -> list[float]:
 
 
 def set_bias_prior(
-    model: nn.Module,
-    priors: float | Sequence[float],
-    *,
-    num_classes: int,
-    family: str = "sigmoid",
+    model: nn.Module, priors: float | Sequence[float], *, num_classes: int, family: str = "sigmoid"
 ) -> list[float]:
     """Set the bias of the head's layers to ``priors``; their weights stay.
 

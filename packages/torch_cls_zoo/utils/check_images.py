@@ -38,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from shared_core.datasets import scan, write_quarantine
     from shared_core.datasets.finding.verify import verify
 
-    report = verify(
-        scan(args.data),
-        workers=args.workers,
-        near=args.near,
-    )
+    report = verify(scan(args.data), workers=args.workers, near=args.near)
     bad = report.quarantine()
     for path, reason in sorted(bad.items()):
         print(f"{path}: {reason}")
