@@ -283,6 +283,26 @@ def test_copies_have_no_vote_on_one_another() -> None:
     assert set(range(11)) <= {one.row for one in found.suspicious}
 
 
+def test_copies_do_not_vouch_in_the_check(tmp_path: Path, cheap: None) -> None:
+    """Five near copies of a green picture lie among the red ones, as do four red pictures."""
+    root, rng = tmp_path / "images", np.random.default_rng(0)
+    for n in range(9):
+        for name, channel in (("green", 1), ("red", 2)):
+            image = picture(40 * channel + n) // 4
+            image[..., channel] += 150
+            save(root / name / f"{n}.png", image)
+    lost = picture(900) // 4
+    lost[..., 1] += 150
+    for n in range(4):  # the same but for a little noise
+        noisy = lost + rng.integers(0, 3, lost.shape).astype(np.uint8)
+        save(root / "red" / f"lost{n}.png", noisy)
+    found = run(root, tmp_path / "run")
+    doubted = {path for one in found.findings if one.kind == "label" for path in one.paths}
+    assert doubted == {f"red/lost{n}.png" for n in range(4)}
+    assert found.pictures[0][0] == "suspicious.jpg"
+    assert (tmp_path / "run" / "data" / "suspicious.jpg").is_file()
+
+
 def test_many_images_are_compared_in_fewer_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).standard_normal((300, 600)).astype(np.float16)
     plain = labels.unit_rows(rows)

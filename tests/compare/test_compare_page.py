@@ -71,7 +71,8 @@ def row_of(number: int, candidate: str, form: str, classes: int) -> Judged:
         mistakes=(Mistake("a.png", names[0], names[1], 0.9871),
                   Mistake("gone.png", names[1], names[0], 0.9312)),
         unknown={"threshold": 0.6123 + number / 977, "false_accepts": 0.0412, "kept": 0.9517,
-                 "source": "noise"}, notes=(f"note {number} of <it>",), front=number < 2,
+                 "source": "made pictures", "by_kind": {"noise": 0.0412}},
+        notes=(f"note {number} of <it>",), front=number < 2,
     )  # fmt: skip
 
 
@@ -104,7 +105,8 @@ def make_run(folder: Path, *, classes: int = 3, kind: str = "real", meets: bool 
     ))  # fmt: skip
     candidates = (planned("big"), planned("small"), planned("fell"), planned("never"),
                   planned("out", included=False, reason="does not fit 30 minutes"))  # fmt: skip
-    write(folder / PLAN_FILE, Plan(30, 27.3, BUDGET, 1, "cpu", 2, {"big": 0.01234}, candidates, 3))
+    write(folder / PLAN_FILE, Plan(30, 27.3, BUDGET, 1, "cpu", 2, {"big": 0.01234}, candidates, 3,
+                                    ("a verdict of <one>",)))  # fmt: skip
     write(folder / FLOORS_FILE, Floors(0.3333, 0.5521, None, "engineered: not computed"))
     write(folder / CANDIDATES / "big" / JOB_FILE, Job("big", "done", "", 123.0, ("python <x>",)))
     write(
@@ -191,7 +193,8 @@ def test_every_number_of_the_judged_files_is_shown(read: Reader, folder: Path) -
             f"{row['throughput']:.1f}", f"{row['memory_mb']:.1f}",
         ]  # fmt: skip
         unknown = [row["unknown"][name] for name in ("threshold", "false_accepts", "kept")]
-        assert [cell.strip() for cell in more[7:10]] == [f"{n:.4f}" for n in unknown]
+        assert [cell.split()[0] for cell in more[7:10]] == [f"{n:.4f}" for n in unknown]
+        assert "noise 0.04" in more[8] and "on made pictures" in read.text
         assert row["notes"][0] in " ".join(more[11].split())
 
 
@@ -208,6 +211,19 @@ def test_the_first_screen_says_who_won_and_what_is_promised(read: Reader) -> Non
     assert reasons["the big float"] == "2.31 ms, above 1.5; 13.65 MB, above 4"
     assert reasons["the big int8"] == "6.827 MB, above 4"
     assert reasons["the small float"].startswith("4.551 MB, above 4")
+    assert "a verdict of <one>" in start
+
+
+def test_a_wish_of_accuracy_is_held_to_calibration(tmp_path: Path) -> None:
+    """Test accuracy 0.9274, on calibration 0.9203."""
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / PLAN_FILE
+    plan = json.loads(path.read_text())
+    plan["budget"] = [{"what": "accuracy", "value": 0.925}]
+    path.write_text(json.dumps(plan))
+    run = page.read_run(tmp_path / "run")
+    row = next(one for one in run.rows if (one.candidate, one.form) == ("small", FLOAT))
+    assert page.why_not(run, row) == "accuracy 0.9203 on calibration, below 0.925"
 
 
 def test_names_are_shown_as_they_are_and_nothing_is_loaded(read: Reader) -> None:
