@@ -56,6 +56,23 @@ def test_recipes_win_over_defaults_and_flags_over_recipes(tmp_path):
     assert run.network == NetworkConfig("Swin_tiny", 384, 1024, 32.0, 0.1)
 
 
+def test_a_folder_alone_tunes_a_trained_network_and_a_teacher_makes_it_learn_features(tmp_path):
+    (tmp_path / "t.pth").touch()
+    folder = ("--data-path", str(tmp_path))
+    run = options(*folder, "--epochs", "2")
+    assert run.network.name == "efficientnet_lite0" and run.views.augment and run.distill is None
+    assert (run.train.choose_by, run.train.schedule.max_epoch) == ("auto", 2)
+    assert run.data.hold_out.validation == 0.15
+    taught = options(*folder, "--recipe", "lite0", "--teacher_init_weights", folder[1] + "/t.pth")
+    assert taught.distill.head_fixed and taught.distill.loss == "cosine"
+    assert taught.distill.backbone == "efficientnet_lite2"
+    for words in (("--backbone_class", "Resnet12"), ("--recipe", "lite0", "--lr", "0.5")):
+        other = options(*folder, *words)
+        assert (other.network.name, other.train.schedule.lr) in (
+            ("Resnet12", 1e-4), ("efficientnet_lite0", 0.5)
+        )  # fmt: skip
+
+
 def test_epoch_line_by_hand():
     line = epoch_line(
         3, 0.001, train_acc=0.5, eval_loss=1.25, eval_acc=0.8, eval_count=100, ce_loss=2, kd_loss=3

@@ -131,7 +131,7 @@ SWIN_TINY_REHEARSAL = Setting(
 # the same lite0 from labels. Both start as the whitening of their body's features.
 LITE0_SHORT = Setting(
     common=words("--recipe lite0 --init trained --input-size 160"),
-    teacher=words("--backbone_class efficientnet_lite2 --epochs 2"),
+    teacher=words("--backbone_class efficientnet_lite2 --epochs 3"),
     student=words("--epochs 3"),
     distilled=(),
     arms=("fixed", "none"),
