@@ -260,7 +260,8 @@ def test_what_a_model_file_stands_for_is_refused_beside_it(tmp_path, flag):
     (tmp_path / "model.pth").write_text("")
     value = "gfnet-s" if flag.endswith("_arch") else "3"
     value = {"ema": "0.5", "smoothing": "0.5", "drop_path": "0.5", "depth": "11"}.get(flag, value)
-    value = str(tmp_path / "model.pth") if flag == "teacher" else value
+    value = {"answers": "live", "compare_labels": "True"}.get(flag, value)
+    value = str(tmp_path / "model.pth") if flag in ("teacher", "student_init") else value
     more = ("--deep-supervision", "1") if flag in ("deep_kd", "deep_temperature") else ()
     words = ("--scale", "rehearsal", f"--{flag.replace('_', '-')}", value, *more)
     assert str(getattr(parsed(*words), flag)).removesuffix(".0") == value

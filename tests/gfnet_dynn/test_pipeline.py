@@ -128,7 +128,7 @@ def test_report_shows_every_figure(finished):
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert "REHEARSAL" in markdown and "REHEARSAL" in page
     accuracy = read_result(folder / "result.json")["measured"]["backbone"]["accuracy"]
-    assert f"| backbone | {accuracy:.4g} |" in markdown
+    assert f"| teacher | {accuracy:.4g} |" in markdown
 
 
 def test_metrics_carry_the_names_of_the_original(finished):

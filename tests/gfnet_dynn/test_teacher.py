@@ -140,7 +140,7 @@ def test_a_named_network_answers_as_the_core_and_keeps_the_statistics_of_its_nor
     assert before and all(torch.equal(after[name], value) for name, value in before.items())
     rebuilt = NamedNetwork(**network.config())
     rebuilt.load_state_dict(network.state_dict())
-    assert 10e6 < network.macs() < 40e6  # 0.4 G at 224 pixels, published
+    assert 7e6 < network.macs() < 8.3e6  # published: 407 M at 224 pixels, 49 times as many
 
 
 # --- a run

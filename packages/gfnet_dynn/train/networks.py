@@ -204,11 +204,12 @@ def _fine_tune(
     if carries_exits and settings.deep.deep_supervision:
         exits = settings.exits.blocks(task.model.depth)
         task = DeepTask(task, exits, settings.deep, smoothing=learn.smoothing).to(run.device)
+    loaders = run.loaders(shared=True)
     training = FineTune(
         stage,
         task,
         loader=_batches(run, stage, answers),
-        validation=run.loaders(shared=True).held("calibration"),
+        validation=loaders.held("calibration"),
         num_classes=len(data.classes),
         image_size=data.input_size,
         epochs=asked or usual_epochs(len(data.image_set("train")), started=rates is not None),
