@@ -140,7 +140,7 @@ def _marker(axes: _Axes, point: Point, *, radius: float) -> Iterator[str]:
         else f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"'
     )
     ending = "rect" if point.square else "circle"
-    yield (f'{shape} class="mark g{point.group}"><title>{escape(point.title)}</title></{ending}>')
+    yield f'{shape} class="mark g{point.group}"><title>{escape(point.title)}</title></{ending}>'
 
 
 def _numbers(axes: _Axes, points: Sequence[Point], most: int, mark: str) -> Iterator[str]:
@@ -164,7 +164,10 @@ def _numbers(axes: _Axes, points: Sequence[Point], most: int, mark: str) -> Iter
         best = min(places, key=cost)
         taken.append(best)
         style = ' class="win"' if point.winner else ""
-        at = f'x="{best[0]:.1f}" y="{best[1] + 4:.1f}" text-anchor="middle"'
+        # Letters may be larger than thought (a narrow page): they grow away from the marker.
+        side = (best[0] > x) - (best[0] < x)
+        anchor = ("end", "middle", "start")[side + 1]
+        at = f'x="{best[0] - side * half:.1f}" y="{best[1] + 4:.1f}" text-anchor="{anchor}"'
         yield f"<text{style} {at}>{text}</text>"
 
 
