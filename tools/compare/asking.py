@@ -24,6 +24,7 @@ from compare.unknown import strange_images
 from shared_core.checkpoints.atomic import atomic_write
 from shared_core.datasets import DatasetError, Manifest
 from shared_core.deploy import evaluate as core
+from shared_core.deploy.facts import ModelError, ModelFacts
 from shared_core.deploy.predictor import Outputs, Predictor
 
 Answers = Mapping[str, npt.NDArray[Any]]
@@ -62,6 +63,17 @@ def parts_of(folder: Path, root: str | Path) -> dict[str, core.Labelled]:
         files = [Path(root) / item.path for item in items]
         found[part] = core.Labelled(files, labels, manifest.classes, part, manifest.hash)
     return found
+
+
+def check_classes(facts: ModelFacts, classes: Sequence[str]) -> None:
+    """Refuse a network of other classes; their order may differ.
+
+    Raises:
+        ModelError: the first class that only one of the two has is named.
+    """
+    if odd := sorted(set(facts.class_names) ^ set(classes)):
+        where = "the model" if odd[0] in facts.class_names else "the images"
+        raise ModelError(f"other classes: {odd[0]!r} is known to {where} alone")
 
 
 def ask(

@@ -18,6 +18,7 @@ from compare.asking import (
     Answers,
     answers_digest,
     ask,
+    check_classes,
     keep_answers,
     kept_answers,
     parts_of,
@@ -54,7 +55,7 @@ from shared_core.deploy.predictor import Predictor
 Say = Callable[[str], None]
 MODEL = "model"
 SAMPLE = 32  # views that time is measured with
-CONFUSIONS, MISTAKES = 60, 24  # that are kept
+CONFUSIONS, MISTAKES = 380, 24  # that are kept
 
 
 def judge(folder: Path, check: DataCheck, plan: Plan, *, say: Say) -> list[Judged]:
@@ -105,8 +106,7 @@ def _candidate(
 ) -> list[Judged]:
     facts = read_facts(place / MODEL)
     classes = parts[TEST].classes
-    if facts.task != "classify" or set(facts.class_names) != set(classes):
-        facts.check_class_names(classes, who="the images")
+    check_classes(facts, classes)
     forms = forms_of(facts)
     if not forms:
         raise ModelError(f"its files are for {', '.join(facts.files)}, of which none can be judged")
@@ -267,8 +267,7 @@ def compare_with(folder: Path, old: Path, choice: Choice) -> list[str]:
     check = read(folder / CHECK_FILE, DataCheck)
     test = parts_of(folder, check.root)[TEST]
     facts = read_facts(old)
-    if set(facts.class_names) != set(test.classes):
-        facts.check_class_names(test.classes, who="these images")
+    check_classes(facts, test.classes)
     forms = forms_of(facts)
     if not forms:
         raise ModelError(f"{old} has no file that can be asked here")

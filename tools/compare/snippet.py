@@ -38,8 +38,13 @@ def weights(old, new):  # linear interpolation between the centres of pixels
     return np.clip(1 - abs(at - np.arange(old)), 0, 1)
 """,
     "area": """
-def weights(old, new):  # the mean over what each new pixel covers
+def weights(old, new, shrinks):  # the mean over what each new pixel covers
     i, k = np.arange(new)[:, None], np.arange(old)
+    if not shrinks:  # OpenCV takes two neighbours where a side grows
+        at = i * old // new
+        part = i + 1 - (at + 1) * new / old
+        part = np.where(part > 0, part % 1, 0)
+        return (k == at) * (1 - part) + (k == np.minimum(at + 1, old - 1)) * part
     shared = np.minimum((i + 1) * old / new, k + 1) - np.maximum(i * old / new, k)
     return np.clip(shared, 0, 1) * new / old
 """,
@@ -62,11 +67,11 @@ _BLOCKS = """    r, c = max(1, pixels.shape[0] // th), max(1, pixels.shape[1] //
         pixels = np.rint(pixels)
 """
 
-_REDUCE = """    turned = image.getexif().get(274, 1) != 1
-    if not turned:
+_REDUCE = """    if image.getexif().get(274, 1) == 1:
         image.draft("RGB", (tw, th))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-    shrink = round(max(w / image.width, h / image.height)) if not turned else 1
     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float64)
+"""
+_FLOOR = """    shrink = round(max(h / pixels.shape[0], w / pixels.shape[1]))
     pixels = pixels[: h // shrink, : w // shrink]
 """
 _WHOLE = """    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float64)
@@ -90,10 +95,14 @@ def _view(view: Mapping[str, Any]) -> str:
     height, width = view["size"]
     letterbox = view["view"] == "letterbox"
     if letterbox:
-        sizes = f"""    tall = {height} * w <= {width} * h
-    th = {height} if tall else max(1, (2 * h * {width} + w) // (2 * w))
-    tw = max(1, (2 * w * {height} + h) // (2 * h)) if tall else {width}
+        tall = f"    if {height} * w <= {width} * h:\n        return"
+        fit = f"""
+def fit(h, w):  # the largest size of the whole image that fits in
+{tall} {height}, max(1, (2 * w * {height} + h) // (2 * h))
+    return max(1, (2 * h * {width} + w) // (2 * w)), {width}
+
 """
+        sizes = "    th, tw = fit(h, w)\n"
         last = f"""    whole = np.full(({height}, {width}, 3), {view["fill"]}, np.uint8)
     top, left = ({height} - th) // 2, ({width} - tw) // 2
     whole[top : top + th, left : left + tw] = pixels
@@ -101,6 +110,7 @@ def _view(view: Mapping[str, Any]) -> str:
 """
         cuts = "", ""
     else:
+        fit = ""
         last = """    return pixels[None]
 """
         cuts = "", ""
@@ -115,12 +125,16 @@ def _view(view: Mapping[str, Any]) -> str:
             cuts = f"[top : top + {height}]", f"[left : left + {width}]"
     method = view["method"]
     read = _REDUCE if view["dct_scaled"] else _WHOLE
+    read += _FLOOR if view["dct_scaled"] and not letterbox else ""
+    read += "    th, tw = fit(*pixels.shape[:2])\n" if letterbox else ""
+    shrinks = ", pixels.shape[0] >= th and pixels.shape[1] >= tw" if method == "area" else ""
     return f"""{_WEIGHTS["linear" if method == "reduced" else method]}
-
+{fit}
 def view(image):  # what the network sees: uint8 (1, {height}, {width}, 3)
     w, h = image.size if image.getexif().get(274, 1) < 5 else image.size[::-1]
 {sizes}{read}{_BLOCKS if method == "reduced" else ""}\
-    rows, columns = weights(pixels.shape[0], th){cuts[0]}, weights(pixels.shape[1], tw){cuts[1]}
+    rows = weights(pixels.shape[0], th{shrinks}){cuts[0]}
+    columns = weights(pixels.shape[1], tw{shrinks}){cuts[1]}
     pixels = np.einsum("ih,hwc,jw->ijc", rows, pixels, columns, optimize=True)
     pixels = np.rint(pixels).clip(0, 255).astype(np.uint8)
 {last}"""
