@@ -16,6 +16,7 @@ from torch_cls_zoo.options import (
     ACTIONS,
     DEFAULT_ARCH,
     FEWEST,
+    FRESH_HEAD_LR,
     LEARNING,
     MODES,
     MOST,
@@ -335,6 +336,8 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
         known["schedule"] = "steps"
     if values["bias_prior"] is not None:
         known["probe"] = False
+    if name == "finetune" and values["probe"] is False:
+        known["head_lr"] = FRESH_HEAD_LR
     if not (values["train"] or values["find_lr"]):
         known["batch_size"] = None
     said = {name: values[name] for name in known if values[name] is not None}

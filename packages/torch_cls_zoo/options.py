@@ -98,6 +98,7 @@ def _common(name: str, aliases: str = "", help: str | None = None, **words: Any)
 _MIX = ("mixup", "cutmix")
 _TRAINS = {"modes": LEARNING}
 SCHEDULES = ("steps", "cosine")
+FRESH_HEAD_LR = 3e-3  # of finetune where the head does not start from a probe
 # Epochs where a recipe says none: as many as show so many pictures, within these bounds.
 PICTURES_SHOWN, FEWEST, MOST = 16_000, 5, 20
 # What a training's options are where the command does not say them.
@@ -110,7 +111,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 64,
     },
     "finetune": {
-        "epochs": None, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-3, "layer_decay": 0.9,
+        "epochs": None, "opt": "adamw", "lr": 5e-4, "head_lr": 3e-4, "layer_decay": 0.9,
         "schedule": "cosine", "wd": 0.02, "warmup": None, "clip_grad": 5.0, "drop_path": 0.1,
         "probe": True, "freeze_bn": True, "ema": 0.98, "amp": "auto",
         "label_smoothing": 0.1, "crop": 0.4, "flip": 0.5,
@@ -262,7 +263,8 @@ TRAINING = (
         metavar="R",
     ),
     _of_recipe(
-        "--head_lr", "The learning rate of the head; biases and norms are not decayed then.",
+        "--head_lr", "The learning rate of the head; biases and norms are not decayed then. In "
+        f"finetune {FRESH_HEAD_LR} with --no-probe.",
         type=POSITIVE, metavar="R",
     ),
     _of_recipe(

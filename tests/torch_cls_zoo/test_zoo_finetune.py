@@ -106,7 +106,7 @@ def test_rates_fall_with_depth_and_the_head_has_its_own(tuned):
         rate[id(seen["names"][name])]
         for name in ("classifier.weight", "conv_head.weight", "conv_stem.weight")
     )
-    assert head[0] / last[0] == pytest.approx(3e-3 / 5e-4)
+    assert head[0] / last[0] == pytest.approx(3e-4 / 5e-4)
     # 16 blocks lie between the stem and the last convolution.
     assert stem[0] / last[0] == pytest.approx(0.9**17) and head[1] == 0.02
     assert rate[id(seen["names"]["bn1.weight"])][1] == 0
