@@ -336,11 +336,11 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
         known["schedule"] = "steps"
     if values["bias_prior"] is not None:
         known["probe"] = False
-    if name == "finetune" and values["probe"] is False:
-        known["head_lr"] = FRESH_HEAD_LR
     if not (values["train"] or values["find_lr"]):
         known["batch_size"] = None
     said = {name: values[name] for name in known if values[name] is not None}
+    if name == "finetune" and not said.get("probe", known["probe"]):
+        known["head_lr"] = FRESH_HEAD_LR
     return {**values, "recipe": name, **known, **said}
 
 
