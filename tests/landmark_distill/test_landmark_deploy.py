@@ -236,9 +236,8 @@ def test_bad_words_are_one_line_before_anything_is_written(small, tmp_path, word
     assert not (tmp_path / "o").exists()
 
 
-def test_class_means_behind_the_features_name_classes(tmp_path):
-    model = _save(tmp_path / "max_acc.pth", "Resnet12")
-    root = _folders(tmp_path / "images")
+def _closed_split(root, file):
+    """Each class in each part: nothing is unseen."""
     parts = ["train"] * 6 + ["calibration"] * 3 + ["test"] * 3
     entries = [
         Entry(f"c{n}/{i}.png", n, content_key(root / f"c{n}" / f"{i}.png"), parts[i])
@@ -246,7 +245,36 @@ def test_class_means_behind_the_features_name_classes(tmp_path):
         for i in range(12)
     ]
     split = Manifest("layout", tuple(f"c{n}" for n in range(6)), (), 0, sorted_entries(entries))
-    split.write(tmp_path / "split.json")
+    split.write(file)
+    return split
+
+
+def test_a_closed_split_is_learned_and_becomes_a_classifier(tmp_path, landmark):
+    """As any other classifier of a user's folder: a trained body, and no class apart."""
+    root, run = _folders(tmp_path / "images"), tmp_path / "run"
+    split = _closed_split(root, tmp_path / "split.json")
+    shared = ("--data-path", root, "--split", tmp_path / "split.json", "--continue")
+    done = landmark(
+        *shared, "--output", run, "--input-size", "32", "--epochs", "1", "--batch-size", "16",
+        "--seed", "0", "--threads", "1", "--device", "cpu",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    record = json.loads((run / "result.json").read_text())
+    assert record["data"]["splits"] == {"train": 36, "calibration": 18, "test": 18}
+    assert record["data"]["classes"] == 6 and record["measured"]["start"]["name"]
+    assert not any("recall_at_1" in line for line in (run / "metrics.jsonl").open())
+    words = [run / "max_acc.pth", tmp_path / "model", "--format", "onnx", "--data-path", root]
+    done = run_main(export_model.main, [*words, "--class-means", tmp_path / "split.json"])
+    assert done.code == 0, done.err
+    facts = read_facts(tmp_path / "model")
+    assert facts.class_names == split.classes and set(facts.files) == {"onnx"}
+    assert facts.measured["files"]["onnx"]["accuracy"]["value"] > 0.8
+
+
+def test_class_means_behind_the_features_name_classes(tmp_path):
+    model = _save(tmp_path / "max_acc.pth", "Resnet12")
+    root = _folders(tmp_path / "images")
+    split = _closed_split(root, tmp_path / "split.json")
     words = [tmp_path / "max_acc.pth", tmp_path / "out", "--class-means", tmp_path / "split.json"]
     done = run_main(export_model.main, [*words, "--data-path", root])
     assert done.code == 0, done.err

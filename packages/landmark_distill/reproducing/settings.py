@@ -130,9 +130,9 @@ SWIN_TINY_REHEARSAL = Setting(
 # Trained bodies: a lite2 tuned on the learned classes teaches a lite0 by its features; beside it
 # the same lite0 from labels. Both start as the whitening of their body's features.
 LITE0_SHORT = Setting(
-    common=words("--recipe lite0 --init trained --input-size 160"),
+    common=words("--recipe lite0 --init trained --input-size 128"),
     teacher=words("--backbone_class efficientnet_lite2 --epochs 3"),
-    student=words("--epochs 3"),
+    student=words("--epochs 2"),
     distilled=(),
     arms=("fixed", "none"),
 )
