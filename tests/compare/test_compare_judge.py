@@ -1,5 +1,7 @@
 """Every shipped file is judged alike: numbers by hand, the right split, one run of the clock."""
 
+import shutil
+
 import compare_runs as runs
 import cv2
 import numpy as np
@@ -9,9 +11,9 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from compare import asking, judge, latency
-from compare.contract import JUDGED_FILE, Judged, read_rows
+from compare.contract import JUDGED_FILE, SPLIT_FILE, Judged, read_rows
 from compare.unknown import describe, strange_images, threshold_of
-from shared_core.datasets import DatasetError
+from shared_core.datasets import DatasetError, Manifest
 from shared_core.deploy.facts import ModelError, write_facts
 from shared_core.deploy.predictor import open_model
 
@@ -149,7 +151,7 @@ def test_a_candidate_that_cannot_be_judged_does_not_end_the_run(run, tmp_path):
     said = []
     rows = judge.judge(folder, check, plan, say=said.append)
     assert {row.candidate for row in rows} == {"good"}
-    assert any("yellow" in line for line in said) and any("segment1" in line for line in said)
+    assert any("grey <b>" in line for line in said) and any("segment1" in line for line in said)
     (folder / "images/test/003.png").unlink()
     with pytest.raises(DatasetError, match="003.png"):
         judge.judge(folder, check, plan, say=said.append)
@@ -221,7 +223,7 @@ def test_unknown_is_measured_by_the_judge(run):
         assert rate == pytest.approx((tops >= row.unknown["threshold"]).mean())
 
 
-def test_an_old_winner_is_compared_image_by_image(run):
+def test_an_old_winner_is_compared_image_by_image(run, tmp_path):
     from compare.choose import choose
 
     rows = judge.judge(*run, say=lambda line: None)
@@ -237,6 +239,13 @@ def test_an_old_winner_is_compared_image_by_image(run):
     name, number = lines[3].split(": ")[1].split(",")[0].rsplit(" ", 1)
     of_class = labels == runs.CLASSES.index(name)
     assert int(number) == new[of_class].sum() - before[of_class].sum()
+    assert "is not known" in lines[-1]
+    shutil.copytree(old, tmp_path / "before/winner")
+    entries = [entry._replace(split="train") if entry.path in ("test/000.png", "test/001.png")
+               else entry for entry in Manifest.read(run[0] / SPLIT_FILE).entries]  # fmt: skip
+    runs.write_split(tmp_path / "before", entries)
+    lines = judge.compare_with(run[0], tmp_path / "before", choice)
+    assert "learned from 2 of these images" in lines[-1]
     write_facts(old, tiny.make_facts(class_names=("a", "b", "c", "d")))
     with pytest.raises(ModelError, match="other classes: .* is known to the"):
         judge.compare_with(run[0], old, choice)

@@ -47,13 +47,14 @@ def change(old: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_], images: Label
 
 def change_lines(
     old: Path, facts: ModelFacts, found: Change, images: int, times: Mapping[str, Any],
-    sizes: Sequence[int],
+    sizes: Sequence[int], learned: int | None,
 ) -> list[str]:  # fmt: skip
     """For people.
 
     Args:
         times: ``old`` and ``new``, as :func:`compare.latency.measure` gives them at batch 1.
         sizes: bytes of the old one's files and of the new one's.
+        learned: test images that the old one was trained with; None where nobody knows.
     """
     gap = found.difference
     verdict = "better" if gap.low > 0 else "worse" if gap.high < 0 else "no difference is shown"
@@ -68,7 +69,8 @@ def change_lines(
     if found.by_class:
         told = ", ".join(f"{name} {n:+d}" for name, n in found.by_class[:5])
         lines.append(f"  classes that changed most, in images: {told}")
-    if facts.provenance.get("split_hash"):
-        lines.append("  images that the old one learned from may be among them: its data were "
-                     f"split as {str(facts.provenance['split_hash'])[:12]}")  # fmt: skip
+    if learned is None:
+        lines.append("  whether the old one learned from some of these images is not known")
+    elif learned:
+        lines.append(f"  the old one learned from {learned} of these images, which flatters it")
     return lines

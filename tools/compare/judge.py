@@ -31,6 +31,7 @@ from compare.contract import (
     CHECK_FILE,
     JOB_FILE,
     JUDGED_FILE,
+    SPLIT_FILE,
     WINNER,
     Choice,
     ClassRow,
@@ -47,6 +48,7 @@ from compare.contract import (
 from compare.forms import forms_of, open_form
 from compare.latency import Timed, measure
 from compare.unknown import describe, threshold_of
+from shared_core.datasets import Manifest
 from shared_core.deploy import evaluate as core
 from shared_core.deploy.facts import FACTS_FILE, ModelError, ModelFacts, read_facts
 from shared_core.deploy.inputs import load_files
@@ -282,7 +284,15 @@ def compare_with(folder: Path, old: Path, choice: Choice) -> list[str]:
                      for name, one in pair.items()}, batches=(1,))  # fmt: skip
     sizes = [_bytes(old, forms[form]),
              _bytes(model, forms_of(read_facts(model))[choice.form])]  # fmt: skip
-    return change_lines(old, facts, found, len(test.files), times, sizes)
+    return change_lines(old, facts, found, len(test.files), times, sizes, _learned(folder, old))
+
+
+def _learned(folder: Path, old: Path) -> int | None:
+    """How many of this run's test images the run of an older winner trained with."""
+    if not (old.parent / SPLIT_FILE).is_file():
+        return None
+    before = {one.key for one in Manifest.read(old.parent / SPLIT_FILE).subset("train")}
+    return sum(one.key in before for one in Manifest.read(folder / SPLIT_FILE).subset(TEST))
 
 
 def _bytes(folder: Path, files: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ _BLOCKS = """    r, c = max(1, pixels.shape[0] // th), max(1, pixels.shape[1] //
         y, x = pixels.shape[0] % r // 2, pixels.shape[1] % c // 2
         h, w = pixels.shape[0] // r, pixels.shape[1] // c
         pixels = pixels[y : y + h * r, x : x + w * c].reshape(h, r, w, c, 3).mean(axis=(1, 3))
-        pixels = np.rint(pixels)
+        pixels = np.floor(pixels + 0.5)
 """
 
 _REDUCE = """    if image.getexif().get(274, 1) == 1:
