@@ -13,7 +13,7 @@ from shared_core.runs.command import UsageError
 KINDS = {
     "ms": ("<=", "milliseconds an image, the median, at the batch of --batch"),
     "mb": ("<=", "megabytes (10^6 bytes) of the network's files on disk"),
-    "accuracy": (">=", "a fraction, 0.95 or 95%"),
+    "accuracy": (">=", "on calibration images, a fraction, 0.95 or 95%"),
     "macs": ("<=", "multiply-accumulates an image, 300M or 3e8"),
     "memory": ("<=", "megabytes of memory that answering needs, at its peak"),
 }

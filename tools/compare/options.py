@@ -16,7 +16,7 @@ from shared_core.runs.numbers import POSITIVE, SIZE
 from shared_core.runs.options import CommandParser, add_common
 from shared_core.runs.place import Start
 
-BUILTIN_MINUTES, MINUTES = 3.0, 30.0
+BUILTIN_MINUTES, MINUTES = 2.5, 30.0
 SHAPES = ("cpu", "cuda")
 
 
