@@ -10,6 +10,7 @@ from torch import nn
 
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN
 from mpkd.deploy.layer_latency import latency_table
+from mpkd.model.networks import sight_of
 from mpkd.quant.companion import Companion
 from mpkd.quant.cost import layer_facts, mean_bits, size_bytes
 from mpkd.quant.finish import Learn, Material
@@ -21,7 +22,7 @@ from mpkd.quant.shipped import shipped
 from mpkd.run_context import PACKED_FILE, QUANTIZED_FILE, STUDENT_FILE, Run
 from mpkd.trainer.objectives import make_objective
 from mpkd.trainer.settings import bits_settings
-from mpkd.utils.common import describe_quantization, load_net, save_packed
+from mpkd.utils.common import describe_quantization, load_net, save_packed, starts_trained
 from mpkd.utils.config import NEEDS_LABELS, NEEDS_TEACHER
 from shared_core.for_torch.run_state import StageState
 from shared_core.runs import UsageError
@@ -49,7 +50,7 @@ def lower(run: Run, net: nn.Module) -> Mapping[str, Any]:
     )  # fmt: skip
     net.to(run.device)
     if inputs:
-        calibrate(net, run.calibration_images(), method=settings.ranges)
+        calibrate(net, run.calibration_images(sight=sight_of(net)), method=settings.ranges)
     return describe_quantization(net) or {}
 
 
@@ -69,18 +70,22 @@ def learner(run: Run, teacher: nn.Module | None, digest: str, states: list[Stage
         name: str, net: nn.Module, *, epochs: int, companion: Companion | None = None
     ) -> None:
         if teacher is not None and not taught:
-            source, replayed = run.teacher_source(teacher, digest, images)
+            seen = sight_of(net)
+            source, replayed = run.teacher_source(teacher, digest, images, seen=seen)
             taught.update(source=source, replayed=replayed, reference=run.reference(teacher))
         chosen = config if teacher is not None else {"distillation.mode": "labels"}
         best = "agreement" if alone else "accuracy"
         _, trainer = run.fit(
             f"quantize-{name}", net, make_objective(chosen, taught.get("source")),
             settings=bits_settings(config, epochs=epochs),
-            loader=run.training_loader("quantize", images, replayed=taught.get("replayed", 0)),
+            loader=run.training_loader(
+                "quantize", images, replayed=taught.get("replayed", 0), sight=sight_of(net)
+            ),
             reference=taught.get("reference"), companion=companion,
             follows=states[-1] if states else None,
             choose_by="last" if isinstance(companion, Sdq) else best,
             labelled=len(images) == len(run.data.sets[TRAIN]),
+            frozen_norms=starts_trained(config, "student") and config["finetune.freeze_norms"],
         )  # fmt: skip
         states.append(trainer.state)
 
@@ -101,7 +106,7 @@ def quantize(
     run.begin("quantize")
     size = run.data.image_size
     material = Material(
-        calibration=torch.cat(run.calibration_images()),
+        calibration=torch.cat(run.calibration_images(sight=sight_of(student))),
         evaluate=lambda net: run.evaluate(net, CALIBRATION).accuracy,
         learn=learner(run, teacher, digest, states),
         latencies=lambda bits: latency_table(student, size, bits, device=run.device),

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpkd.experiments.recipes import OVERRIDES, SCALES
+from mpkd.experiments.recipes import FOLDER, OVERRIDES, SCALES
 from mpkd.utils.config import check_config, load_config
 from shared_core.runs.command import UsageError
 from shared_core.runs.opening import Start
-from shared_core.runs.options import CommandParser, add_common, options_given, start_of
+from shared_core.runs.options import (
+    PRECISIONS,
+    CommandParser,
+    add_common,
+    options_given,
+    start_of,
+)
 
 STAGES = ("prepare", "teacher", "distil", "quantize", "export", "analyze")
 SETS = ("cifar10", "imagenet", "folder")  # with a folder of their own, dataset.data_dir_<set>
@@ -28,14 +34,16 @@ KEYS = {
     "device": "experiment.device",
     "workers": "dataset.workers",
     "threads": "experiment.threads",
-    "init": "model.teacher_ckpt",
 }
 HELP = {
     "data-path": "The folder with the images: class folders, or train/ and test/ with class "
     "folders in each, or CIFAR-10's own files, unpacked or not. It sets dataset.data_dir_<set>.",
     "epochs": "How many times the student goes through all training images.",
     "lr": "The learning rate of the student after the warm-up.",
-    "init": "The weights that the teacher starts from: a file, or none to train it from nothing.",
+    "init": "What teacher and student start from: trained (weights of ImageNet), or none. A file "
+    "is for the teacher; model.student_ckpt takes one for the student.",
+    "amp": "The precision of the trainings. auto is bf16 where this processor or GPU computes it "
+    "and images have 64 pixels or more, else fp32.",
 }
 RUN_HELP = {
     "output": "The folder of the run. Without it experiment.out_dir/experiment.name of the "
@@ -71,8 +79,10 @@ def add_config_options(parser: argparse._ActionsContainer) -> None:
     usual = load_config()
     shown = {name: usual[key] for name, key in KEYS.items() if usual[key]}
     add_common(
-        parser, ("data-path", *KEYS, "amp"), help=HELP,
-        defaults={**dict.fromkeys(KEYS), **shown, "seed": usual["experiment.seed"]},
+        parser, ("data-path", *KEYS, "init", "amp"), help=HELP,
+        defaults={**dict.fromkeys(KEYS), **shown, "seed": usual["experiment.seed"],
+                  "init": usual["model.teacher_ckpt"], "amp": usual["mixed_precision.dtype"]},
+        more={"amp": {"choices": ("auto", *PRECISIONS)}},
     )  # fmt: skip
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
@@ -133,8 +143,11 @@ def config_of(
     for option, key in KEYS.items():
         dest = option.replace("-", "_")
         if dest in given:
-            value = getattr(args, dest)
-            put(option, key, "" if (option, value) == ("init", "none") else value)
+            put(option, key, getattr(args, dest))
+    if "init" in given:
+        put("init", "model.teacher_ckpt", args.init)
+        if args.init in ("none", "trained"):
+            put("init", "model.student_ckpt", args.init)
     if "amp" in given:
         put("amp", "mixed_precision.enabled", args.amp != "fp32")
         if args.amp != "fp32":
@@ -143,6 +156,9 @@ def config_of(
     if args.data_path is not None:
         put_data_path(args.data_path, load_config(file, args.settings, overrides=overrides), put,
                       set_is_chosen="dataset.name" in named or file is not None)  # fmt: skip
+    config = load_config(file, args.settings, overrides=overrides, last=said)
+    if config["dataset.name"] == "folder" and file is None:
+        overrides = {**overrides, **FOLDER, "model.teacher_model": teacher_at_hand()}
     config = load_config(file, args.settings, overrides=overrides, last=said)
     check_config(config)
     return config
@@ -164,6 +180,15 @@ def put_data_path(
         name = "folder"
         put("data-path", "dataset.name", name)
     put("data-path", f"dataset.data_dir_{name}", path)
+
+
+def teacher_at_hand() -> str:
+    """The teacher for images of one's own: lite2 where its weights are installed, else lite0."""
+    from shared_core.weights.catalogue import entry
+    from shared_core.weights.finding import installed_file
+
+    larger = entry("lite2")
+    return "lite2" if larger is not None and installed_file(larger) else "lite0"
 
 
 def looks_like_cifar10(path: Path) -> bool:

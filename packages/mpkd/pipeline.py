@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from mpkd import few_bits, stages
+from mpkd.analysis.verdicts import floors_of, verdicts
 from mpkd.dataset.data_utils import TEST, Data
 from mpkd.dataset.sources import load_data
 from mpkd.deploy.export import ExportData, export_lines, export_student, export_wishes
 from mpkd.options import STAGES, MainOptions
 from mpkd.run_context import PACKED_FILE, QUANTIZED_FILE, STUDENT_FILE, TEACHER_FILE, Run
+from mpkd.starting import plain_floor
 from mpkd.trainer.metrics_logger import MetricsLogger
 from mpkd.utils.common import load_net
 from mpkd.utils.logger import Logger
@@ -102,7 +104,7 @@ def run_stages(opened: OpenRun, options: MainOptions, world: World, command: str
         do_stage(run, stage)
     if "distil" in log.stages and world.is_main:
         _record(run, opened)
-    log.say(line)
+    log.say(" ".join([line, *verdicts(log.stages)]))
 
 
 class _Here:
@@ -165,9 +167,11 @@ def export_stage(run: Run) -> dict[str, Any]:
 
 
 def analyze_stage(run: Run) -> dict[str, Any]:
-    """Draw the curves of the run's CSV into ``outputs/`` and write the report."""
+    """Measure the floor, draw the curves of the run's CSV into ``outputs/``, write the report."""
     from mpkd.analysis.analysis import write_report
 
+    if run.log.done("floor") is None:
+        run.log.finish("floor", {"floor": plain_floor(run)})
     pages = write_report([run.folder], run.folder / "outputs")
     return {"report": [page.name for page in pages]}
 
@@ -185,11 +189,12 @@ def _check_before(run: Run, stage: str) -> None:
 
 def _record(run: Run, opened: OpenRun) -> None:
     """``result.json``."""
-    kept = {
+    kept: dict[str, Any] = {
         stage: {k: v for k, v in result.items() if k not in ("log_position", "csv_position")}
         for stage, result in run.log.stages.items()
         if stage in STAGES
     }
+    kept["floors"], kept["verdicts"] = floors_of(run.log.stages), verdicts(run.log.stages)
     write_result(
         run.folder / "result.json", task=f"mpkd/{run.config['dataset.name']}",
         command=run.command, scale=run.scale, data=run.data.facts(), seeds=[run.seed],

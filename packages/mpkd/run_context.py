@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mpkd.dataset import data_utils
-from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data
+from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN, Data, SightLoader
 from mpkd.deploy.openvino_net import OpenVinoNet
+from mpkd.model.networks import PLAIN, Sight, sight_of
 from mpkd.trainer.knowledge import store_outputs
 from mpkd.trainer.metrics_logger import MetricsLogger
 from mpkd.trainer.objectives import LiveTeacher, Objective, StoredTeacher, TeacherSource
@@ -24,7 +25,6 @@ from mpkd.utils.common import ALONE, Evaluation, evaluate, save_net
 from mpkd.utils.seed import seed_stage, stage_seed
 from shared_core.datasets import ImageSet
 from shared_core.for_torch.checkpoints import weights_sha256
-from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.distributed import World, barrier, main_writes
 from shared_core.for_torch.precision import Precision
 from shared_core.for_torch.run_state import Best
@@ -101,9 +101,10 @@ class Run:
         barrier(self.world)
         return weights_sha256(net.state_dict())
 
-    def precision(self) -> Precision:
-        """A new state of mixed precision."""
-        return precision_from(self.config, self.device)
+    def precision(self, net: nn.Module) -> Precision:
+        """A new state of mixed precision, for the side that ``net`` sees."""
+        side = sight_of(net).side or self.data.image_size
+        return precision_from(self.config, self.device, side=side)
 
     def begin(self, *purpose: str | int) -> None:
         """Seed the global generators for what follows."""
@@ -118,63 +119,85 @@ class Run:
         *,
         batch_size: int | None = None,
         replayed: int = 0,
-    ) -> TorchLoader:
+        sight: Sight = PLAIN,
+    ) -> SightLoader:
         """Shuffled, augmented training batches; views ``0 .. replayed - 1`` in turn if not 0."""
         return data_utils.training_loader(
             self.data, self.data.sets[TRAIN] if images is None else images,
             batch_size=batch_size or self.config["experiment.batch_size"],
             augment=self.config["dataset.augment"], seed=self.seed, view_seed=self.view_seed,
             purpose=purpose, device=self.device, threads=self.config["dataset.workers"],
-            rank=self.world.rank, world_size=self.world.world_size,
+            rank=self.world.rank, world_size=self.world.world_size, sight=sight,
             view_of_epoch=(lambda epoch: epoch % replayed) if replayed else None,
         )  # fmt: skip
 
-    def evaluation_loader(self, part: str = CALIBRATION, *, shared: bool = True) -> TorchLoader:
+    def evaluation_loader(
+        self, part: str = CALIBRATION, *, shared: bool = True, sight: Sight = PLAIN
+    ) -> SightLoader:
         """Every image of a part once, in order; shared out among the processes if ``shared``."""
         share = {"rank": self.world.rank, "world_size": self.world.world_size} if shared else {}
         batch_size = max(64, self.config["experiment.batch_size"])
         return data_utils.evaluation_loader(
             self.data, self.data.sets[part], batch_size=batch_size,
-            device=self.device, threads=self.config["dataset.workers"], **share,
+            device=self.device, threads=self.config["dataset.workers"], sight=sight, **share,
         )  # fmt: skip
 
     def evaluate(self, net: nn.Module, part: str = TEST) -> Evaluation:
         """Answers in fp32 to a part, by all processes together."""
-        return evaluate(net, self.evaluation_loader(part), world=self.world)
+        return evaluate(net, self.evaluation_loader(part, sight=sight_of(net)), world=self.world)
 
-    def _calibration_loader(self, count: int | None = None) -> TorchLoader:
+    def _calibration_loader(self, count: int | None, sight: Sight) -> SightLoader:
         wanted = int(count or self.config["quantization.calib_samples"])
         images = self.data.sets[TRAIN]
         step = max(1, len(images) // wanted)
         rows = np.arange(0, len(images), step)[:wanted]
         return data_utils.evaluation_loader(
             self.data, images.subset(rows), batch_size=64, device=self.device,
-            threads=self.config["dataset.workers"],
+            threads=self.config["dataset.workers"], sight=sight,
         )  # fmt: skip
 
-    def calibration_images(self, count: int | None = None) -> list[Tensor]:
+    def calibration_images(self, count: int | None = None, *, sight: Sight = PLAIN) -> list[Tensor]:
         """Batches of training images as evaluation sees them, on the device, without labels."""
-        return [batch.images.clone() for batch in self._calibration_loader(count)]
+        return [batch.images.clone() for batch in self._calibration_loader(count, sight)]
 
     def calibration_pixels(self) -> npt.NDArray[np.uint8]:
         """The same images uint8 ``(N, S, S, 3)``."""
-        return np.concatenate([b.images.copy() for b in self._calibration_loader().loader])
+        loader = self._calibration_loader(None, PLAIN).loader
+        return np.concatenate([batch.images.copy() for batch in loader])
 
     # -- teachers ---------------------------------------------------------------------------------
 
     def teacher_source(
-        self, teacher: nn.Module, teacher_hash: str, images: ImageSet
+        self, teacher: nn.Module, teacher_hash: str, images: ImageSet, *, seen: Sight = PLAIN
     ) -> tuple[TeacherSource, int]:
-        """The teacher's logits for training, stored or live, and how many views are replayed."""
+        """The teacher's logits for training, stored or live, and how many views are replayed.
+
+        Args:
+            seen: how the student sees the images.
+        """
         engine = self.teacher_engine(teacher)
         if not self.config["distillation.cache_teacher_logits"]:
-            return LiveTeacher(engine, autocast=self.precision().autocast), 0
+            autocast = self.precision(teacher).autocast
+            return LiveTeacher(engine, autocast=autocast, seen=seen), 0
         if self.knowledge is None:
             self.fill_knowledge(engine, teacher_hash, images)
         folder = self.knowledge or self.folder / "knowledge"
         store = KnowledgeStore.open(folder, teacher_hash=teacher_hash)
         keys = [str(key) for key in images.keys]
         return StoredTeacher(store, keys, device=self.device), self._views
+
+    def teacher_says(self, teacher: nn.Module, teacher_hash: str) -> npt.NDArray[np.int64]:
+        """The class that the teacher gives each training image: of the first stored view, or now.
+
+        No label is read.
+        """
+        train = self.data.sets[TRAIN]
+        if not self.config["distillation.cache_teacher_logits"]:
+            return self.evaluate(teacher, TRAIN).logits.argmax(axis=1)
+        images = self.data.learning_set(unlabelled=True)
+        source, _ = self.teacher_source(teacher, teacher_hash, images)
+        assert isinstance(source, StoredTeacher)
+        return source.store.get([str(key) for key in train.keys], 0).argmax(axis=1)
 
     @property
     def _views(self) -> int:
@@ -188,7 +211,7 @@ class Run:
             teacher_hash=teacher_hash, augment=self.config["dataset.augment"],
             seed=self.view_seed, device=self.device,
             batch_size=max(64, self.config["experiment.batch_size"]),
-            threads=self.config["dataset.workers"], precision=self.precision(),
+            threads=self.config["dataset.workers"], precision=self.precision(engine),
         ))  # fmt: skip
 
     def teacher_engine(self, teacher: nn.Module) -> nn.Module:
@@ -199,10 +222,14 @@ class Run:
         if self.config["distillation.teacher_engine"] == "torch":
             return teacher
         check_engine_device(self.config, self.device)
-        return OpenVinoNet(
-            teacher, image_size=self.data.image_size, threads=torch.get_num_threads(),
-            precision="bf16" if self.precision().dtype == "bf16" else "f32",
+        sight = sight_of(teacher)
+        twin = OpenVinoNet(
+            teacher, image_size=sight.side or self.data.image_size,
+            threads=torch.get_num_threads(),
+            precision="bf16" if self.precision(teacher).dtype == "bf16" else "f32",
         )  # fmt: skip
+        twin.sight = sight  # type: ignore[assignment]
+        return twin
 
     def reference(self, teacher: nn.Module) -> npt.NDArray[np.float32]:
         """The teacher's logits for the calibration images."""
@@ -217,7 +244,7 @@ class Run:
         objective: Objective,
         *,
         settings: Settings,
-        loader: TorchLoader,
+        loader: SightLoader,
         reference: npt.NDArray[np.float32] | None = None,
         choose_by: str = "accuracy",
         **more: Any,
@@ -242,9 +269,9 @@ class Run:
             more["score"] = None
         job = Job(
             stage=stage, net=net, objective=objective, loader=loader,
-            validation=self.evaluation_loader(CALIBRATION), settings=settings,
-            precision=self.precision(), log=self.log, csv=self.csv, world=self.world,
-            reference=reference, **more,
+            validation=self.evaluation_loader(CALIBRATION, sight=sight_of(net)),
+            settings=settings, precision=self.precision(net), log=self.log, csv=self.csv,
+            world=self.world, reference=reference, **more,
         )  # fmt: skip
         trainer = Trainer(job)
         best = trainer.run()

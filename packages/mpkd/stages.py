@@ -1,8 +1,8 @@
-"""The stages that train from nothing or from labels: teacher and distil."""
+"""The stages that train: the teacher from labels, the student from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,52 +11,44 @@ from torch import nn
 from mpkd.dataset.data_utils import CALIBRATION, TEST, TRAIN
 from mpkd.few_bits import lower, needs_teacher
 from mpkd.model.lora import adapter_weights, add_lora, merge_lora
+from mpkd.model.networks import OWN, build_net, sight_of
 from mpkd.model.student import check_small_enough
-from mpkd.model.teacher import check_teaches, head_name, load_pretrained
+from mpkd.model.teacher import check_teaches
+from mpkd.quant.layers import quant_layers
 from mpkd.run_context import ADAPTER_FILE, STUDENT_FILE, TEACHER_FILE, Run, check_engine_device
+from mpkd.starting import Started, start_head, start_net
 from mpkd.trainer.objectives import LearningTeacher, Objective, make_objective
-from mpkd.trainer.settings import Settings, bits_settings, settings_from
-from mpkd.utils.common import PROJECT, build_net, describe_net, load_net
+from mpkd.trainer.settings import Settings, bits_settings, finetuned, settings_from
+from mpkd.utils.common import PROJECT, describe_net, load_net, starts_trained
 from shared_core import checkpoints
-from shared_core.checkpoints import CheckpointError
-from shared_core.for_torch.checkpoints import (
-    fit_into,
-    load_checkpoint,
-    load_into,
-    save_checkpoint,
-)
+from shared_core.for_torch.checkpoints import load_into, save_checkpoint
 from shared_core.for_torch.cost import count_params
+from shared_core.for_torch.networks import find_network, head_names
 from shared_core.runs import UsageError
-
-
-def new_net(run: Run, role: str) -> tuple[nn.Module, dict[str, Any]]:
-    """An untrained teacher or student on the run's device, and what rebuilds it."""
-    about = describe_net(role, run.config, image_size=run.data.image_size)
-    net = build_net(about, num_classes=len(run.data.classes))
-    return net.to(run.device), about
+from shared_core.weights.finding import find_weights
 
 
 def check_networks(run: Run) -> None:
-    """Build both networks without memory: a bad name or size is told before anything is trained.
+    """Build both networks without memory: what cannot be is told before anything is trained.
 
     Raises:
         ValueError: an unknown network, or a small student that is not small beside its teacher.
-        UsageError: a teacher's engine that does not compute on the run's device.
+        UsageError: a teacher's engine that does not compute on the run's device; weights to start
+            from that are not there.
     """
-    check_engine_device(run.config, run.device)
-    count = len(run.data.classes)
-    size = run.data.image_size
-    with torch.device("meta"):
-        student = build_net(describe_net("student", run.config, image_size=size), num_classes=count)
-        if needs_teacher(run.config):
-            about = describe_net("teacher", run.config, image_size=size)
-            teacher = build_net(about, num_classes=count)
-            if run.config["model.student_model"] == "simple_cnn":
-                check_small_enough(student, teacher)
-
-
-def _labels_objective() -> Objective:
-    return make_objective({"distillation.mode": "labels"}, None)
+    config = run.config
+    check_engine_device(config, run.device)
+    made = {}
+    for role in ("student", "teacher") if needs_teacher(config) else ("student",):
+        about = describe_net(role, config, image_size=run.data.image_size)
+        with torch.device("meta"):
+            made[role] = build_net(about, num_classes=len(run.data.classes))
+        if starts_trained(config, role):
+            own = about["name"] == OWN
+            name = "" if own else find_network(about["name"]).name
+            find_weights(config[f"model.{role}_ckpt"], architecture=name)
+    if "teacher" in made and config["model.student_model"] == OWN:
+        check_small_enough(made["student"], made["teacher"])
 
 
 # -- teacher --------------------------------------------------------------------------------------
@@ -70,72 +62,56 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     if config["distillation.mode"] == "apprentice_a":
         return {"skipped": "apprentice_a trains it beside the student"}
     run.begin("teacher")
-    net, about = new_net(run, "teacher")
-    new_head, ours, found = True, False, config["model.teacher_ckpt"]
-    if found:
-        ours, new_head = _load_teacher(run, net, found)
-        source = found
-    else:
-        source = "trained here"
-        if config["teacher.mode"] != "full" and not adapts_student(config):
-            raise UsageError(
-                f"teacher.mode {config['teacher.mode']} adapts a trained network: expected "
-                "model.teacher_ckpt, or teacher.mode=full"
-            )
+    started = start_net(run, "teacher")
+    net = started.net
+    if not started.source and config["teacher.mode"] != "full" and not adapts_student(config):
+        raise UsageError(
+            f"teacher.mode {config['teacher.mode']} adapts a trained network: expected "
+            "model.teacher_ckpt, or teacher.mode=full"
+        )
+    floor: dict[str, Any] = {}
     seconds, epoch = 0.0, 0
-    if ours and not new_head:
-        run.log.say(f"teacher: {found} is of this project and of these classes, used as it is")
+    if started.ours:
+        said = f"{config['model.teacher_ckpt']} is of this project and of these classes"
+        run.log.say(f"teacher: {said}, used as it is")
     else:
-        epoch, seconds = _fine_tune(run, net, new_head=new_head)
+        floor = start_head(run, started, "teacher")
+        epoch, seconds = _fine_tune(run, started)
     result = run.evaluate(net, CALIBRATION)
     check_teaches(result.accuracy, run.data.shares(CALIBRATION))
     test = run.evaluate(net, TEST)
     metrics = {"calibration_accuracy": result.accuracy, "test_accuracy": test.accuracy}
-    digest = run.save(TEACHER_FILE, net, about, epoch=epoch, metrics=metrics)
+    digest = run.save(TEACHER_FILE, net, started.about, epoch=epoch, metrics=metrics)
+    run.log.say(f"teacher: test accuracy {test.accuracy:.4f}")
     return {
         **metrics, "name": config["model.teacher_model"], "parameters": count_params(net),
-        "epoch": epoch, "sha256": digest, "source": source, "seconds": seconds,
+        "epoch": epoch, "sha256": digest, "start": started.source, "seconds": seconds,
+        "image_size": started.about["image_size"], "floor": floor,
     }  # fmt: skip
 
 
-def _load_teacher(run: Run, net: nn.Module, path: str) -> tuple[bool, bool]:
-    """Fill the teacher; whether the file is of this project, and whether its head is new."""
-    try:
-        weights, facts = load_checkpoint(path, project=PROJECT)
-    except CheckpointError as error:
-        if "no facts" not in str(error) and "schema" not in str(error):
-            raise
-        left = load_pretrained(net, path)
-        head = "a new head" if left else "its own head"
-        run.log.say(f"teacher: starts from {path} with {head}")
-        return False, bool(left)
-    same = tuple(facts["class_names"]) == run.data.classes
-    if facts["net"]["name"] != run.config["model.teacher_model"] or not same:
-        raise UsageError(
-            f"model.teacher_ckpt {path}: a {facts['net']['name']} of {len(facts['class_names'])} "
-            f"classes, expected {run.config['model.teacher_model']} of this data's "
-            f"{len(run.data.classes)}"
-        )
-    fit_into(net, weights, path=path)
-    return True, False
-
-
-def _fine_tune(run: Run, net: nn.Module, *, new_head: bool) -> tuple[int, float]:
+def _fine_tune(run: Run, started: Started) -> tuple[int, float]:
     """Train the teacher on labels: all of it, its head, or adapters that are merged at the end."""
-    config = run.config
+    config, net = run.config, started.net
     mode = "full" if adapts_student(config) else config["teacher.mode"]
-    head = head_name(net) if mode != "full" else ""
+    heads = head_names(net, len(run.data.classes)) if mode != "full" else []
     if mode == "head":
         net.requires_grad_(False)
-        net.get_submodule(head).requires_grad_(True)
+        for head in heads:
+            net.get_submodule(head).requires_grad_(True)
     elif mode == "lora":
-        adapt(run, net, trained=(head,) if new_head else ())
+        adapt(run, net, trained=heads if started.new_head else ())
     settings = settings_from(
         config, epochs=config["teacher.epochs"], learning_rate=config["teacher.learning_rate"]
     )
+    trained = bool(started.source)
+    if trained and mode == "full":
+        settings = finetuned(settings, config, classes=len(run.data.classes))
+    objective = labels_objective(config, trained=trained)
     best, trainer = run.fit(
-        "teacher", net, _labels_objective(), settings=settings,
-        loader=run.training_loader("teacher"), frozen_norms=mode != "full",
+        "teacher", net, objective, settings=settings, start_counts=trained and mode == "full",
+        loader=run.training_loader("teacher", sight=sight_of(net)),
+        frozen_norms=mode != "full" or (trained and config["finetune.freeze_norms"]),
     )  # fmt: skip
     if mode == "lora":
         finish_adapters(run, net)
@@ -145,7 +121,13 @@ def _fine_tune(run: Run, net: nn.Module, *, new_head: bool) -> tuple[int, float]
     return best.epoch, seconds
 
 
-def adapt(run: Run, net: nn.Module, *, trained: tuple[str, ...]) -> None:
+def labels_objective(config: Mapping[str, Any], *, trained: bool) -> Objective:
+    """Labels, smoothed for a network that starts from trained weights."""
+    smoothing = config["finetune.label_smoothing"] if trained else 0.0
+    return make_objective({"distillation.mode": "labels"}, None, smoothing=smoothing)
+
+
+def adapt(run: Run, net: nn.Module, *, trained: Sequence[str]) -> None:
     """Give ``net`` the adapters of ``lora.*``."""
     config = run.config
     names = add_lora(
@@ -180,10 +162,11 @@ def distil_stage(run: Run) -> dict[str, Any]:
     """Train the student: on the teacher's outputs, on labels, on both, or as an apprentice."""
     config, mode = run.config, run.config["distillation.mode"]
     run.begin("distil")
-    student, about = new_net(run, "student")
     if mode == "apprentice_a":
-        return _together(run, student, about)
+        return _together(run)
     teacher, digest = load_teacher(run) if needs_teacher(config) else (None, "")
+    started, floor = start_student(run, teacher, digest)
+    student, about = started.net, started.about
     if mode == "apprentice_c":
         return _lowered(run, student, about, teacher, digest)
     lowers = mode == "apprentice_b" and _lowers(config)
@@ -191,9 +174,25 @@ def distil_stage(run: Run) -> dict[str, Any]:
     if adapts_student(config):
         return _adapted(run, student, about, teacher, digest)
     epoch, seconds = train_student(run, "distil", student, teacher, digest)
-    return _student_result(
+    found = _student_result(
         run, student, about, teacher, epoch=epoch, seconds=seconds, quantization=quantization
     )
+    return {**found, "floor": floor, "start": started.source}
+
+
+def start_student(
+    run: Run, teacher: nn.Module | None, digest: str
+) -> tuple[Started, dict[str, Any]]:
+    """The student before its training, and the floor where its labels made one.
+
+    The head of one that starts from trained weights is a linear probe: of labels, or, where the
+    teacher alone may speak, of what it says.
+    """
+    config, started = run.config, start_net(run, "student")
+    said = None
+    if started.source and config["distillation.mode"] == "teacher_only" and teacher is not None:
+        said = run.teacher_says(teacher, digest)
+    return started, start_head(run, started, "student", labels=said)
 
 
 def adapts_student(config: Mapping[str, Any]) -> bool:
@@ -258,15 +257,23 @@ def train_student(
     images = run.data.learning_set(unlabelled=teacher is not None)
     source, replayed, reference = None, 0, None
     if teacher is not None:
-        source, replayed = run.teacher_source(teacher, digest, images)
+        source, replayed = run.teacher_source(teacher, digest, images, seen=sight_of(student))
         reference = run.reference(teacher)
     alone = config["distillation.mode"] == "teacher_only" and teacher is not None
-    chosen = config if teacher is not None else {"distillation.mode": "labels"}
+    trained = starts_trained(config, "student")
+    plain = settings is None and not quant_layers(student)
+    settings = settings or settings_from(config)
+    if trained and plain:
+        settings = finetuned(settings, config, classes=len(run.data.classes))
+    objective = labels_objective(config, trained=trained)
+    if teacher is not None:
+        objective = make_objective(config, source)
+    loader = run.training_loader("student", images, replayed=replayed, sight=sight_of(student))
     best, trainer = run.fit(
-        stage, student, make_objective(chosen, source), settings=settings or settings_from(config),
-        loader=run.training_loader("student", images, replayed=replayed), reference=reference,
-        choose_by="agreement" if alone else "accuracy",
-        labelled=len(images) == len(run.data.sets[TRAIN]), frozen_norms=frozen_norms,
+        stage, student, objective, settings=settings, loader=loader, reference=reference,
+        choose_by="agreement" if alone else "accuracy", start_counts=trained and plain,
+        labelled=len(images) == len(run.data.sets[TRAIN]),
+        frozen_norms=frozen_norms or (trained and config["finetune.freeze_norms"]),
     )  # fmt: skip
     seconds = trainer.state.seconds
     trainer.state.remove()
@@ -301,20 +308,22 @@ def _student_result(
     }  # fmt: skip
 
 
-def _together(run: Run, student: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+def _together(run: Run) -> dict[str, Any]:
     """Apprentice A: teacher and student from scratch, in one training."""
     config = run.config
+    started = start_net(run, "student")
+    student, about = started.net, started.about
     run.begin("distil", "teacher")
-    teacher, _ = new_net(run, "teacher")
+    helper = start_net(run, "teacher")
+    teacher = helper.net
     source = LearningTeacher(teacher)
     quantization = lower(run, student) if _lowers(config) else None
     settings = settings_from(config)
     best, trainer = run.fit(
         "distil", student, make_objective(config, source), settings=settings,
-        loader=run.training_loader("student"), helper=source,
+        loader=run.training_loader("student", sight=sight_of(student)), helper=source,
     )  # fmt: skip
-    shape = describe_net("teacher", config, image_size=run.data.image_size)
-    run.save(TEACHER_FILE, teacher, shape, epoch=settings.epochs, metrics={})
+    run.save(TEACHER_FILE, teacher, helper.about, epoch=settings.epochs, metrics={})
     result = _student_result(
         run, student, about, teacher, epoch=best.epoch, seconds=trainer.state.seconds,
         quantization=quantization,

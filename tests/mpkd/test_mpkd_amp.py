@@ -14,7 +14,7 @@ from mpkd.trainer.trainer import Job, Trainer
 from mpkd.utils.config import load_config
 from shared_core.datasets import BatchLoader, EpochOrder, ImageSet, SmallView
 from shared_core.for_torch.data import Normalizer, TorchLoader
-from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.precision import Precision, computes_bf16
 from shared_core.runs import StageLog
 
 
@@ -83,4 +83,6 @@ def test_the_configuration_decides():
     made = precision_from(load_config(None, (), overrides=keys), torch.device("cpu"))
     assert (made.dtype, made.scaler.get_scale()) == ("fp16", 8.0)
     assert made.scaler.get_growth_interval() == 5
-    assert precision_from(load_config(), torch.device("cpu")).dtype == "fp32"
+    here = torch.device("cpu")  # auto: where the hardware computes it, and maps are no single pixel
+    assert precision_from(load_config(), here, side=32).dtype == "fp32"
+    assert (precision_from(load_config(), here, side=64).dtype == "bf16") == computes_bf16(here)

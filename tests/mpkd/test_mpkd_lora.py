@@ -115,3 +115,13 @@ def test_adapters_alone_bring_the_network_back(tmp_path):
 def test_what_does_not_fit_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_where_convolutions_are_depthwise_the_pointwise_ones_are_adapted():
+    net = mobilenet_v2(num_classes=4).eval()
+    found = add_lora(net, rank=2)
+    kinds = {type(net.get_submodule(name).base).__name__ for name in found}
+    assert kinds == {"Conv2d", "Linear"} and len(found) == 35
+    images = torch.randn(1, 3, 64, 64)
+    wanted = net(images)
+    torch.testing.assert_close(merge_lora(net)(images), wanted)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from mpkd.experiments.recipes import FOLDER
 from mpkd.options import parse
 from mpkd.trainer.metrics_logger import read_metrics_csv
 from mpkd.utils.common import load_net
@@ -88,6 +89,8 @@ def test_a_folder_has_one_process_at_a_time(tmp_path, words, command):
         (("--input-size", "24"), "dataset.image_size", 24),
         (("--amp", "fp16"), "mixed_precision.dtype", "fp16"),
         (("--init", "t.pth"), "model.teacher_ckpt", "t.pth"),
+        (("--init", "none"), "model.teacher_ckpt", "none"),
+        (("--init", "none"), "model.student_ckpt", "none"),
         (("--data-path", "photos"), "dataset.data_dir_folder", "photos"),
         (("--data-path", "photos"), "dataset.name", "folder"),
         (("--data-path", "CIFAR-10"), "dataset.data_dir_cifar10", "CIFAR-10"),
@@ -104,8 +107,15 @@ def test_common_options_are_keys_of_the_configuration(tmp_path, monkeypatch, opt
     usual, found = (parse(words).config for words in ((), option))
     assert found[key] == value != usual[key]
     moved = {name for name in usual if usual[name] != found[name]}
-    beside = {"--amp": {"mixed_precision.enabled"}, "--data-path": {"dataset.name"}}
+    beside = {
+        "--data-path": {"dataset.name", *FOLDER}, "--init": {"model.teacher_ckpt",
+                                                            "model.student_ckpt"},
+    }  # fmt: skip
     assert moved <= {key, "dataset.data_dir_folder", *beside.get(option[0], ())}
+    if option == ("--init", "t.pth"):
+        assert moved == {key}
+    if found["dataset.name"] == "folder":  # images of one's own have a recipe of their own
+        assert found["model.student_model"] == "lite0"
 
 
 def test_one_key_is_said_once(tmp_path):
@@ -145,8 +155,10 @@ def test_a_folder_of_ones_own_with_a_split_of_ones_own(tmp_path, words, command,
         ([], {"experiment__device": "gpu"}, 2, "expected auto, cpu"),
         ([], {"experiment__device": "cuda:7"}, 2, "no such GPU"),
         ([], {"dataset__name": "cifar10"}, 2, "expected digits"),
-        ([], {"model__student_model": "resnet1"}, 1, "unknown network"),
-        ([], {"model__teacher_ckpt": "none.pth"}, 1, "none.pth"),
+        ([], {"model__student_model": "resnet1"}, 1, "network 'resnet1'"),
+        ([], {"model__teacher_ckpt": "none.pth"}, 2, "none.pth: there is no such file"),
+        ([], {"model__student_ckpt": "none.pth"}, 2, "none.pth: there is no such file"),
+        ([], {"model__teacher_size": 4}, 2, "expected the student's 8 or more"),
         ([], {"teacher__mode": "head"}, 2, "expected model.teacher_ckpt"),
         ([], {"distillation__loss": "dist", "training__gradient_accumulation_steps": 2}, 2, "dist"),
         (["--resume"], {}, 1, "nothing to resume"),

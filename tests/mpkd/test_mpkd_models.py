@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchvision.models import resnet18
 
-from mpkd.model.student import SimpleCNN, build_student, check_small_enough
-from mpkd.model.teacher import build_teacher, check_teaches, head_name, load_pretrained
+from mpkd.model.networks import build_net
+from mpkd.model.student import SimpleCNN, check_small_enough
+from mpkd.model.teacher import check_teaches
 from shared_core.for_torch.cost import count_params
 
 
@@ -26,20 +26,22 @@ def test_the_student_takes_any_size(size):
     assert net(torch.zeros(2, 3, size, size)).shape == (2, 7)
 
 
-def test_the_default_student_is_a_tenth_of_resnet18_at_most():
-    teacher = build_teacher("resnet18", num_classes=1000, image_size=224)
+def named(name: str, *, classes: int = 10, size: int = 32, stem: str = "auto", **options):
+    about = {"name": name, "image_size": size, "stem": stem, "options": options}
+    return build_net(about, num_classes=classes)
+
+
+def test_the_default_student_is_a_tenth_of_a_teacher_at_most():
+    teacher = named("resnet18", classes=1000, size=224)
     assert count_params(teacher) == 11_689_512  # torchvision's own figure
-    student = build_student("simple_cnn", num_classes=1000)
-    check_small_enough(student, teacher)
+    check_small_enough(named("simple_cnn", classes=1000, widths=[32, 64, 128]), teacher)
+    check_small_enough(named("simple_cnn", widths=[32, 64, 128]), named("lite0"))
     with pytest.raises(ValueError, match="of the teacher's"):
-        check_small_enough(
-            build_student("simple_cnn", num_classes=1000, widths=(512, 512)), teacher
-        )
+        check_small_enough(named("simple_cnn", classes=1000, widths=[512, 512]), teacher)
 
 
 def test_small_images_get_the_small_stem():
-    small = build_teacher("resnet18", num_classes=10, image_size=32).eval()
-    standard = build_teacher("resnet18", num_classes=10, image_size=32, stem="standard").eval()
+    small, standard = named("resnet18").eval(), named("resnet18", stem="standard").eval()
     seen = {}
     for name, net in (("small", small), ("standard", standard)):
         net.layer4.register_forward_hook(
@@ -48,29 +50,21 @@ def test_small_images_get_the_small_stem():
         net(torch.zeros(1, 3, 32, 32))
     assert seen == {"small": (4, 4), "standard": (1, 1)}
     # Another net that has layers of these names keeps its own stem.
-    build_teacher("shufflenet_v2_x0_5", num_classes=10, image_size=32)
+    named("shufflenet_v2_x0_5")
     with pytest.raises(ValueError, match="no ResNet stem"):
-        build_teacher("mobilenet_v2", num_classes=10, image_size=32, stem="small")
+        named("mobilenet_v2", stem="small")
 
 
-def test_the_head_of_the_file_is_kept_when_the_classes_are_the_same(tmp_path):
-    source = resnet18(num_classes=10)
-    torch.save(source.state_dict(), tmp_path / "weights.pth")
-    same = build_teacher("resnet18", num_classes=10, image_size=224)
-    assert load_pretrained(same, tmp_path / "weights.pth") == []
-    assert torch.equal(same.fc.weight, source.fc.weight)
-    other = build_teacher("resnet18", num_classes=4, image_size=224)
-    assert load_pretrained(other, tmp_path / "weights.pth") == ["fc.weight", "fc.bias"]
-    assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
-    small = build_teacher("resnet18", num_classes=10, image_size=32)
-    with pytest.raises(ValueError, match="conv1"):
-        load_pretrained(small, tmp_path / "weights.pth")
+@pytest.mark.parametrize("name", ["lite0", "torchvision/squeezenet1_1", "mobilenet_v2"])
+def test_any_network_by_its_name(name):
+    net = named(name, classes=5, size=64).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_names_near_the_given_one_are_told():
     with pytest.raises(ValueError, match="'resnet_18'.*resnet18"):
-        build_student("resnet_18", num_classes=10)
-    assert head_name(build_student("mobilenet_v2", num_classes=5)) == "classifier.1"
+        named("resnet_18")
 
 
 def test_a_teacher_that_guesses_is_refused():

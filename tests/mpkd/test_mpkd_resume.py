@@ -11,7 +11,7 @@ from mpkd import options, stages
 from mpkd.trainer import trainer as trainer_module
 from mpkd.trainer.metrics_logger import read_metrics_csv
 
-BF16 = {"mixed_precision__enabled": "true"}
+BF16 = {"mixed_precision__enabled": "true", "mixed_precision__dtype": "bf16"}
 FP16 = {
     "mixed_precision__enabled": "true", "mixed_precision__dtype": "fp16",
     "training__gradient_accumulation_steps": 2, "training__clip": 1.0, "training__ema": 0.9,

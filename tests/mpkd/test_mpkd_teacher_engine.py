@@ -14,8 +14,8 @@ import torch
 from mpkd import stages
 from mpkd.dataset.sources import load_data
 from mpkd.deploy.openvino_net import OpenVinoNet
+from mpkd.model.networks import build_net
 from mpkd.model.student import SimpleCNN
-from mpkd.model.teacher import build_teacher
 from mpkd.run_context import Run, check_engine_device
 from mpkd.trainer import trainer as trainer_module
 from mpkd.trainer.metrics_logger import MetricsLogger
@@ -30,7 +30,7 @@ ENGINE = {"distillation__teacher_engine": "openvino"}
 def lively(name: str, size: int) -> torch.nn.Module:
     """A random network whose batch norms hold statistics of data, so that its logits differ."""
     torch.manual_seed(0)
-    net = build_teacher(name, num_classes=10, image_size=size)
+    net = build_net({"name": name, "image_size": size, "stem": "auto"}, num_classes=10)
     with torch.no_grad():
         for _ in range(3):
             net.train()(torch.randn(8, 3, size, size))

@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpkd.analysis import plots
+from mpkd.analysis.verdicts import verdicts
 from mpkd.trainer.metrics_logger import read_metrics_csv
 from shared_core.runs import Report, run_command
 from shared_core.runs.options import CommandParser
+
+REHEARSAL = "Built-in data: a rehearsal, not a reproduction of any published number."
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,13 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Path
         for folder, name in zip(folders, distinct_names(folders), strict=True)
     ]
     report = Report("mpkd: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"))
-    if any(run.rehearsal for run in runs):
-        report.note("Built-in data: a rehearsal, not a reproduction of any published number.")
+    rehearsal = any(run.rehearsal for run in runs)
+    first = [REHEARSAL] if rehearsal else []
+    for run in runs:
+        said = verdicts(run.stages)
+        first += [*([f"{run.name}:"] if said and len(runs) > 1 else []), *said]
+    if first:
+        (report.note if rehearsal else report.text)(" ".join(first))
     report.heading("Networks")
     table, points, bits = [], [], {}
     for run in runs:

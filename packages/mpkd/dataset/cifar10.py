@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared_core.checkpoints.pickle_check import PickleRefused, check_pickle
 from shared_core.datasets import DatasetError
 
 SIDE = 32
@@ -129,12 +130,13 @@ def read_batch(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: expected the files of cifar-10-batches-py")
     try:
         with path.open("rb") as file:
+            check_pickle(file)
             # The official files are of Python 2, whose texts are bytes; latin1 keeps each of them.
             content = _Unpickler(file, encoding="latin1").load()
         if not isinstance(content, dict):
             raise _Refused(f"a {type(content).__name__}, not entries by name")
         return {_text(k): v.build() if isinstance(v, _Array) else v for k, v in content.items()}
-    except _Refused as error:
+    except (_Refused, PickleRefused) as error:
         raise DatasetError(f"{path}: refused, it holds {error}") from error
     except OSError:
         raise

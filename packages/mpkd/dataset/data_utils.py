@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpkd.dataset import views
+from mpkd.model.networks import PLAIN, Sight
 from shared_core.datasets import (
     BatchLoader,
     DatasetError,
@@ -24,7 +25,7 @@ from shared_core.datasets.finding.fingerprint import content_keys, key_of_bytes
 from shared_core.datasets.finding.scan import list_images
 from shared_core.datasets.splitting.manifest import Entry, sorted_entries
 from shared_core.datasets.views.geometry import resize
-from shared_core.for_torch.data import Normalizer, TorchLoader
+from shared_core.for_torch.data import Normalizer, TorchBatch, TorchLoader
 from shared_core.runs.seeds import derive_seed
 
 TRAIN, CALIBRATION, TEST = "train", "calibration", "test"
@@ -45,6 +46,8 @@ class Data:
         sets: the images by part: train, calibration, test.
         unlabelled: further images for distillation; None without.
         mirror: whether augmentation may mirror.
+        whole: small images that are enlarged as they are; no part is cut out of them.
+        crop: smallest share of a large image that a training view shows.
         notes: what differs from the published set.
     """
 
@@ -57,6 +60,8 @@ class Data:
     unlabelled: ImageSet | None = None
     mirror: bool = True
     notes: tuple[str, ...] = ()
+    whole: bool = False
+    crop: float = 0.08
 
     @property
     def small(self) -> bool:
@@ -322,6 +327,23 @@ def without_copies(data: Data) -> Data:
 # -- loaders --------------------------------------------------------------------------------------
 
 
+class SightLoader(TorchLoader):
+    """Batches as one network sees them."""
+
+    def __init__(self, loader: BatchLoader, sight: Sight, *, device: Any) -> None:
+        super().__init__(loader, Normalizer(sight.mean, sight.std, device=device))
+        self.sight = sight
+
+    def __iter__(self) -> Iterator[TorchBatch]:
+        for batch in super().__iter__():
+            yield batch._replace(images=self.sight.enlarged(batch.images))
+
+    @property
+    def side(self) -> int:
+        """Pixels that the network sees."""
+        return self.sight.side or int(self.loader.view.size[0])
+
+
 def training_loader(
     data: Data,
     images: ImageSet,
@@ -337,16 +359,18 @@ def training_loader(
     view_of_epoch: Callable[[int], int] | None = None,
     view_seed: int | None = None,
     shuffle: bool = True,
-) -> TorchLoader:
+    sight: Sight = PLAIN,
+) -> SightLoader:
     """Shuffled batches of augmented views.
 
     Args:
         purpose: what the order is for; another one shuffles otherwise.
         view_of_epoch: the view's number from the epoch's, where views are replayed.
         view_seed: decides the views; ``seed`` when None.
+        sight: of the network that sees the batches.
     """  # fmt: skip
     view = views.train_view(
-        data.image_size, augment=augment, mirror=data.mirror,
+        data.image_size, augment=augment, mirror=data.mirror, crop=data.crop,
         seed=seed if view_seed is None else view_seed,
     )  # fmt: skip
     order = EpochOrder(
@@ -357,7 +381,7 @@ def training_loader(
         images, view=view, batch_size=batch_size, order=order, threads=threads,
         view_of_epoch=view_of_epoch,
     )  # fmt: skip
-    return TorchLoader(loader, Normalizer(views.MEAN, views.STD, device=device))
+    return SightLoader(loader, sight, device=device)
 
 
 def evaluation_loader(
@@ -369,10 +393,12 @@ def evaluation_loader(
     threads: int,
     rank: int = 0,
     world_size: int = 1,
-) -> TorchLoader:
+    sight: Sight = PLAIN,
+) -> SightLoader:
     """Every image once, in order, as inference sees it."""  # fmt: skip
-    small = images.array is not None
-    view = views.small_eval_view(data.image_size) if small else views.eval_view(data.image_size)
+    view: Any = views.eval_view(data.image_size, whole=data.whole)
+    if images.array is not None and data.small:
+        view = views.small_eval_view(data.image_size)
     order = EpochOrder(len(images), shuffle=False, rank=rank, world_size=world_size)
     loader = BatchLoader(images, view=view, batch_size=batch_size, order=order, threads=threads)
-    return TorchLoader(loader, Normalizer(views.MEAN, views.STD, device=device))
+    return SightLoader(loader, sight, device=device)

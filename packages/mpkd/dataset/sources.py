@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def load_data(config: Mapping[str, Any], output: str | Path, *, data_root: Path 
     if wanted and wanted != len(data.classes):
         raise UsageError(f"model.num_classes is {wanted}, {data.name} has {len(data.classes)}")
     data_utils.check_parts(data.sets, data.name)
-    return data_utils.without_copies(data)
+    return data_utils.without_copies(replace(data, crop=config["dataset.crop"]))
 
 
 def cache_folder(config: Mapping[str, Any], output: Path, name: str) -> Path | None:
@@ -125,29 +126,20 @@ def _from_arrays(
         sets[part] = ImageSet(None, labels[rows], [keys[n] for n in rows], source=images[rows])
     if None in chosen and kind == "real":
         kind = "subset"
-    unlabelled = _unlabelled(config, output, size)
+    unlabelled = _unlabelled(config, output, images.shape[1])
     return Data(name, kind, classes, size, manifest.hash, sets, unlabelled, mirror, notes)
-
-
-def _small_size(config: Mapping[str, Any], default: int) -> int:
-    size = config["dataset.image_size"] or default
-    if not views.is_small(size):
-        raise UsageError(
-            f"dataset.image_size is {size}, expected at most {views.SMALL} for "
-            f"{config['dataset.name']}; name the images dataset.name=folder for more"
-        )
-    return int(size)
 
 
 def _cifar10(config: Mapping[str, Any], output: Path, data_root: Path | None) -> Data:
     folder = find_cifar10(config["dataset.data_dir_cifar10"], data_root, output)
-    size = _small_size(config, cifar10.SIDE)
+    size = int(config["dataset.image_size"] or cifar10.SIDE)
+    stored = size if views.is_small(size) else cifar10.SIDE  # larger ones are enlarged in the view
     if cifar10.is_batches(folder):
         found = cifar10.read_batches(folder)
         images, labels, classes = found.images, found.labels, found.classes
         parts, names = list(found.parts), list(found.names)
         keys = data_utils.array_keys(images)
-        images = data_utils.resized(images, size)
+        images = data_utils.resized(images, stored)
     else:
         listing = scan(folder)
         if listing.layout != "split":
@@ -160,19 +152,25 @@ def _cifar10(config: Mapping[str, Any], output: Path, data_root: Path | None) ->
         to_part = {"train": TRAIN, "val": CALIBRATION, "test": TEST}
         parts = [to_part[str(sample.split)] for sample in listing.samples]
         pixels = data_utils.with_pixels(
-            ImageSet(paths, labels, keys), image_size=size, threads=threads,
+            ImageSet(paths, labels, keys), image_size=stored, threads=threads,
             cache=cache_folder(config, output, "cifar10"),
         )  # fmt: skip
         images = pixels.array  # type: ignore[assignment]  # small images are an array
     kind = "real" if len(labels) == CIFAR_IMAGES else "subset"
-    return _from_arrays(
+    made = _from_arrays(
         config, output, name="CIFAR-10", kind=kind, size=size, images=images, labels=labels,
         keys=keys, parts=parts, names=names, classes=classes,
     )  # fmt: skip
+    return replace(made, whole=stored != size)
 
 
 def _digits(config: Mapping[str, Any], output: Path, data_root: Path | None) -> Data:
-    size = _small_size(config, DIGITS_SIDE)
+    size = int(config["dataset.image_size"] or DIGITS_SIDE)
+    if not views.is_small(size):
+        raise UsageError(
+            f"dataset.image_size is {size}, expected at most {views.SMALL} for digits; "
+            "model.teacher_size lets a teacher see more"
+        )
     images, labels = digits(size=size)
     names = [f"digits/{n:04d}" for n in range(len(labels))]
     return _from_arrays(

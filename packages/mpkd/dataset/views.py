@@ -9,11 +9,9 @@ from shared_core.datasets import EvalView, SmallView, TrainView
 from shared_core.datasets.reading.decode import EncodedImage, read_bytes
 from shared_core.datasets.reading.loader import write_view
 from shared_core.datasets.views.view_random import view_rng
-from shared_core.for_torch.data import IMAGENET_MEAN, IMAGENET_STD
 
 SMALL = 64  # images up to this side are kept whole in memory and augmented a batch at a time
 LARGE_RATIO = 256 / 224  # the short side that is resized to, over what is cut out
-MEAN, STD = IMAGENET_MEAN, IMAGENET_STD  # of every network here; they are written to its file
 
 
 def is_small(image_size: int) -> bool:
@@ -26,12 +24,15 @@ def short_side(image_size: int) -> int:
     return round(image_size * LARGE_RATIO)
 
 
-def train_view(image_size: int, *, augment: bool, mirror: bool, seed: int) -> SmallView | TrainView:
+def train_view(
+    image_size: int, *, augment: bool, mirror: bool, seed: int, crop: float = 0.08
+) -> SmallView | TrainView:
     """Crop and flip, replayable by seed, image and view number.
 
     Args:
         augment: False cuts the centre and never mirrors.
         mirror: whether a mirrored image is still one of its class (digits are not).
+        crop: smallest share of a large image that a view shows, in (0, 1].
     """
     flip = 0.5 if augment and mirror else 0.0
     if is_small(image_size):
@@ -40,7 +41,7 @@ def train_view(image_size: int, *, augment: bool, mirror: bool, seed: int) -> Sm
     if not augment:
         # A crop of everything: the same pixels for every view.
         return TrainView(image_size, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, seed=seed)
-    return TrainView(image_size, hflip=flip, seed=seed)
+    return TrainView(image_size, scale=(crop, 1.0), hflip=flip, seed=seed)
 
 
 def small_eval_view(image_size: int) -> SmallView:
@@ -48,12 +49,15 @@ def small_eval_view(image_size: int) -> SmallView:
     return SmallView(image_size, pad=0, hflip=0.0)
 
 
-def eval_view(image_size: int) -> EvalView:
+def eval_view(image_size: int, *, whole: bool = False) -> EvalView:
     """From a whole image of any size to what the network sees.
 
     Small: the image squeezed to the side (by area). Large: the short side to 8/7 of it, the centre
-    cut out. Both shrink by area, so that a cache of shrunk images gives the same pixels.
+    cut out. Both shrink by area, so that a cache of shrunk images gives the same pixels. ``whole``:
+    an image that is smaller is enlarged as it is.
     """
+    if whole:
+        return EvalView(image_size, resize_ratio=None, method="cubic")
     if is_small(image_size):
         return EvalView(image_size, resize_ratio=None, method="area")
     return EvalView(image_size, resize_ratio=LARGE_RATIO, method="area")

@@ -35,7 +35,7 @@ def facts_of(known: Mapping[str, Any]) -> ModelFacts:
         architecture=known["architecture"],
         class_names=tuple(known["class_names"]),
         input_size=(size, size),
-        view=eval_view(size).settings(),
+        view=eval_view(size, whole=known["net"].get("whole", False)).settings(),
         mean=tuple(known["mean"]),
         std=tuple(known["std"]),
         provenance={

@@ -17,11 +17,18 @@ from torch import nn
 
 from mpkd import few_bits
 from mpkd.dataset.data_utils import TEST, Data
+from mpkd.model.networks import build_net
 from mpkd.quant.shipped import shipped
 from mpkd.run_context import PACKED_FILE, STUDENT_FILE, TEACHER_FILE, Run
-from mpkd.stages import distil_stage, load_teacher, new_net, teacher_stage, train_student
+from mpkd.stages import (
+    distil_stage,
+    load_teacher,
+    start_student,
+    teacher_stage,
+    train_student,
+)
 from mpkd.trainer.metrics_logger import MetricsLogger
-from mpkd.utils.common import load_net, save_packed
+from mpkd.utils.common import describe_net, load_net, save_packed
 from mpkd.utils.config import NEEDS_TEACHER
 from shared_core.for_torch.cost import count_params
 from shared_core.runs import StageLog
@@ -143,7 +150,8 @@ class Bench:
     def _trained(self, run: Run, cell: Cell) -> dict[str, Any]:
         teacher, digest = self._guide(run)
         run.begin("student")  # the same start for every precision and objective
-        student, about = new_net(run, "student")
+        started, _ = start_student(run, teacher, digest)
+        student, about = started.net, started.about
         epoch, seconds = train_student(run, "student", student, teacher, digest)
         found = self._judged(run, student)
         run.save(STUDENT_FILE, student, about, epoch=epoch, metrics=found)
@@ -159,7 +167,8 @@ class Bench:
         else:
             teacher, digest = self._guide(run)
             run.begin("distil")
-            student, about = new_net(run, "student")
+            started, _ = start_student(run, teacher, digest)
+            student, about = started.net, started.about
             bits = few_bits.lower(run, student)
             epoch, _ = train_student(run, "distil", student, teacher, digest)
             run.save(STUDENT_FILE, student, about, epoch=epoch, metrics={}, quantization=bits)
@@ -198,4 +207,5 @@ class Bench:
 def student_parameters(bench: Bench) -> int:
     """Parameters of the student of these settings."""
     run = bench.run_of(bench.teacher_cell(), bench.folder)
-    return count_params(new_net(run, "student")[0])
+    about = describe_net("student", run.config, image_size=run.data.image_size)
+    return count_params(build_net(about, num_classes=len(run.data.classes)))

@@ -19,6 +19,7 @@ import torch
 from mpkd.deploy.openers import facts_of, torch_run
 from mpkd.experiments.bench import Bench
 from mpkd.run_context import STUDENT_FILE
+from mpkd.starting import plain_floor
 from mpkd.utils.common import load_net
 from shared_core.deploy.graph import wrap_network
 from shared_core.deploy.latency import measure_latency
@@ -30,7 +31,7 @@ from shared_core.trials import Cell
 TRAINED = ("fp32", "bf16")  # precisions that a student is trained in
 TEMPERATURES = (1.0, 2.0, 4.0)
 LABELS = "labels"
-LATENCY = "latency"
+LATENCY, FLOOR = "latency", "floor"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def matrix_cells(
             for precision in precisions:
                 changes = column_settings(column)
                 if precision in QUANTIZED:
-                    changes |= QUANTIZED[precision].settings()
+                    changes |= QUANTIZED[precision].settings() | {"mixed_precision.enabled": False}
                     kind, needs = "quantize", cell_name("fp32", column)
                 else:
                     low = precision != "fp32"
@@ -116,6 +117,12 @@ def latency_cell(bench: Bench, student: Cell) -> tuple[Cell, Any]:
         return {"ms": latencies(bench, bench.work_of(student) / "checkpoints" / STUDENT_FILE)}
 
     return cell, measure
+
+
+def floor_cell(bench: Bench) -> tuple[Cell, Any]:
+    """What plain features and a line reach on the same images, as a cell, and what measures it."""
+    cell = Cell(FLOOR, {"split_hash": bench.data.split_hash}, 0)
+    return cell, lambda _cell, _work: plain_floor(bench.run_of(bench.teacher_cell(), bench.folder))
 
 
 def latencies(bench: Bench, student_file: Path) -> dict[str, float]:

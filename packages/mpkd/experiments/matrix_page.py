@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mpkd.analysis import plots
+from mpkd.analysis.verdicts import PLAIN_FLOOR, TRAINED_FLOOR, against, helped, verdicts
 from mpkd.experiments.bench import Bench, student_parameters
 from mpkd.experiments.matrix import (
     LABELS,
@@ -18,14 +19,17 @@ from mpkd.experiments.matrix import (
     TEMPERATURES,
     cell_name,
     columns,
+    floor_cell,
     latency_cell,
     matrix_cells,
 )
 from mpkd.experiments.sweep import SweepOptions, run_sweep
+from mpkd.utils.common import starts_trained
 from shared_core.for_torch.precision import computes_bf16
 from shared_core.runs import Report
 from shared_core.trials import Cell, Trials, compare, run_cell, spread
 
+JUDGED = "KD T=4"  # the column that the verdict is on, whatever came out
 METRICS = ("test_accuracy", "agreement", "bytes", "mean_bits")
 
 
@@ -68,6 +72,35 @@ def differences(trials: Trials, columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def matrix_verdicts(
+    found: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    floors: Mapping[str, Mapping[str, Any]],
+    *,
+    data_name: str,
+    start: bool,
+) -> list[str]:
+    """Sentences on the fp32 student of ``JUDGED`` beside floors, teacher and labels.
+
+    Args:
+        found: what :func:`summary` gave.
+        start: whether the student started from trained weights.
+    """
+    student = found["table"]["fp32"][JUDGED]["test_accuracy"]["mean"]
+    stages = {
+        "prepare": {"name": data_name}, "teacher": teacher,
+        "distil": {"test_accuracy": student, "start": start},
+        "floor": {"floor": floors.get(PLAIN_FLOOR)},
+    }  # fmt: skip
+    said = [*against(teacher["test_accuracy"], floors, "teacher"), *verdicts(stages)]
+    gap = found["differences"].get(f"fp32: {JUDGED} - labels")
+    what = f"fp32, {JUDGED} against labels"
+    return [
+        *said,
+        helped(gap, what) if gap else "One seed does not say whether distillation helped.",
+    ]
+
+
 def _pm(value: Mapping[str, Any]) -> str:
     std = value["std"]
     return f"{100 * value['mean']:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
@@ -77,7 +110,8 @@ def write_report(folder: Path, record: Mapping[str, Any], *, line: str) -> None:
     """Draw the plots and write ``report.md`` and ``report.html``."""
     measured, environment = record["measured"], record["environment"]
     report = Report("mpkd: precision x distillation")
-    (report.note if record["data"]["kind"] == "built-in" else report.text)(line)
+    said = report.note if record["data"]["kind"] == "built-in" else report.text
+    said(" ".join([line, *measured["verdicts"]]))
     report.text(
         f"Measured on {environment['gpu'] or environment['cpu']} with torch "
         f"{environment['packages'].get('torch')}, seeds {', '.join(map(str, record['seeds']))}, "
@@ -184,12 +218,21 @@ def run_matrix(options: SweepOptions, *, emulate: bool) -> int:
 
     def finish(bench: Bench, teacher: dict[str, Any], trials: Trials) -> dict[str, Any]:
         first = next(c for c in trials.cells if c.name == cell_name("fp32", LABELS))
-        timed, measure = latency_cell(bench, first)
-        known = run_cell(timed, measure, folder=bench.folder)["result"]
+        timed, plain = (
+            run_cell(*cell, folder=bench.folder)["result"]
+            for cell in (latency_cell(bench, first), floor_cell(bench))
+        )
         named = columns(TEMPERATURES)
+        found = summary(trials, named)
+        pairs = {TRAINED_FLOOR: teacher["floor"], PLAIN_FLOOR: plain}
+        floors = {name: floor for name, floor in pairs.items() if floor}
         return {
-            "columns": named, "left_out": left_out, **summary(trials, named), "teacher": teacher,
-            "student_parameters": student_parameters(bench), "ms": known["ms"],
+            "columns": named, "left_out": left_out, **found, "teacher": teacher, "floors": floors,
+            "verdicts": matrix_verdicts(
+                found, teacher, floors, data_name=bench.data.name,
+                start=starts_trained(bench.config, "student"),
+            ),
+            "student_parameters": student_parameters(bench), "ms": timed["ms"],
             "cells": {f"{name} | {seed}": row for (name, seed), row in trials.results.items()},
         }  # fmt: skip
 

@@ -123,7 +123,7 @@ def _sweep(
     )  # fmt: skip
     page(folder, record, line)
     log.say(f"report: {folder / 'report.html'}")
-    log.say(line)
+    log.say(" ".join([line, *measured.get("verdicts", ())]))
 
 
 def settings_shown(config: Mapping[str, Any]) -> dict[str, Any]:

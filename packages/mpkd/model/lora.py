@@ -97,8 +97,8 @@ def add_lora(
     """Put adapters into ``net`` in place and freeze everything else.
 
     Args:
-        targets: parts of dotted layer names to adapt; None = every 3 x 3 convolution and every
-            linear layer.
+        targets: parts of dotted layer names to adapt; None = every linear layer and every 3 x 3
+            convolution, where these are depthwise every 1 x 1 one.
         trained: dotted names of layers that are trained whole (a new head).
 
     Returns:
@@ -112,10 +112,11 @@ def add_lora(
     if unknown:
         raise ValueError(f"no layer {sorted(unknown)[0]!r} to train whole")
     net.requires_grad_(False)
+    kernel = (1, 1) if any(getattr(m, "groups", 1) > 1 for m in net.modules()) else (3, 3)
     found = [
         name
         for name, module in net.named_modules()
-        if name not in whole and _adaptable(name, module, targets)
+        if name not in whole and _adaptable(name, module, targets, kernel)
     ]
     if not found:
         raise ValueError(f"no convolution or linear layer has one of {targets} in its name")
@@ -129,12 +130,14 @@ def add_lora(
     return found
 
 
-def _adaptable(name: str, module: nn.Module, targets: Sequence[str] | None) -> bool:
+def _adaptable(
+    name: str, module: nn.Module, targets: Sequence[str] | None, kernel: tuple[int, int]
+) -> bool:
     if not isinstance(module, (nn.Conv2d, nn.Linear)):
         return False
     if targets is not None:
         return any(part in name for part in targets)
-    return isinstance(module, nn.Linear) or module.kernel_size == (3, 3)
+    return isinstance(module, nn.Linear) or module.kernel_size == kernel
 
 
 def freeze_norm_statistics(net: nn.Module) -> None:

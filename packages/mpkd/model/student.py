@@ -1,8 +1,6 @@
-"""The student: a small convolutional network, or any of torchvision's by name."""
+"""The small student: a few convolutions, and the test that it is small beside its teacher."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,37 +49,6 @@ class SimpleCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch."""
         return self.classifier(self.features(images).mean(dim=(2, 3)))
-
-
-def build_student(name: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """``simple_cnn`` (``widths=...``), or a network that torchvision lists, with random weights.
-
-    Raises:
-        ValueError: no such network; the line names near ones.
-    """
-    if name == "simple_cnn":
-        return SimpleCNN(num_classes, **options)
-    return torchvision_net(name, num_classes=num_classes, **options)
-
-
-def torchvision_net(name: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """A classification network of torchvision by name, with random weights.
-
-    Raises:
-        ValueError: no such network; the line names near ones.
-    """
-    from difflib import get_close_matches
-
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        near = get_close_matches(name, [*known, "simple_cnn"], n=3)
-        raise ValueError(
-            f"unknown network {name!r}: expected simple_cnn or one of torchvision's"
-            + (f", perhaps {' or '.join(near)}" if near else "")
-        )
-    return models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def check_small_enough(student: nn.Module, teacher: nn.Module, *, share: float = MAX_SHARE) -> None:

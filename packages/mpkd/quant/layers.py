@@ -99,7 +99,10 @@ class QuantLayer(nn.Module):
         base = self.base
         if isinstance(base, nn.Linear):
             return F.linear(x, weight, base.bias)
-        return base._conv_forward(x, weight, base.bias)
+        if type(base).forward is nn.Conv2d.forward:
+            return base._conv_forward(x, weight, base.bias)
+        # A convolution that pads its input itself, as TensorFlow does.
+        return torch.func.functional_call(base, {"weight": weight}, (x,))
 
 
 def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
@@ -202,10 +205,10 @@ def unquantized(net: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Does not look into quantized layers."""
+    """Does not look into layers, quantized or of a kind of their own."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QuantLayer) or super().is_leaf_module(module, name)
+        return isinstance(module, (QuantLayer, nn.Conv2d)) or super().is_leaf_module(module, name)
 
 
 def trace(net: nn.Module) -> torch.fx.Graph:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkd.dataset.data_utils import Data, training_loader
+from mpkd.dataset.data_utils import Data, SightLoader, training_loader
+from mpkd.model.networks import sight_of
 from shared_core.datasets import ImageSet
-from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.precision import Precision
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
 from shared_core.runs import progress
@@ -25,12 +25,12 @@ from shared_core.runs import progress
 FULL_PRECISION_CLASSES = 100  # float32 up to here; float16 for a thousand classes
 
 
-def view_description(loader: TorchLoader) -> dict[str, Any]:
+def view_description(loader: SightLoader) -> dict[str, Any]:
     """What the teacher saw, as plain JSON: pixels and normalisation."""
-    normalizer = loader.normalizer
-    return {
-        **loader.loader.view.settings(), "mean": list(normalizer.mean), "std": list(normalizer.std)
-    }  # fmt: skip
+    sight = loader.sight
+    enlarged = {"enlarged": sight.side} if sight.side else {}
+    view = loader.loader.view.settings()
+    return {**view, "mean": list(sight.mean), "std": list(sight.std), **enlarged}
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def store_outputs(
     teacher.eval()
     loader = training_loader(
         data, images, batch_size=batch_size, augment=augment, seed=seed, purpose="knowledge",
-        device=device, threads=threads, shuffle=False,
+        device=device, threads=threads, shuffle=False, sight=sight_of(teacher),
     )  # fmt: skip
     about = {
         "teacher_hash": teacher_hash, "classes": list(data.classes),

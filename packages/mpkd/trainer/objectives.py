@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpkd.model.networks import PLAIN, Sight, sight_of
 from mpkd.trainer.distillation_loss import DistillationLoss, MixedLoss, apprentice_loss
 from shared_core.for_torch.data import TorchBatch
 from shared_core.knowledge import KnowledgeStore
@@ -38,15 +39,24 @@ class StoredTeacher:
 
 
 class LiveTeacher:
-    """The teacher's logits, computed now, without gradients."""
+    """The teacher's logits, computed now, without gradients.
 
-    def __init__(self, teacher: nn.Module, *, autocast: Callable[[], Any]) -> None:
+    Args:
+        teacher: the network.
+        autocast: the context that it computes in.
+        seen: how the student sees the images of a batch.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, *, autocast: Callable[[], Any], seen: Sight = PLAIN
+    ) -> None:
         self.teacher, self.autocast = teacher.eval().requires_grad_(False), autocast
+        self.seen = seen
 
     @torch.no_grad()
     def __call__(self, batch: TorchBatch) -> Tensor:
         with self.autocast():
-            return self.teacher(batch.images).float()
+            return self.teacher(sight_of(self.teacher).of(batch.images, self.seen)).float()
 
 
 class LearningTeacher:
@@ -64,8 +74,10 @@ class LearningTeacher:
         return self.logits
 
 
-def make_objective(config: Mapping[str, Any], teacher: TeacherSource | None) -> Objective:
-    """The objective of ``distillation.mode``.
+def make_objective(
+    config: Mapping[str, Any], teacher: TeacherSource | None, *, smoothing: float = 0.0
+) -> Objective:
+    """The objective of ``distillation.mode``; ``smoothing`` of the labels in mode ``labels``.
 
     ``teacher_only`` never touches ``batch.labels``; a test trains with permuted labels and
     compares the weights bit by bit.
@@ -75,7 +87,9 @@ def make_objective(config: Mapping[str, Any], teacher: TeacherSource | None) -> 
     """
     mode = config["distillation.mode"]
     if mode == "labels":
-        return lambda batch, logits: nn.functional.cross_entropy(logits.float(), batch.labels)
+        return lambda batch, logits: nn.functional.cross_entropy(
+            logits.float(), batch.labels, label_smoothing=smoothing
+        )
     if teacher is None:
         raise ValueError(f"mode {mode} has no teacher, expected one")
     if mode.startswith("apprentice"):

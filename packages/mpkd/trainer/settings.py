@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_core.for_torch.precision import Precision
+from shared_core.for_torch.precision import Precision, computes_bf16
+from shared_core.for_torch.pretrained import parameter_groups as split_rates
+
+SMALLEST_BF16 = 64  # pixels
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Settings:
         compile: torch.compile the network.
         log_interval: steps between lines; 0 = epochs only.
         save_seconds: least time between two states within an epoch.
+        classes: outputs of a head that learns at the whole rate while the body takes its share; 0:
+            all learn at one rate.
+        body_rate, layer_decay: the share of the body's last layers, and the factor from one depth
+            to the one below; see :func:`shared_core.for_torch.pretrained.parameter_groups`.
+        warmup_share: of all steps, where ``warmup_steps`` is 0.
     """
 
     epochs: int
@@ -51,6 +59,10 @@ class Settings:
     compile: bool = False
     log_interval: int = 0
     save_seconds: float = 60.0
+    classes: int = 0
+    body_rate: float = 1.0
+    layer_decay: float = 1.0
+    warmup_share: float = 0.0
 
     def total_steps(self, batches: int) -> int:
         """Optimizer steps of the whole training, for ``batches`` batches an epoch."""
@@ -59,10 +71,11 @@ class Settings:
 
     def rate(self, step: int, *, total: int, steps_per_epoch: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+        warmup = self.warmup_steps or round(self.warmup_share * total)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
         if self.scheduler == "cosine":
-            share = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            share = (step - warmup) / max(1, total - warmup)
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
         if self.scheduler == "step":
             return self.learning_rate * self.gamma ** (step // steps_per_epoch // self.step_size)
@@ -104,15 +117,42 @@ def bits_settings(config: Mapping[str, Any], *, epochs: int | None = None) -> Se
     )  # fmt: skip
 
 
-def precision_from(config: Mapping[str, Any], device: torch.device) -> Precision:
-    """fp32, bf16 or fp16 as ``mixed_precision.*`` says."""
+def finetuned(settings: Settings, config: Mapping[str, Any], *, classes: int) -> Settings:
+    """The same for a network that starts from trained weights, by ``finetune.*``."""
+    return replace(
+        settings, classes=classes, body_rate=config["finetune.body_rate"],
+        layer_decay=config["finetune.layer_decay"], weight_decay=config["finetune.weight_decay"],
+        warmup_share=config["finetune.warmup"],
+    )  # fmt: skip
+
+
+def precision_from(
+    config: Mapping[str, Any], device: torch.device, *, side: int = SMALLEST_BF16
+) -> Precision:
+    """fp32, bf16 or fp16 as ``mixed_precision.*`` says.
+
+    ``auto`` is bf16 where the hardware computes it and images have ``side`` 64 pixels or more
+    (maps of one pixel can give NaN on a processor), else fp32.
+    """
+    dtype = config["mixed_precision.dtype"]
+    if dtype == "auto":
+        dtype = "bf16" if side >= SMALLEST_BF16 and computes_bf16(device) else "fp32"
     return Precision(
         device,
-        config["mixed_precision.dtype"],
+        dtype,
         enabled=config["mixed_precision.enabled"],
         init_scale=config["mixed_precision.init_scale"],
         growth_interval=int(config["mixed_precision.growth_interval"]),
     )
+
+
+def body_and_head(net: nn.Module, s: Settings) -> list[dict[str, Any]]:
+    """The groups of a network that starts from trained weights; ``relative`` to the rate."""
+    groups = split_rates(
+        net, num_classes=s.classes, body_lr=s.body_rate, head_lr=1.0,
+        weight_decay=s.weight_decay, layer_decay=s.layer_decay,
+    )  # fmt: skip
+    return [{**group, "relative": group.pop("lr")} for group in groups]
 
 
 def parameter_groups(*nets: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -138,14 +178,12 @@ def parameter_groups(*nets: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def compiled(net: nn.Module, *, wanted: bool, example: torch.Tensor) -> nn.Module:
-    """``torch.compile`` of ``net`` when it is wanted, tried once on ``example``.
+def compiled(net: nn.Module, *, example: torch.Tensor) -> nn.Module:
+    """``torch.compile`` of ``net``, tried once on ``example``.
 
     Raises:
         ValueError: this machine cannot compile (no C++ compiler, say).
     """
-    if not wanted:
-        return net
     made = torch.compile(net)
     training = net.training
     try:

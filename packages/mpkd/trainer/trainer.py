@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mpkd.dataset.data_utils import SightLoader
 from mpkd.model.lora import freeze_norm_statistics
+from mpkd.model.networks import sight_of
 from mpkd.quant.companion import Companion
 from mpkd.trainer.metrics_logger import MetricsLogger
 from mpkd.trainer.objectives import LearningTeacher, Objective
-from mpkd.trainer.settings import Settings, compiled, parameter_groups
+from mpkd.trainer.settings import Settings, body_and_head, compiled, parameter_groups
 from mpkd.utils.common import ALONE, Evaluation, evaluate
-from shared_core.for_torch.data import TorchBatch, TorchLoader
+from shared_core.for_torch.data import TorchBatch
 from shared_core.for_torch.distributed import World, gather_objects, wrap
 from shared_core.for_torch.ema import Ema
 from shared_core.for_torch.precision import Precision
@@ -50,13 +52,14 @@ class Job:
         labelled: whether every training image has a label; without, no training accuracy.
         score: what the best epoch has the most of; None keeps the last epoch.
         follows: the state of an earlier training of the same stage: what that wrote stays.
+        start_counts: the network as it begins is the first to beat, as epoch 0.
     """
 
     stage: str
     net: nn.Module
     objective: Objective
-    loader: TorchLoader
-    validation: TorchLoader
+    loader: SightLoader
+    validation: SightLoader
     settings: Settings
     precision: Precision
     log: StageLog
@@ -69,6 +72,7 @@ class Job:
     labelled: bool = True
     score: Callable[[Evaluation], float] | None = lambda found: found.accuracy
     follows: StageState | None = None
+    start_counts: bool = False
 
 
 class _Both(nn.Module):
@@ -79,7 +83,8 @@ class _Both(nn.Module):
         self.net, self.teacher = net, helper.teacher
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.net(images), self.teacher(images)
+        seen = sight_of(self.teacher).of(images, sight_of(self.net))
+        return self.net(images), self.teacher(seen)
 
 
 def groups_of(batches: Iterator[TorchBatch], size: int) -> Iterator[list[TorchBatch]]:
@@ -121,6 +126,8 @@ class Trainer:
             for net in self.nets:
                 net.to(memory_format=torch.channels_last)
         groups = parameter_groups(*self.nets, weight_decay=s.weight_decay)
+        if s.classes:
+            groups = body_and_head(job.net, s)
         self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate)
         self.ema = Ema(job.net, decay=s.ema) if s.ema else None
         self.best = Best()
@@ -147,9 +154,10 @@ class Trainer:
         """The network as a step calls it: compiled, and averaging gradients over the processes."""
         if self._forward is None:
             job = self.job
-            view, device = job.loader.loader.view, job.loader.normalizer.device
-            example = torch.zeros(2, 3, *view.size, device=device)
-            net = compiled(job.net, wanted=job.settings.compile, example=example)
+            net = job.net
+            if job.settings.compile:
+                side, device = job.loader.side, job.loader.normalizer.device
+                net = compiled(net, example=torch.zeros(2, 3, side, side, device=device))
             both = net if job.helper is None else _Both(net, job.helper)
             self._forward = wrap(both, job.world)
         return self._forward
@@ -249,6 +257,8 @@ class Trainer:
             job.log.begin()
             before = (int(done.get("csv_position", 0)) for done in job.log.stages.values())
             job.csv.cut(max(before, default=0))
+        if job.start_counts and job.score is not None and not self._step:
+            self.best.offer(job.net, job.score(self._evaluate()), 0)
         self._saved = time.monotonic()
 
     def _steps_of_epoch(self) -> float:
@@ -282,6 +292,10 @@ class Trainer:
         """The main process' answer, in every process: all save, or none does."""
         return gather_objects(mine, self.job.world)[0]
 
+    def _evaluate(self) -> Evaluation:
+        job = self.job
+        return evaluate(job.net, job.validation, precision=job.precision, world=job.world)
+
     def _end_epoch(self, rate: float) -> None:
         """Validate, keep the best, write the epoch down."""
         job, sums = self.job, self._sums
@@ -289,7 +303,7 @@ class Trainer:
             averages = [] if self.ema is None else list(self.ema.weights.values())
             same_everywhere([b for net in self.nets for b in net.buffers()] + averages)
         with nullcontext() if self.ema is None else self.ema.applied(job.net):
-            found = evaluate(job.net, job.validation, precision=job.precision, world=job.world)
+            found = self._evaluate()
             score = self._epoch if job.score is None else job.score(found)
             self.best.offer(job.net, score, self._epoch + 1)
         agreement = None if job.reference is None else found.agreement(job.reference)

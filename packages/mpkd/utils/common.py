@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpkd.dataset import views
-from mpkd.model.student import build_student
-from mpkd.model.teacher import build_teacher
+from mpkd.model.networks import OWN, SMALL_STEM, build_net, sight_of
 from mpkd.quant.layers import (
     FLOAT,
     fold_batch_norms,
@@ -30,9 +28,12 @@ from shared_core.for_torch.checkpoints import fit_into, load_checkpoint, save_ch
 from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.distributed import World, gather_samples
 from shared_core.for_torch.precision import Precision
+from shared_core.runs import UsageError
+from shared_core.weights.finding import NONE, TRAINED
 
 PROJECT = "mpkd"
 TEACHER_FACTOR = 4
+TEACHER_SIDE = 128  # pixels, of small images for a teacher that starts from trained weights
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -101,36 +102,47 @@ def evaluate(
 # -- networks and their files ---------------------------------------------------------------------
 
 
-def describe_net(role: str, config: Mapping[str, Any], *, image_size: int) -> dict[str, Any]:
+def starts_trained(config: Mapping[str, Any], role: str) -> bool:
+    """Whether the ``teacher`` or ``student`` of a configuration starts from weights."""
+    init, name = config[f"model.{role}_ckpt"], config[f"model.{role}_model"]
+    if role == "teacher" and config["distillation.mode"] == "apprentice_a":
+        return False
+    return init not in ("", NONE) and (init, name) != (TRAINED, OWN)
+
+
+def describe_net(
+    role: str, config: Mapping[str, Any], *, image_size: int, whole: bool = False
+) -> dict[str, Any]:
     """What rebuilds the ``teacher`` or the ``student`` of a configuration: plain JSON.
 
     A teacher called ``simple_cnn`` is the student made ``TEACHER_FACTOR`` times as wide: for small
-    images on which a ResNet would only cost time.
-    """
-    name = config[f"model.{role}_model"]
-    factor = TEACHER_FACTOR if role == "teacher" else 1
-    widths = [factor * width for width in config["model.student_widths"]]
-    return {
-        "role": role, "name": name, "image_size": image_size, "stem": config["model.stem"],
-        "options": {"widths": widths} if name == "simple_cnn" else {},
-    }  # fmt: skip
+    images on which a ResNet would only cost time. A teacher that starts from trained weights sees
+    small images enlarged to ``TEACHER_SIDE``, where ``model.teacher_size`` does not say another.
 
-
-def build_net(about: Mapping[str, Any], *, num_classes: int) -> nn.Module:
-    """The network that :func:`describe_net` describes, with random weights.
+    Args:
+        image_size: of the run's images, pixels.
+        whole: they are enlarged as they are.
 
     Raises:
-        ValueError: unknown name or stem.
+        UsageError: a teacher that is to see fewer pixels than its student.
     """
-    options = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in about.get("options", {}).items()
-    }
-    if about["name"] == "simple_cnn":
-        return build_student("simple_cnn", num_classes=num_classes, **options)
-    return build_teacher(
-        about["name"], num_classes=num_classes, image_size=about["image_size"],
-        stem=about["stem"], **options,
-    )  # fmt: skip
+    name, trained = config[f"model.{role}_model"], starts_trained(config, role)
+    factor, side = (TEACHER_FACTOR if role == "teacher" else 1), image_size
+    if role == "teacher":
+        usual = TEACHER_SIDE if trained and image_size <= SMALL_STEM else image_size
+        side = config["model.teacher_size"] or usual
+        if side < image_size:
+            raise UsageError(
+                f"model.teacher_size is {side}, expected the student's {image_size} or more"
+            )
+    widths = [factor * width for width in config["model.student_widths"]]
+    stem = "standard" if trained and config["model.stem"] == "auto" else config["model.stem"]
+    enlarged = side != image_size
+    return {
+        "role": role, "name": name, "image_size": side, "side": side if enlarged else 0,
+        "whole": whole or enlarged, "stem": stem,
+        "options": {"widths": widths} if name == OWN else {},
+    }  # fmt: skip
 
 
 def describe_quantization(net: nn.Module) -> dict[str, Any] | None:
@@ -173,9 +185,11 @@ def save_net(
 ) -> dict[str, Any]:
     """Write weights with everything that is needed to use them alone. Returns the facts."""
     size = about["image_size"]
+    with torch.device("meta"):
+        sight = sight_of(build_net(about, num_classes=len(classes)))
     facts = checkpoints.make_facts(
         project=PROJECT, architecture=about["name"], class_names=classes, framework="torch",
-        input_size=(3, size, size), mean=views.MEAN, std=views.STD, epoch=epoch, metrics=metrics,
+        input_size=(3, size, size), mean=sight.mean, std=sight.std, epoch=epoch, metrics=metrics,
         split_hash=split_hash, config=config, net=dict(about),
         quantization=None if quantization is None else dict(quantization),
     )  # fmt: skip

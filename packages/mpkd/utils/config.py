@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_core.runs.command import UsageError
+from shared_core.texts import read_text
 
 NEEDS_TEACHER = ("teacher_only", "mixed", "apprentice_a", "apprentice_b", "apprentice_c")
 NEEDS_LABELS = ("labels", "mixed", "apprentice_a", "apprentice_b", "apprentice_c")
@@ -33,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "distillation.loss": ("kl", "mse_logits", "js", "dkd", "dist"),
     "distillation.teacher_engine": ("torch", "openvino"),
-    "mixed_precision.dtype": ("bf16", "fp16"),
+    "mixed_precision.dtype": ("auto", "bf16", "fp16"),
     "training.lr_scheduler": ("constant", "cosine", "step"),
     "quantization.method": (
         "none", "ptq", "qat", "brecq", "uniform", "sensitivity", "haq", "sdq", "mixquant",
@@ -54,8 +55,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "dataset.image_size": (0, 4096),
     "dataset.max_images": (0, math.inf),
     "dataset.val_split": (0.01, 0.5),
+    "dataset.crop": (0.01, 1),
     "dataset.workers": (0, 256),
     "model.num_classes": (0, 1_000_000),
+    "model.teacher_size": (0, 4096),
+    "finetune.body_rate": (1e-6, 1),
+    "finetune.layer_decay": (1e-3, 1),
+    "finetune.weight_decay": (0, 10),
+    "finetune.warmup": (0, 0.9),
+    "finetune.label_smoothing": (0, 0.99),
     "teacher.epochs": (1, 100_000),
     "teacher.learning_rate": (1e-12, 1e3),
     "lora.r": (1, 4096),
@@ -148,7 +156,7 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path).content)
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -241,7 +249,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"dataset.unlabelled: mode {mode} reads labels, which these images have not; expected "
             "distillation.mode=teacher_only"
         )
-    if mode == "apprentice_a" and config["model.teacher_ckpt"]:
+    if mode == "apprentice_a" and config["model.teacher_ckpt"] not in ("", "none", "trained"):
         raise UsageError(
             "model.teacher_ckpt: mode apprentice_a trains its teacher from scratch; expected none, "
             "or distillation.mode=apprentice_b"
