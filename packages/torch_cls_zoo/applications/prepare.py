@@ -39,26 +39,7 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, Schedule]:
         _set_priors(session, train_part)
     if asked.sync_bn:
         session.model = nn.SyncBatchNorm.convert_sync_batchnorm(session.model)
-    groups = None
-    if asked.head_lr is not None or asked.layer_decay < 1:
-        groups = parameter_groups(
-            session.model,
-            num_classes=len(session.classes),
-            body_lr=asked.lr,
-            head_lr=asked.head_lr or asked.lr,
-            weight_decay=asked.wd,
-            layer_decay=asked.layer_decay,
-        )
-    optimizer = build_optimizer(
-        asked.opt,
-        session.model,
-        asked.lr,
-        weight_decay=asked.wd,
-        momentum=asked.momentum,
-        groups=groups,
-    )
-    if asked.sparsity:
-        add_slimming(optimizer, session.model, asked.slim)
+    optimizer = _optimizer(session)
     learner = Learner(
         session.model,
         criterion_of(session),
@@ -99,6 +80,32 @@ def make_learner(session: Session) -> tuple[Learner, TorchLoader, Schedule]:
         lr_steps=asked.lr_steps,
     )
     return learner, loader, schedule
+
+
+def _optimizer(session: Session) -> torch.optim.Optimizer:
+    """With rates by depth where they are asked for, and slimming."""
+    asked = session.config.training
+    groups = None
+    if asked.head_lr is not None or asked.layer_decay < 1:
+        groups = parameter_groups(
+            session.model,
+            num_classes=len(session.classes),
+            body_lr=asked.lr,
+            head_lr=asked.head_lr or asked.lr,
+            weight_decay=asked.wd,
+            layer_decay=asked.layer_decay,
+        )
+    optimizer = build_optimizer(
+        asked.opt,
+        session.model,
+        asked.lr,
+        weight_decay=asked.wd,
+        momentum=asked.momentum,
+        groups=groups,
+    )
+    if asked.sparsity:
+        add_slimming(optimizer, session.model, asked.slim)
+    return optimizer
 
 
 def learning_targets(session: Session, train: Part) -> Targets:
