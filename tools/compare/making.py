@@ -55,7 +55,7 @@ def make_all(
     """
     wanted = [one for one in plan.candidates if one.included]
     jobs: dict[str, Job] = {}
-    slow = 1.0  # how much longer candidates took than planned
+    slow, took, expected = 1.0, 0.0, 0.0  # how much longer candidates took than planned
     for number, one in enumerate(wanted, start=1):
         after = 60 * slow * sum(x.minutes for x in wanted[number:])
         label = f"{one.name} ({number} of {len(wanted)})"
@@ -73,7 +73,8 @@ def make_all(
             job = make(Place(one, check, folder, plan.threads), watch, tick)
             jobs[one.name] = job
             if job.state == "done":
-                slow = max(slow, job.seconds / (60 * one.minutes)) if one.minutes else slow
+                took, expected = took + job.seconds, expected + 60 * one.minutes
+                slow = max(1.0, took / max(expected, 1e-9))
         say(f"{label}: {_outcome(jobs[one.name])}")
     return [jobs[one.name] for one in wanted]
 
