@@ -185,8 +185,8 @@ def test_stored_answers_are_those_of_the_teacher_to_the_view_that_the_student_se
     teacher = model_of(folder, "backbone")
     assert isinstance(teacher, NamedNetwork)
     store = KnowledgeStore.open(folder / "knowledge")
-    assert store.views == ALL_TURNS and store.verify() == 8 * 96
     pixels, _, keys = pixels_of(folder, images, "train")
+    assert store.views == ALL_TURNS and store.verify() == 8 * len(keys)
     for turn in (0, 3, 6):
         turned = np.stack([np.rot90(p[:, ::-1] if turn > 3 else p, turn % 4) for p in pixels])
         with torch.no_grad():
@@ -267,14 +267,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     step = finetune.FineTune._step
 
     def stopping(self, batch, epoch):
-        if self.stage == stage and self.step == 8:  # in the second epoch of six steps
+        if self.stage == stage and self.step == 8:  # in the second epoch of five steps
             raise KeyboardInterrupt
         step(self, batch, epoch)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.FineTune, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            command(*words)
+        assert command(*words).code != 0
     done = command(*words, "--resume")
     assert done.code == 0, done.err
     assert f"{stage}: resumed at epoch 2" in done.out
