@@ -204,6 +204,31 @@ def test_a_changed_image_rebuilds_the_cache_and_is_told_to_a_resumed_run(tmp_pat
     assert sum((image == 255).all() for image in images) == 1
 
 
+def test_cifar10_at_a_size_that_trained_networks_know(tmp_path):
+    """What is stored stays at 32 pixels; views enlarge it, and nothing is cut out."""
+    write_batches(tmp_path / "CIFAR10" / "cifar-10-batches-py")
+    chosen = config(**{"dataset.image_size": 96})
+    data = load_data(chosen, tmp_path / "run", data_root=tmp_path)
+    test = data.sets[TEST]
+    assert test.array.shape[1:] == (32, 32, 3) and data.facts()["pixels"] == 96
+    loader = data_utils.evaluation_loader(data, test, batch_size=4, device="cpu", threads=0)
+    seen = np.concatenate([batch.images.copy() for batch in loader.loader])
+    wanted = [cv2.resize(image, (96, 96), interpolation=cv2.INTER_CUBIC) for image in test.array]
+    assert np.array_equal(seen, np.stack(wanted))
+    view = data_utils.training_loader(
+        data, data.sets[TRAIN], batch_size=4, augment=True, seed=0, purpose="t", device="cpu",
+        threads=0,
+    ).loader.view  # fmt: skip
+    assert view.settings()["scale"] == [chosen["dataset.crop"], 1.0]
+
+
+def test_a_pickle_that_would_fill_memory_is_refused_before_it_is_loaded(tmp_path):
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"\x80\x04}r\x00\x00\x00\x10.")  # remembered under index 2 ** 28
+    with pytest.raises(DatasetError, match="refused, it holds a memory index of 268435456"):
+        cifar10.read_batch(path)
+
+
 def test_imagenet_keeps_its_validation_folder_for_the_test(tmp_path, image_folder):
     image_folder(tmp_path / "train", ("n01", "n02"), images=20, size=80)
     image_folder(tmp_path / "val", ("n01", "n02"), images=3, size=80)

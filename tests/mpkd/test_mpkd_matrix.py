@@ -89,7 +89,16 @@ def test_a_matrix_is_stopped_resumed_and_reported(tmp_path, tiny, monkeypatch, c
     assert set(record["measured"]["ms"]) == {
         "torch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"
     }  # fmt: skip
-    assert done.out.splitlines()[-1].startswith("REHEARSAL")
+    last, first = done.out.splitlines()[-1], text.split("\n\n")[1]
+    gaps = [
+        after[place("fp32", "KD T=4", s)]["test_accuracy"]
+        - after[place("fp32", "labels", s)]["test_accuracy"]
+        for s in (0, 1)
+    ]
+    said = f"{100 * statistics.fmean(gaps):+.1f} points (95 % interval"
+    plain = f"plain features, linear ({after['floor-s0']['accuracy']:.4f})"
+    for line in (last, first):
+        assert "REHEARSAL" in line and "Distillation" in line and said in line and plain in line
 
 
 def test_parts_of_a_job_array_make_one_matrix(tmp_path, tiny, command):

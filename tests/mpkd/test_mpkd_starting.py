@@ -204,6 +204,7 @@ def test_the_students_head_is_what_the_teacher_says_and_reads_no_label(make_run,
         torch.manual_seed(1)
         with torch.no_grad():
             teacher.classifier.weight.normal_(0, 0.1)
+            teacher.classifier.bias.zero_()
         if name == "permuted":
             train = run.data.sets[TRAIN]
             other = np.roll(train.labels, 7)
