@@ -19,7 +19,7 @@ TUPLES = frozenset({"crop_scale", "exits"})
 
 def is_model_file(teacher: str) -> bool:
     """Whether ``--teacher`` names a file; else it is a network's name."""
-    return teacher.endswith(".pth") or Path(teacher).is_file()
+    return teacher.endswith(".pth") or Path(teacher).is_absolute() or Path(teacher).is_file()
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ WRONG = (
     (("--input-size", "3"), "is less than the networks can cut into patches"),
     (("--no-distil",), "--student-dim would have no effect: --no-distil"),
     (("--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", "0.4"), "--aa rand-m9"),
-    (("--resolution-transfer", "spectrum"), "there is no --init file"),
+    (("--resolution-transfer", "spectrum"), "there is no --init or --student-init file"),
     (("--deep-kd", "2"), "--deep-kd would have no effect: --deep-supervision is 0"),
     (("--stage", "distil"), "needs the backbone stage first"),
 )
