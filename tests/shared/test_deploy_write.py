@@ -231,6 +231,17 @@ def test_int8_that_loses_on_test_is_refused(tmp_path, int8_is_fast):
     assert "refused: on the 90 test images" in (written.folder / "README.md").read_text()
 
 
+def test_a_loss_on_test_within_its_interval_chooses_nothing(tmp_path, int8_is_fast):
+    pixels = nets.images(300, seed=22)
+    labels = nets.outputs(pixels, WEIGHTS).argmax(axis=1)
+    wish = Int8Wish("auto", max_accuracy_loss=0.0, judge=lambda run: 1.0)
+    written = write(tmp_path / "export", test=batches(pixels, labels), calibration=CALIBRATION,
+                    int8=wish)  # fmt: skip
+    rows = written.facts.measured["files"]
+    assert rows["onnx-int8"]["accuracy"]["value"] < rows["onnx"]["accuracy"]["value"]
+    assert written.int8.kept and written.facts.default == "onnx-int8"
+
+
 def test_slow_int8_is_refused_unless_it_was_asked_for(tmp_path, monkeypatch):
     from shared_core.deploy import contract
 
