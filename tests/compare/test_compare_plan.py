@@ -190,6 +190,25 @@ def test_a_step_that_took_a_little_longer_changes_no_plan(tmp_path):
     assert round_up(0.01) <= 0.01 * GRID and round_up(0.01) >= 0.01
 
 
+def test_a_busy_moment_hits_all_steps_alike(tmp_path):
+    """One step was measured while others computed: its own seconds are known all the same."""
+
+    def measured(busy):
+        steps: list = []
+
+        def measure(step, classes, threads):
+            steps.append(step)
+            return Seconds(0.010, 0.003, busy.get(len(steps), 1.0))
+
+        return make_plan(checked(), Asked(20), folder=tmp_path, feature_size=128,
+                         say=lambda line: None, measure=measure)  # fmt: skip
+
+    quiet, one, every = measured({}), measured({2: 9.0}), measured(dict.fromkeys(range(9), 3.0))
+    assert one == quiet
+    assert every.steps == {name: pytest.approx(3 * value) for name, value in quiet.steps.items()}
+    assert sum(x.included for x in every.candidates) < sum(x.included for x in quiet.candidates)
+
+
 def test_seeds_repeat_what_is_trained_beside_a_teacher_of_their_own(tmp_path):
     plan = planned(tmp_path, 1000, seeds=2, seed=7)
     by_name = {one.name: one for one in plan.candidates}

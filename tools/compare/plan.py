@@ -7,6 +7,7 @@ same command plans the same on the same machine nearly always.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,14 @@ Step = tuple[str, int]  # network, side in pixels
 
 @dataclass(frozen=True)
 class Seconds:
-    """What an image costs, in seconds: to learn from, to answer."""
+    """What an image costs: seconds to learn from it and to answer, on a machine of its own.
+
+    ``busy``: how many times longer the clock on the wall says it takes here and now.
+    """
 
     learn: float
     answer: float
+    busy: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,12 @@ def make_plan(
         step: measure(step, len(check.classes), asked.threads)
         for step in dict.fromkeys(one.step for one in proposals if one.name not in out)
     }
-    rounded = {k: Seconds(round_up(s.learn), round_up(s.answer)) for k, s in steps.items()}
+    # Others who compute slow all candidates alike: one factor, however a single step was hit.
+    busy = statistics.median(s.busy for s in steps.values()) if steps else 1.0
+    rounded = {
+        step: Seconds(round_up(s.learn * busy), round_up(s.answer * busy))
+        for step, s in steps.items()
+    }
     left = 60 * asked.minutes - check.seconds - FLOORS
     chosen = fit(proposals, check, rounded, left, seeds=asked.seeds, left_out=out)
     planned = [
@@ -98,7 +108,7 @@ def make_plan(
         steps={
             f"{network} {side} px, {what}": value
             for (network, side), one in steps.items()
-            for what, value in (("learn", one.learn), ("answer", one.answer))
+            for what, value in (("learn", one.learn * busy), ("answer", one.answer * busy))
         },
         candidates=tuple(planned),
         seed=asked.seed,
@@ -259,14 +269,19 @@ def measure_step(step: Step, classes: int, threads: int) -> Seconds:
         with torch.inference_mode(), precision.autocast():
             model(images)
 
-    return Seconds(_timed(learn) / BATCH, _timed(answer) / BATCH)
+    study, reply = _timed(learn), _timed(answer)
+    if device.type == "cuda":  # the processor's own clock knows nothing of a GPU
+        return Seconds(study[0] / BATCH, reply[0] / BATCH)
+    busy = (study[0] + reply[0]) / max((study[1] + reply[1]) / threads, 1e-9)
+    return Seconds(study[1] / threads / BATCH, reply[1] / threads / BATCH, max(1.0, busy))
 
 
-def _timed(work: Callable[[], None], rounds: int = 3) -> float:
-    """The least of a few rounds, after one to warm up: what else runs here only adds to it."""
+def _timed(work: Callable[[], None], rounds: int = 3) -> tuple[float, float]:
+    """Medians of a few rounds, after one to warm up: seconds of the wall, of the processor."""
     found = []
     for _ in range(rounds + 1):
-        begun = time.perf_counter()
+        begun = time.perf_counter(), time.process_time()
         work()
-        found.append(time.perf_counter() - begun)
-    return min(found[1:])
+        found.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    wall, own = (statistics.median(one) for one in zip(*found[1:], strict=True))
+    return wall, own
