@@ -42,6 +42,18 @@ def test_schedule_without_warm_up():
     assert Schedule(1.0, 1, 0).at(0) == 1.0
 
 
+def test_parts_learn_at_rates_of_their_own():
+    model = build_gfnet("gfnet-ti", img_size=8, patch_size=4, num_classes=3, embed_dim=6, depth=2)
+    groups = parameter_groups(model, weight_decay=0.05, rates={"head": 0.5})
+    rates = {id(p): (one["rate"], one["weight_decay"]) for one in groups for p in one["params"]}
+    for name, parameter in model.named_parameters():
+        flat = parameter.ndim <= 1 or name == "pos_embed"
+        assert rates[id(parameter)] == (
+            0.5 if name.startswith("head.") else 1.0,
+            0.0 if flat else 0.05,
+        )
+
+
 def test_parameter_groups_of_a_gfnet():
     model = build_gfnet("gfnet-ti", img_size=8, patch_size=4, num_classes=3, embed_dim=6, depth=2)
     decay, plain = parameter_groups(model, weight_decay=0.05)

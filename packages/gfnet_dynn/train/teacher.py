@@ -28,7 +28,7 @@ FLOOR_SIDE = 224  # pixels, at most
 FLOOR_IMAGES = 50_000  # training images, at most
 PROBE_FILE = "trained-features.npz"
 DROP_PATH = 0.1
-HEAD_RATE = 6.0  # times the body's learning rate
+HEAD_RATE = 0.6  # times the body's learning rate: the head has been fitted already
 
 
 def measure_trained_floor(run: Run) -> dict[str, Any] | None:
