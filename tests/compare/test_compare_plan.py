@@ -1,6 +1,8 @@
 """Budgets, options and the plan: what fits the minutes, in which order, said in which words."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from command_tools import run_main
 from compare.budget import budget_text, parse_budget
-from compare.candidates import MAKERS, propose, sizes, wanted_epochs
+from compare.candidates import MAKERS, REPO, propose, sizes, wanted_epochs
 from compare.contract import DataCheck, Plan, read
 from compare.main import main
 from compare.options import parse
@@ -82,6 +84,16 @@ def test_a_wrong_budget_is_one_line_that_says_the_unit(text, says):
 def test_words_that_make_no_sense_are_one_line(words, says):
     done = run_main(main, words)
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["main.py --budget fps>=3", "probe.py --run /no --output /x"])
+def test_as_scripts_they_say_an_error_in_one_line(script):
+    name, *words = script.split()
+    done = subprocess.run(
+        [sys.executable, str(REPO / "tools/compare" / name), *words], capture_output=True, text=True
+    )
+    assert done.returncode in (1, 2) and done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_output_is_named_after_the_images():

@@ -23,4 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    from compare import main  # by its name: its errors are known as this package's
+
+    sys.exit(run_command(main.main))

@@ -175,4 +175,6 @@ def export(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    from compare import probe  # by its name: its errors are known as this package's
+
+    sys.exit(run_command(probe.main))
