@@ -11,6 +11,7 @@ from typing import Any
 from mpkd.experiments.recipes import FOLDER, OVERRIDES, SCALES
 from mpkd.utils.config import check_config, load_config
 from shared_core.runs.command import UsageError
+from shared_core.runs.numbers import FRACTION
 from shared_core.runs.opening import Start
 from shared_core.runs.options import (
     PRECISIONS,
@@ -35,6 +36,7 @@ KEYS = {
     "workers": "dataset.workers",
     "threads": "experiment.threads",
 }
+MORE_KEYS = {"max-accuracy-loss": "export.max_accuracy_loss"}  # of this project's own options
 HELP = {
     "data-path": "The folder with the images: class folders, or train/ and test/ with class "
     "folders in each, or CIFAR-10's own files, unpacked or not. It sets dataset.data_dir_<set>.",
@@ -83,6 +85,11 @@ def add_config_options(parser: argparse._ActionsContainer) -> None:
         defaults={**dict.fromkeys(KEYS), **shown, "seed": usual["experiment.seed"],
                   "init": usual["model.teacher_ckpt"], "amp": usual["mixed_precision.dtype"]},
         more={"amp": {"choices": ("auto", *PRECISIONS)}},
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-accuracy-loss", type=FRACTION, default=usual[MORE_KEYS["max-accuracy-loss"]],
+        metavar="SHARE", help="The most that int8 files by calibration may lose of the test "
+        "accuracy, a fraction; layers go back to float until it holds, or the file is refused.",
     )  # fmt: skip
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
@@ -140,7 +147,7 @@ def config_of(
             raise UsageError(f"--{option} and --set {key}: expected one of them")
         said[key] = str(value) if isinstance(value, Path) else value
 
-    for option, key in KEYS.items():
+    for option, key in {**KEYS, **MORE_KEYS}.items():
         dest = option.replace("-", "_")
         if dest in given:
             put(option, key, getattr(args, dest))

@@ -88,6 +88,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path, words, command):
         (("--threads", "2"), "experiment.threads", 2),
         (("--input-size", "24"), "dataset.image_size", 24),
         (("--amp", "fp16"), "mixed_precision.dtype", "fp16"),
+        (("--max-accuracy-loss", "0.02"), "export.max_accuracy_loss", 0.02),
         (("--init", "t.pth"), "model.teacher_ckpt", "t.pth"),
         (("--init", "none"), "model.teacher_ckpt", "none"),
         (("--init", "none"), "model.student_ckpt", "none"),
