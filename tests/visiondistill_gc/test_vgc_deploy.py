@@ -21,6 +21,7 @@ from shared_core.deploy import contract, write
 from shared_core.deploy.check import ExportError
 from shared_core.deploy.facts import read_facts
 from shared_core.deploy.predictor import open_model
+from shared_core.deploy.write import Calibration
 from visiondistill_gc import export, inference
 from visiondistill_gc.deploy import forms, images
 from visiondistill_gc.deploy.openers import OPENERS, open_paddle
@@ -198,16 +199,16 @@ def test_an_unreadable_calibration_image_is_left_out(labelled, tmp_path, capsys,
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "aa.jpg").write_bytes(b"\xff\xd8 no image")
     view = tools_view(model)
-    found = images.calibration_of(tmp_path, CLASSES, view)
+    found = images.calibration_of(tmp_path, None, CLASSES, view)
     assert len(found.images) == 48 and found.labels is None  # the folder names no class
     assert "left out 1 images" in capsys.readouterr().err
-    with_labels = images.calibration_of(labelled[0], CLASSES, view)
+    with_labels = images.calibration_of(labelled[0], None, CLASSES, view)
     truth = tools.true_probabilities(labelled[1]).argmax(axis=1)
     assert sorted(with_labels.labels) == sorted(truth)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="no image can be read"):
-        images.calibration_of(tmp_path, CLASSES, view)
+        images.calibration_of(tmp_path, None, CLASSES, view)
 
 
 def tools_view(model):
@@ -227,6 +228,23 @@ def test_accuracy_leaves_out_copies_of_calibration_images(labelled, tmp_path):
     new.unlink()
     with pytest.raises(ValueError, match="no image that is not in --calibration"):
         images.judges_in(tmp_path, CLASSES, calibration=root)
+
+
+def test_the_limit_of_unsure_is_the_smallest_that_keeps_its_promise():
+    best = np.array([0.9, 0.8, 0.7, 0.6, 0.55])
+    said = np.stack([best, 1 - best], axis=1)
+    labels = np.array([0, 0, 0, 1, 0])  # the fourth is wrong
+    network = SimpleNamespace(probabilities=lambda images: said[images[:, 0, 0, 0]])
+    pixels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(3, axis=3)
+    found = {
+        share: images.unsure_below(network, Calibration(pixels, labels), share)
+        for share in (0.5, 0.8, 0.9)
+    }
+    assert found == {0.5: 0.55, 0.8: 0.55, 0.9: 0.7}
+    with pytest.raises(ValueError, match="no limit reaches it"):
+        images.unsure_below(network, Calibration(pixels, 1 - labels), 0.9)
+    with pytest.raises(ValueError, match="needs labels"):
+        images.unsure_below(network, Calibration(pixels), 0.9)
 
 
 def test_labels_come_from_folders(tmp_path):

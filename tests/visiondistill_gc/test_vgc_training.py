@@ -15,12 +15,13 @@ from shared_core.for_paddle.distributed import World
 from shared_core.for_paddle.ema import Ema
 from shared_core.for_paddle.mixing import one_hot
 from shared_core.for_paddle.precision import Precision
+from shared_core.for_paddle.pretrained import start_weights
 from shared_core.runs import StageLog, read_metrics
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.options import TrainingOptions
 from visiondistill_gc.utils import train_utils
 from visiondistill_gc.utils.loss import DistillationLoss
-from visiondistill_gc.utils.model_files import load_pretrained
+from visiondistill_gc.utils.model_files import fill_body
 from visiondistill_gc.utils.train_utils import Plan, Training, draw_mix, fit, train_step
 from visiondistill_gc.utils.transforms import GarbageView
 from visiondistill_gc.utils.visual_log import VisualLog, precision_recall_points
@@ -246,6 +247,12 @@ def small(**more):
     return build_student(num_classes=3, scale=0.1, hidden=8, **more)
 
 
+def started(file, net):
+    """The net with a file's weights, as ``--init FILE`` fills it; what was not filled."""
+    arrays, _ = start_weights("mobilenet_v2", str(file))
+    return fill_body(net, arrays, path=file)
+
+
 def test_pretrained_body_under_torchs_names(tmp_path):
     source, target = small(), small()
     arrays = {k: v.numpy() for k, v in source.state_dict().items()}
@@ -254,7 +261,7 @@ def test_pretrained_body_under_torchs_names(tmp_path):
     torchs = names.to_torch(arrays, names.linear_names(arrays))
     facts = make_facts(project="x", architecture="y", class_names=[], framework="torch")
     neutral.write(tmp_path / "w.safetensors", torchs, facts)
-    new = load_pretrained(tmp_path / "w.safetensors", target)
+    new = started(tmp_path / "w.safetensors", target)
     assert new and all(name.startswith("classifier.") for name in new)
     for name, value in target.state_dict().items():
         if name.startswith("features."):
@@ -264,7 +271,7 @@ def test_pretrained_body_under_torchs_names(tmp_path):
 def test_pretrained_whole_file_of_paddle(tmp_path):
     source, target = small(), small()
     paddle.save(source.state_dict(), str(tmp_path / "w.pdparams"))
-    assert load_pretrained(tmp_path / "w.pdparams", target) == []
+    assert started(tmp_path / "w.pdparams", target) == []
     images = paddle.randn([2, 3, 32, 32])
     source.eval(), target.eval()
     assert np.array_equal(source(images).numpy(), target(images).numpy())
@@ -276,7 +283,7 @@ def test_pretrained_of_another_network(tmp_path):
     net = small()
     before = {k: v.numpy().copy() for k, v in net.state_dict().items()}
     with pytest.raises(CheckpointError, match="misshaped"):
-        load_pretrained(tmp_path / "w.pdparams", net)
+        started(tmp_path / "w.pdparams", net)
     assert all(np.array_equal(v.numpy(), before[k]) for k, v in net.state_dict().items())
 
 

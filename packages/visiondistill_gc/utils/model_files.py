@@ -22,8 +22,6 @@ from shared_core.for_paddle.checkpoints import (
     unwrap,
 )
 from shared_core.for_paddle.data import IMAGENET_MEAN, IMAGENET_STD, Normalizer
-from shared_core.for_paddle.pretrained import paddle_names
-from shared_core.weights.reading import read_weights
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.models.teacher_model import build_teacher
 
@@ -152,24 +150,18 @@ def check_categories(
     )
 
 
-def load_pretrained(path: str | Path, net: nn.Layer) -> list[str]:
-    """Fill ``net`` with the weights of a file; only the head may be missing or of other classes.
+def fill_body(net: nn.Layer, arrays: Mapping[str, NDArray[Any]], *, path: str | Path) -> list[str]:
+    """Fill ``net`` with arrays under Paddle's names; only the head may be missing or of others.
 
-    Takes files of Paddle, torch and safetensors; torch's weights are renamed and its linear
-    matrices transposed.
+    Args:
+        path: where they are from, for messages.
 
     Returns:
         Names of the weights of ``net`` that were not filled: those of a new head, or none.
 
     Raises:
-        FileNotFoundError: nothing is there.
         CheckpointError: no weights, or a weight below the head that does not fit.
     """
-    return fill_body(net, paddle_names(read_weights(path)), path=path)
-
-
-def fill_body(net: nn.Layer, arrays: Mapping[str, NDArray[Any]], *, path: str | Path) -> list[str]:
-    """As :func:`load_pretrained`, of arrays under Paddle's names; ``path`` is for messages."""
     own = {name: list(value.shape) for name, value in net.state_dict().items()}
     fitting = {k: v for k, v in arrays.items() if k in own and list(v.shape) == own[k]}
     if not fitting:
