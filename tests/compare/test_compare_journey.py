@@ -190,6 +190,25 @@ def test_a_sample_of_images_is_spread_evenly():
     assert spread(list(range(100)), 4) == [0, 25, 50, 75]
 
 
+@pytest.mark.slow
+def test_the_projects_own_report_says_the_same(tmp_path):
+    words = ["--candidates", "lite0", "--minutes", "2", "--threads", "1", "--output", tmp_path]
+    done = run_main(main, words)
+    assert done.code == 0, done.err
+    rows = {
+        row.candidate: row
+        for row in read_rows(tmp_path / "judged.json", Judged)
+        if row.form == "onnx"
+    }
+    assert rows
+    for name, row in rows.items():
+        report = read_result(tmp_path / "candidates" / name / "work/result.json")
+        assert row.accuracy.value == pytest.approx(report["measured"]["test"]["accuracy"])
+        assert (
+            report["data"]["split_hash"] == read(tmp_path / "data/check.json", DataCheck).split_hash
+        )
+
+
 PHASES = {
     "check": lambda folder: (folder / "data").exists(),
     "plan": lambda folder: (folder / "data/check.json").exists(),
