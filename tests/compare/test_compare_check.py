@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import cv2
@@ -146,6 +147,14 @@ def test_a_manifest_of_somebody_decides(tmp_path: Path, cheap: None) -> None:
     found = run(root, tmp_path / "two", seed=0, split=given)
     assert found.given and found.split_hash == Manifest.read(given).hash
     assert found.split_hash != run(root, tmp_path / "three", seed=0).split_hash
+
+
+def test_an_archive_is_unpacked_and_gives_its_name(tmp_path: Path, cheap: None) -> None:
+    root = folder_of(tmp_path / "images", {"a": 6, "b": 6})
+    shutil.make_archive(str(tmp_path / "pets"), "zip", root)
+    found = run(tmp_path / "pets.zip", tmp_path / "run")
+    assert found.name == "pets" and found.files == {"used": 12}
+    assert found.split_hash == run(root, tmp_path / "other").split_hash
 
 
 @pytest.mark.parametrize(

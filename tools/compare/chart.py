@@ -97,12 +97,14 @@ def _axes(points: Sequence[Point], ms: float | None, accuracy: float | None) -> 
     values = [p.accuracy for p in points] + ([accuracy] if accuracy is not None else [])
     slow, fast = max(times) * 1.35, min(times) / 1.35
     room = max(0.02, 0.12 * (max(values) - min(values)))
-    return _Axes((fast, slow), (max(0.0, min(values) - room), min(1.0, max(values) + room)))
+    return _Axes(
+        (fast, slow), (max(0.0, min(values) - room), min(1 + 0.5 * room, max(values) + room))
+    )
 
 
 def _grid(axes: _Axes, label: str) -> Iterator[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    for value in _even(*axes.accuracy):
+    for value in _even(axes.accuracy[0], min(1.0, axes.accuracy[1])):
         y = axes.y(value)
         yield f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
         yield f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>'

@@ -6,6 +6,8 @@ back, one that was stopped begins anew but for the features of the images, which
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -87,9 +89,11 @@ def check(
     room = (folder / CHECK_FILE).parent
     room.mkdir(parents=True, exist_ok=True)
     (folder / SPLIT_FILE).unlink(missing_ok=True)  # of a check that was stopped or refused
+    name = None if data_path is None else data_path.resolve().name
     if data_path is not None and data_path.is_file():
+        name = data_path.name.partition(".")[0]
         data_path = unpack(data_path, room / "unpacked", limits=Limits())
-    data, report = _prepared(data_path, room, split=split, seed=seed, threads=threads)
+    data, report = _prepared(data_path, room, name, split=split, seed=seed, threads=threads)
     groups = _copy_groups(data, report)
     if data.manifest.kind == "random" and split is None:
         data = replace(data, manifest=evened(data.manifest, groups, seed=seed))
@@ -159,7 +163,7 @@ def printed(check: DataCheck) -> list[str]:
 
 
 def _prepared(
-    root: Path | None, room: Path, *, split: Path | None, seed: int, threads: int
+    root: Path | None, room: Path, name: str | None, *, split: Path | None, seed: int, threads: int
 ) -> tuple[PreparedData, dict[str, Any]]:
     """The images with their split, and what ``verify`` found in every file (as JSON)."""
     listing = None if root is None else scan(root)
@@ -167,10 +171,11 @@ def _prepared(
         _refuse_few(Counter(listing.counts()), {}, root)
     images = 0 if listing is None else len(listing.samples)
     workers = threads if images > 2000 and threads > 1 else 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes that miss a part are refused below, or noted
+    # Its notes are said with ours; classes that miss a part are refused below, or noted.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
         data = prepare_data(
-            room, root=root, fractions=_shares(images), split_seed=seed, split=split,
+            room, root=root, name=name, fractions=_shares(images), split_seed=seed, split=split,
             workers=workers, scenes={**SCENES, "seed": seed}, drop_leaks=True,
         )  # fmt: skip
     if split is not None:

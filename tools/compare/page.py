@@ -262,19 +262,19 @@ def _cells(
     rows: Sequence[Sequence[Cell]],
     *,
     left: int = 1,
-    wide: int | None = None,
+    wide: Sequence[int] = (),
     winner: int | None = None,
 ) -> str:
     """A table in a box of its own that scrolls.
 
     Args:
         columns: headings; the first ``left`` are words, the others numbers.
-        wide: number of the column whose text may wrap.
+        wide: numbers of the columns whose text may wrap.
         winner: number of the row that is marked.
     """
     sides = ['class="l"' if n < left else "" for n in range(len(columns))]
-    if wide is not None:
-        sides[wide] = 'class="l w"'
+    for n in wide:
+        sides[n] = 'class="l w"'
     head = "".join(
         f"<th {side}>{_text(name)}</th>" for side, name in zip(sides, columns, strict=True)
     )
@@ -422,7 +422,7 @@ def _main_row(run: Run, number: int, row: Judged) -> list[Cell]:
 
 def _table(run: Run) -> Iterator[str]:
     rows = [_main_row(run, number, row) for number, row in enumerate(run.rows, start=1)]
-    yield _cells(COLUMNS, rows, left=3, wide=len(COLUMNS) - 1, winner=0)
+    yield _cells(COLUMNS, rows, left=3, wide=(1, len(COLUMNS) - 1), winner=0)
     yield (
         '<p class="small">Every number is of the shipped file, on this machine. Chosen on the '
         "calibration split, reported on the test split. Intervals are 95 %; differences are paired "
@@ -442,7 +442,7 @@ def _table(run: Run) -> Iterator[str]:
         "none-of-these threshold", "false accepts", "known kept", "seed", "notes",
     ]  # fmt: skip
     yield "<details><summary>more numbers of each file</summary>"
-    yield _cells(columns, more, left=2, wide=len(columns) - 1, winner=0)
+    yield _cells(columns, more, left=2, wide=(1, len(columns) - 1), winner=0)
     if source := run.winner.unknown.get("source"):
         yield f'<p class="small">None-of-these was tried on {_text(str(source))}</p>'
     yield "</details>"
@@ -561,7 +561,7 @@ def _data(run: Run) -> Iterator[str]:
             ["labels that agree with their neighbours", f"{check.labels['agree']:.4f} "
              f"({check.labels['asked']} neighbours in features of {check.labels['network']})"]
         )  # fmt: skip
-    yield _cells(["", ""], facts, left=1, wide=1)
+    yield _cells(["", ""], facts, left=1, wide=(1,))
     for note in check.notes:
         yield f'<p class="note">{_text(note)}</p>'
     for name, caption in check.pictures:
@@ -575,7 +575,7 @@ def _data(run: Run) -> Iterator[str]:
             )
     if check.findings:
         rows = [[one.kind, ", ".join(one.paths), one.text] for one in check.findings]
-        table = _cells(["kind", "files", "what"], rows, left=3, wide=1)
+        table = _cells(["kind", "files", "what"], rows, left=3, wide=(1,))
         yield f"<details><summary>{len(rows):,} findings</summary>{table}</details>"
     counts = [
         [name, *(f"{check.counts[part][n]:,}" for part in check.counts)]
@@ -618,7 +618,7 @@ def _plan(run: Run) -> Iterator[str]:
         "minutes taken",
         "why, and notes",
     ]
-    yield _cells(columns, rows, left=3, wide=5)
+    yield _cells(columns, rows, left=3, wide=(0, 5))
     if plan.steps:
         steps = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in plan.steps.items())
         yield f'<p class="small">Measured here, an image of training: {_text(steps)}.</p>'
@@ -644,7 +644,7 @@ def _origin(run: Run, record: dict[str, Any]) -> Iterator[str]:
         ["versions", f"Python {here['python']}, {packages}"],
         ["commit", str(here["commit"] or "–")],
     ]
-    yield _cells(["", ""], facts, left=1, wide=1)
+    yield _cells(["", ""], facts, left=1, wide=(1,))
     if commands:
         text = escape("\n".join(map(printable, commands)))
         yield f"<details><summary>commands of the candidates</summary><pre>{text}</pre></details>"

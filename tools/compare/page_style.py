@@ -32,12 +32,12 @@ p { margin: 6px 0; max-width: 80ch }
 .box { overflow-x: auto; margin: 8px 0; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   overflow-wrap: normal }
-th, td { padding: 4px 10px; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: 4px 9px; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; vertical-align: top }
 tr:last-child td { border-bottom: 0 }
 th { background: var(--soft); font-size: 12.5px; font-weight: 600; color: var(--quiet) }
 th.l, td.l { text-align: left }
-td.w { white-space: normal; min-width: 210px }
+td.w { white-space: normal; min-width: 170px }
 td i { display: block; font-style: normal; font-size: 12px; color: var(--quiet) }
 tr.winner td { background: var(--win-soft); font-weight: 600 }
 .box .heat { text-align: center; min-width: 30px; padding: 4px 5px }
