@@ -120,6 +120,9 @@ def _own_file(run: Run, role: str, path: str, about: dict[str, Any]) -> Started 
     if facts.get("quantization"):
         raise UsageError(f"model.{role}_ckpt {path}: it has few bits, expected a plain network")
     net, facts = load_net(path)
+    seen, asked = int(facts["net"]["image_size"]), run.config["model.teacher_size"]
+    if role == "teacher" and seen > run.data.image_size and not asked:  # as it was trained
+        about |= {"image_size": seen, "side": seen, "whole": True}
     sides = {name: about[name] for name in ("role", "image_size", "side", "whole")}
     net.sight = replace(sight_of(net), side=about["side"])  # type: ignore[assignment]
     source = {"name": Path(path).name, "sha256": facts["sha256"]}

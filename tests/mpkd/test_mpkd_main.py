@@ -109,9 +109,9 @@ def test_common_options_are_keys_of_the_configuration(tmp_path, monkeypatch, opt
     assert found[key] == value != usual[key]
     moved = {name for name in usual if usual[name] != found[name]}
     beside = {
-        "--data-path": {"dataset.name", *FOLDER}, "--init": {"model.teacher_ckpt",
-                                                            "model.student_ckpt"},
-    }  # fmt: skip
+        "--data-path": {"dataset.name", "model.teacher_model", *FOLDER},
+        "--init": {"model.teacher_ckpt", "model.student_ckpt"},
+    }
     assert moved <= {key, "dataset.data_dir_folder", *beside.get(option[0], ())}
     if option == ("--init", "t.pth"):
         assert moved == {key}

@@ -117,7 +117,8 @@ def describe_net(
 
     A teacher called ``simple_cnn`` is the student made ``TEACHER_FACTOR`` times as wide: for small
     images on which a ResNet would only cost time. A teacher that starts from trained weights sees
-    small images enlarged to ``TEACHER_SIDE``, where ``model.teacher_size`` does not say another.
+    small images enlarged to ``TEACHER_SIDE`` (one from a file as they are), where
+    ``model.teacher_size`` does not say another.
 
     Args:
         image_size: of the run's images, pixels.
@@ -129,7 +130,8 @@ def describe_net(
     name, trained = config[f"model.{role}_model"], starts_trained(config, role)
     factor, side = (TEACHER_FACTOR if role == "teacher" else 1), image_size
     if role == "teacher":
-        usual = TEACHER_SIDE if trained and image_size <= SMALL_STEM else image_size
+        imagenet = trained and not Path(config["model.teacher_ckpt"]).is_file()
+        usual = TEACHER_SIDE if imagenet and image_size <= SMALL_STEM else image_size
         side = config["model.teacher_size"] or usual
         if side < image_size:
             raise UsageError(
