@@ -58,6 +58,6 @@ def test_a_training_below_its_floor_is_told(told):
 def test_distillation_is_held_against_the_same_network_from_labels(told, right, says):
     lines = told(
         {"twin": answers(60), "other": answers(10), "student": answers(right)},
-        planned("other", size=160), planned("twin"), planned("student", teacher="teacher"),
+        planned("other", size=160), planned("student", teacher="teacher"), planned("twin"),
     )  # fmt: skip
     assert len(lines) == 1 and lines[0].startswith(f"Distillation (student against twin) {says}")
