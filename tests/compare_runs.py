@@ -77,6 +77,30 @@ def make_run(folder: Path, **candidates) -> tuple[DataCheck, Plan]:
     return check, Plan(1.0, 1.0, (), 1, "cpu", 1, {}, rows)
 
 
+def save_both(folder: Path) -> Path:
+    """A float file, and one whose mean colours pass through 8 bits."""
+    files = {"onnx": ("model.onnx",), "onnx-int8": ("model.int8.onnx",)}
+    facts = tiny.make_facts(files=files)
+    tiny.save_model(folder, facts)
+    nodes = [tiny._node(kind, takes, gives, **words) for kind, takes, gives, words in tiny.MEANS]
+    nodes += [
+        tiny._node("QuantizeLinear", "means scale zero", "bits"),
+        tiny._node("DequantizeLinear", "bits scale zero", "rounded"),
+        tiny._node("MatMul", "rounded w", "product"),
+        tiny._node("Add", "product b", "logits"),
+        tiny._node("Softmax", "logits", "answers"),
+    ]
+    side = tiny.SIDE
+    tiny.make_onnx(
+        folder / "model.int8.onnx", nodes,
+        [tiny._value("images", "UINT8", "N", side, side, 3)],
+        [tiny._value("answers", "FLOAT", "N", 4)],
+        {"w": tiny.WEIGHTS, "b": tiny.BIAS, "top": np.float32(255), "scale": np.float32(0.05),
+         "zero": np.uint8(0)}, facts,
+    )  # fmt: skip
+    return folder
+
+
 def swap_labels(folder: Path, part: str) -> Manifest:
     """The same split, but for the labels of one part: each becomes the next class."""
     manifest = Manifest.read(folder / SPLIT_FILE)

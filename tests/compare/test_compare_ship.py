@@ -36,7 +36,8 @@ pytest.importorskip("onnxruntime")
 def run(tmp_path_factory):
     """A judged run; its winner is shipped by each test that wants one."""
     folder = tmp_path_factory.mktemp("run")
-    check, plan = runs.make_run(folder, good=tiny.save_model, chain=tiny.save_chain)
+    check, plan = runs.make_run(folder, good=tiny.save_model, chain=tiny.save_chain,
+                                both=runs.save_both)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asking, "memory_mb", lambda *a, **k: 1.0)
         patch.setattr(judge, "measure", lambda timed, **_: {
@@ -256,17 +257,34 @@ def test_the_snippet_refuses_a_rule_of_exits_that_it_has_not():
 
 
 def test_the_agreement_of_the_snippet_is_measured_and_told(run):
-    said = []
-    winner, choice = shipped(run, "chain", say=said.append)
+    (run[0] / ".winner-1-old").mkdir()  # of a shipping that was killed
+    winner, _ = shipped(run, "chain")
+    assert not list(run[0].glob(".winner*"))
     files = asking.parts_of(run[0], run[0] / "images")["test"].files
     names, _ = alone(winner / "snippet.py", files)
     facts = read_facts(winner)
     given = runs.answers_by_hand("test", run[0])
     assert len(names) == len(given[0])
-    assert facts.more["snippet_same_class"] == 1.0
+    assert facts.more["snippet_same_answer"] == 1.0
     assert "gave 100.00 % the answer" in (winner / "README.md").read_text(encoding="utf-8")
     assert facts.files == {"onnx": ("segment0.onnx", "segment1.onnx", "segment2.onnx")}
     assert not list(winner.glob("model.onnx"))  # nothing of the winner before is left
+
+
+@pytest.mark.parametrize("form", ["onnx", "onnx-int8"])
+def test_of_two_files_the_chosen_one_alone_is_shipped(run, form):
+    winner, _ = shipped(run, "both", form)
+    facts = read_facts(winner)
+    name = {"onnx": "model.onnx", "onnx-int8": "model.int8.onnx"}[form]
+    assert [path.name for path in winner.glob("*.onnx")] == [name]
+    assert (facts.files, facts.default) == ({form: (name,)}, form)
+    assert open_model(winner).runtime == form
+    text = (winner / "snippet.py").read_text(encoding="utf-8")
+    assert ("x64quantprecision" in text) == (form == "onnx-int8")  # exact sums without VNNI
+    rows = {row.form: row for row in run[1] if row.candidate == "both"}
+    assert rows["onnx"].right != rows["onnx-int8"].right
+    accuracy = {row.form: row.accuracy.value for row in rows.values()}
+    assert facts.measured["accuracy"]["value"] == accuracy[form]
 
 
 def test_a_file_for_openvino_opens_in_both(run):

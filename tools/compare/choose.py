@@ -13,7 +13,7 @@ from shared_core.metrics.intervals import Z95
 
 WITHIN = 0.01  # accuracy, a fraction, that a smaller file may give away
 SAME_SIZE = 1.05  # sizes within this factor count as one
-FASTER = 1.25  # another runtime of the same files must be so much faster to be taken
+FASTER = 1.5  # another runtime of the same files must be so much faster to be taken
 UNITS = {"ms": " ms", "mb": " MB", "memory": " MB", "macs": " MACs"}
 
 Bits = npt.NDArray[np.bool_]
@@ -193,25 +193,25 @@ def _reason(
     within: float,
 ) -> str:  # fmt: skip
     about = f"{milliseconds(winner, batch):.3g} ms at batch {batch}, {winner.bytes / 1e6:.3g} MB"
-    among = f"the {fitting} that keep to {_typed(budget)}" if budget else f"{fitting} files"
-    count = len(unpack_bits(best.right))
+    among = f"the {fitting} files that keep to {_typed(budget)}" if budget else f"{fitting} files"
+    right = unpack_bits(winner.right), unpack_bits(best.right)
+    gap, on = paired(*right), f"the {len(right[0])} calibration images"
+    own = f"{winner.calibration_accuracy:.4f}"
     if good == 1:
         return (
-            f"{winner.name} ({about}) is the most accurate of {among} on the {count} calibration "
-            f"images ({winner.calibration_accuracy:.4f}), and no smaller one comes close."
+            f"{winner.name} ({about}) is the most accurate of {among} on {on} ({own}), and no "
+            f"smaller one comes close."
         )
-    if winner is best:
+    if gap.value >= 0:
         return (
-            f"{winner.name} ({about}) is the most accurate of {among} on the {count} calibration "
-            f"images ({winner.calibration_accuracy:.4f}) and the smallest of the {good} that are "
-            f"as good."
+            f"{winner.name} ({about}) is the smallest or simplest of the {good} of {among} that "
+            f"count as equally accurate on {on}: none is right more often ({own})."
         )
-    gap = paired(unpack_bits(winner.right), unpack_bits(best.right))
-    noise = " and within the noise" if budget else ""
+    noise = " and lies within the noise" if budget else ""
     return (
-        f"{winner.name} ({about}) is the smallest of the {good} of {among} whose accuracy on the "
-        f"{count} calibration images is within {100 * within:g} points{noise} of the best: "
-        f"{winner.calibration_accuracy:.4f} against {best.calibration_accuracy:.4f} of {best.name} "
-        f"({100 * gap.value:+.1f} points, 95 % interval {100 * gap.low:+.1f} to "
+        f"{winner.name} ({about}) is the smallest or simplest of the {good} of {among} that count "
+        f"as equally accurate on {on}: it gives away at most {100 * within:g} point"
+        f"{'' if within == 0.01 else 's'}{noise}, {own} against {best.calibration_accuracy:.4f} of "
+        f"{best.name} ({100 * gap.value:+.1f}, 95 % interval {100 * gap.low:+.1f} to "
         f"{100 * gap.high:+.1f})."
     )

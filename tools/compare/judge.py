@@ -53,6 +53,7 @@ from shared_core.deploy import evaluate as core
 from shared_core.deploy.facts import FACTS_FILE, ModelError, ModelFacts, read_facts
 from shared_core.deploy.inputs import load_files
 from shared_core.deploy.predictor import Predictor
+from shared_core.deploy.session import holds_int8
 
 Say = Callable[[str], None]
 MODEL = "model"
@@ -137,6 +138,8 @@ def _row(
                if name.startswith(f"{form}/") and name.endswith("_top") and name not in known
                }  # fmt: skip
     agreement, notes = _agreement(facts, form, answers)
+    if "int8" not in form and any(holds_int8(place / MODEL / name) for name in files):
+        notes = (*notes, "its file computes in 8 bits, as it was trained")
     peak = answers.get(f"{form}/memory")
     return Judged(
         candidate=planned.name, form=form, base=planned.base, seed=planned.seed,

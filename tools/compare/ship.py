@@ -38,6 +38,7 @@ from shared_core.deploy.graph import set_facts
 from shared_core.deploy.inputs import Source
 from shared_core.deploy.model_card import model_card
 from shared_core.deploy.predictor import OPENVINO, Outputs, open_model
+from shared_core.deploy.session import holds_int8
 from shared_core.deploy.staging import CARD_FILE
 from shared_core.runs.environment import environment
 from shared_core.texts import printable
@@ -72,7 +73,7 @@ def ship(folder: Path, choice: Choice, *, say: Callable[[str], None]) -> Choice:
     _check(folder, scratch, row, images)
     agreement = _write_snippet(scratch, facts, images[0], say)
     if agreement is not None:
-        more = {**facts.more, "snippet_same_class": agreement}
+        more = {**facts.more, "snippet_same_answer": agreement}
         facts = facts.replaced(more=more)
     write_facts(scratch, facts)
     (scratch / DOCKER_FILE).write_text(dockerfile(facts), encoding="utf-8")
@@ -182,12 +183,13 @@ def _write_snippet(
         say(f"no {SNIPPET_FILE}: the files are not for ONNX Runtime")
         return None
     try:
-        text = snippet(facts, form)
+        int8 = any(holds_int8(scratch / name) for name in facts.files[form])
+        text = snippet(facts, form, int8=int8)
     except ModelError as error:
         say(f"no {SNIPPET_FILE}: {error}")
         return None
     (scratch / SNIPPET_FILE).write_text(text, encoding="utf-8")
-    predictor = open_model(scratch, runtime=form)
+    predictor = open_model(scratch)
     judged = core.judge(predictor, images)
     outputs = Outputs(judged.values, None)
     own = [make_answer(predictor, Source(""), outputs, n, top=1).label

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shared_core.deploy.facts import INT8, ONNX, ModelError, ModelFacts
+from shared_core.deploy.facts import ModelError, ModelFacts
 
 _HEAD = '''"""Classify images as this model folder does: python snippet.py photo.jpg
 
@@ -78,16 +78,21 @@ _WHOLE = """    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"
 """
 
 
-def snippet(facts: ModelFacts, form: str) -> str:
+def snippet(facts: ModelFacts, form: str, *, int8: bool = False) -> str:
     """The text of ``snippet.py`` for a model folder that holds the files of one form.
 
     Args:
         form: ``onnx`` or ``onnx-int8``: whose files are taken.
+        int8: whether these compute in 8 bits.
 
     Raises:
         ModelError: a view, or a rule of early exits, that is not put into few lines.
     """
-    parts = [_HEAD, _view(facts.view), (_plain if facts.exits is None else _chain)(facts, form)]
+    parts = [
+        _HEAD,
+        _view(facts.view),
+        (_plain if facts.exits is None else _chain)(facts, form, int8),
+    ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
@@ -127,7 +132,10 @@ def fit(h, w):  # the largest size of the whole image that fits in
     read = _REDUCE if view["dct_scaled"] else _WHOLE
     read += _FLOOR if view["dct_scaled"] and not letterbox else ""
     read += "    th, tw = fit(*pixels.shape[:2])\n" if letterbox else ""
-    shrinks = ", pixels.shape[0] >= th and pixels.shape[1] >= tw" if method == "area" else ""
+    shrinks = ""
+    if method == "area":
+        shrinks = ", shrinks"
+        read += "    shrinks = pixels.shape[0] >= th and pixels.shape[1] >= tw\n"
     return f"""{_WEIGHTS["linear" if method == "reduced" else method]}
 {fit}
 def view(image):  # what the network sees: uint8 (1, {height}, {width}, 3)
@@ -140,19 +148,19 @@ def view(image):  # what the network sees: uint8 (1, {height}, {width}, 3)
 {last}"""
 
 
-def _session(form: str) -> str:
-    if form == ONNX:
+def _session(int8: bool) -> str:
+    if not int8:
         return ""
     return """options = onnxruntime.SessionOptions()  # exact sums of 8 bits on every processor:
 options.add_session_config_entry("session.x64quantprecision", "1")
 """
 
 
-def _plain(facts: ModelFacts, form: str) -> str:
+def _plain(facts: ModelFacts, form: str, int8: bool) -> str:
     (file,) = facts.files[form]
-    asked = ", options" if form == INT8 else ""
+    asked = ", options" if int8 else ""
     return f"""
-{_session(form)}{_NAMES}
+{_session(int8)}{_NAMES}
 session = onnxruntime.InferenceSession(here / "{file}"{asked})
 for path in sys.argv[1:]:
     p = session.run(None, {{"images": view(Image.open(path))}})[0][0]
@@ -168,7 +176,7 @@ _SCORES = {
 }
 
 
-def _chain(facts: ModelFacts, form: str) -> str:
+def _chain(facts: ModelFacts, form: str, int8: bool) -> str:
     assert facts.exits is not None
     policy = facts.exits.policy or {"kind": "max_prob", "thresholds": [2.0], "temperatures": [1.0]}
     if policy["kind"] not in _SCORES or facts.activation != "softmax":
@@ -177,9 +185,9 @@ def _chain(facts: ModelFacts, form: str) -> str:
     limits = list(policy["thresholds"]) * (count if len(policy["thresholds"]) == 1 else 1)
     heat = list(policy["temperatures"])
     heat = heat * (count + 1) if len(heat) == 1 else heat + [1.0] * (count + 1 - len(heat))
-    asked = ", options" if form == INT8 else ""
+    asked = ", options" if int8 else ""
     return f"""
-{_session(form)}{_NAMES}
+{_session(int8)}{_NAMES}
 files = {list(facts.files[form])}
 chain = [onnxruntime.InferenceSession(here / file{asked}) for file in files]
 thresholds, temperatures = {[*limits, 0.0]}, {heat}
