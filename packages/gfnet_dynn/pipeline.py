@@ -267,4 +267,4 @@ def _evaluate(run: Run, opened: OpenRun, command: Command, said: str) -> dict[st
     if run.log.tracker is not None:
         for path in (*(run.folder / name for name in REPORT_FILES), judgement.file):
             run.log.tracker.artifact(path)
-    return {"verdicts": verdicts(judgement.measured)}
+    return {"verdicts": verdicts(judgement.measured, rehearsal=run.data.rehearsal)}

@@ -13,7 +13,7 @@ import torch
 from gfnet_dynn.judge.evaluate import paired_shares
 from gfnet_dynn.model_files import load_model
 from gfnet_dynn.models.named import NamedNetwork
-from gfnet_dynn.report.lines import verdicts
+from gfnet_dynn.report.lines import WHY_BELOW, verdicts
 from gfnet_dynn.scene_views import (
     ALL_TURNS,
     MIRRORED,
@@ -333,6 +333,8 @@ def test_verdicts_say_below_and_whether_distillation_helped():
     assert "above the floor (engineered features, linear) of 0.7000" in floors
     assert "BELOW the floor (trained features, linear) of 0.9000" in floors
     assert helped.startswith("Distillation helped: +5.0 points")
+    assert WHY_BELOW in verdicts(measured, rehearsal=True)
+    assert WHY_BELOW not in verdicts(measured | {"student": {"accuracy": 0.95}}, rehearsal=True)
     measured["distillation"] |= {"low": -0.01}
     assert "did not help for sure" in verdicts(measured)[1]
     measured["distillation"] |= {"low": -0.1, "high": -0.01}

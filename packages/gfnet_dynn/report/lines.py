@@ -9,6 +9,10 @@ from gfnet_dynn.models.exit_policy import NEVER
 from gfnet_dynn.run import Run
 from shared_core.metrics.trained_floor import NAME
 
+WHY_BELOW = (
+    "A rehearsal's networks learn from nothing for a minute; --scale short starts from a trained "
+    "network and stays with it for longer."
+)
 NOT_REPRODUCED = "rehearsal on built-in data: this is not a reproduction of any published number"
 
 
@@ -31,8 +35,12 @@ def with_verdicts(line: str, found: Sequence[str]) -> str:
     return " ".join([f"{line.rstrip('.')}.", *found]) if found else line
 
 
-def verdicts(measured: dict[str, Any]) -> list[str]:
-    """Whether the student is above the floors, and whether distillation helped: whole sentences."""
+def verdicts(measured: dict[str, Any], *, rehearsal: bool = False) -> list[str]:
+    """Whether the student is above the floors, and whether distillation helped: whole sentences.
+
+    Args:
+        rehearsal: whether the images are built in and the recipe a minute's; then why it is below.
+    """
     name = "student" if "student" in measured else "backbone"
     found = measured[name]["accuracy"] if name in measured else None
     floors = {
@@ -48,6 +56,8 @@ def verdicts(measured: dict[str, Any]) -> list[str]:
             for of, floor in floors.items()
         ]
         said.append(f"The {name}'s test accuracy {found:.4f} is {', '.join(sides)}.")
+        if rehearsal and found < max(floors.values()):
+            said.append(WHY_BELOW)
     if gap := measured.get("distillation"):
         helped = "did not help for sure"
         if gap["low"] > 0:

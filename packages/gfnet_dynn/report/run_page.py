@@ -41,7 +41,7 @@ def write_report(run: Run, record: dict[str, Any], judged: Judgement) -> None:
     """Draw the plots and write both forms of the report."""
     measured = record["measured"]
     report = Report(f"GFNet with early exits on {run.data.name}")
-    first = with_verdicts(headline(run), verdicts(measured))
+    first = with_verdicts(headline(run), verdicts(measured, rehearsal=run.data.rehearsal))
     (report.note if run.data.rehearsal else report.text)(first)
     for note in run.data.notes:
         report.text(f"Of the data: {note}.")
