@@ -131,6 +131,13 @@ def test_when_the_minutes_are_spent_what_is_left_is_skipped(makers, tmp_path):
     assert read(tmp_path / "candidates/two/job.json", Job) == jobs["two"]
 
 
+def test_what_was_begun_before_a_kill_is_finished_whatever_the_clock_says(makers, tmp_path):
+    plan = plan_of(planned("one"), planned("two", minutes=3.0), minutes=10)
+    (tmp_path / "candidates/two/work").mkdir(parents=True)
+    jobs, _ = made(tmp_path, plan, spent=60 * 11.0)
+    assert [jobs[name].state for name in ("one", "two")] == ["done", "done"]
+
+
 def test_a_model_folder_that_was_moved_before_a_kill_is_kept(makers, tmp_path):
     plan = plan_of(planned("one"))
     made(tmp_path, plan)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from compare.candidates import MAKERS, REPO, Place
+from compare.candidates import MAKERS, REPO, WORK, Place
 from compare.contract import (
     CANDIDATES,
     JOB_FILE,
@@ -64,7 +64,8 @@ def make_all(
             jobs[one.name] = read(file, Job)
             say(f"{label}: {jobs[one.name].state} before")
             continue
-        reason = _why_not(one, jobs, 60 * plan.minutes - spent(), slow, first=number == 1)
+        begun = number == 1 or (file.parent / WORK).is_dir()  # what was begun is finished
+        reason = _why_not(one, jobs, 60 * plan.minutes - spent(), slow, begun=begun)
         if reason:
             jobs[one.name] = _kept(file, Job(one.name, "skipped", reason))
         else:
@@ -152,13 +153,13 @@ def _dying_together() -> Callable[[], None] | None:
 
 
 def _why_not(
-    one: Planned, jobs: dict[str, Job], left: float, slow: float, *, first: bool
+    one: Planned, jobs: dict[str, Job], left: float, slow: float, *, begun: bool
 ) -> str:  # fmt: skip
     """Why a candidate is not begun, or an empty text."""
     if one.teacher and jobs[one.teacher].state != "done":
         return f"its teacher has {jobs[one.teacher].state}"
     needs = 60 * one.minutes * slow
-    if not first and needs > PATIENCE * max(left, 0):
+    if not begun and needs > PATIENCE * max(left, 0):
         return f"needs {format_seconds(needs)}, {format_seconds(max(left, 0))} are left"
     return ""
 
