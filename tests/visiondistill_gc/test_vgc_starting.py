@@ -244,3 +244,12 @@ def test_verdicts():
     assert "Distillation helped: +1.0" in verdicts(measured)[2]
     gap.update(mean=-0.03, low=-0.04, high=-0.02)
     assert "did not help, it hurt: -3.0" in verdicts(measured)[2]
+    # A single student is judged where nothing was chosen, and so is one that the folds taught.
+    measured["trained_floor"]["test"] = {"accuracy": 0.85}
+    measured["test"]["one"] = {"accuracy": 0.86}
+    assert verdicts(measured)[1] == (
+        "The one student: 0.8600 on held-out images, above trained features, linear (0.8500)."
+    )
+    measured["validated"] = "validation"
+    first = verdicts(measured)[0]
+    assert first == "0.8000 on held-out images, BELOW trained features, linear (0.8500)."
