@@ -5,6 +5,7 @@ SETS = ("AID", "NaSC", "NWPU", "PatternNet", "UCM")
 STAGES = ("prepare", "backbone", "distil", "labels", "exits", "evaluate")
 ISOTROPIC_ARCHS = ("gfnet-ti", "gfnet-xs", "gfnet-s", "gfnet-b")  # one grid in all blocks
 PYRAMID_ARCHS = ("gfnet-h-ti", "gfnet-h-s", "gfnet-h-b")  # four stages: teachers, no exits
+LITE_ARCHS = ("lite0", "lite1", "lite2")  # trained on ImageNet: teachers, and with exits
 FILTERS = ("auto", "fft", "dft", "dft-dense")
 TRANSFERS = ("official", "spectrum")
 GATES = ("unc", "identity")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfnet_dynn.choices import ALL, LEARNED_RULES, PYRAMID_ARCHS, SETS, STORED
+from gfnet_dynn.choices import ALL, LEARNED_RULES, LITE_ARCHS, PYRAMID_ARCHS, SETS, STORED
 from gfnet_dynn.options import BACKBONE, BUILTIN, LEARNING, NETWORK, SIZES, STUDENT, build_parser
 from gfnet_dynn.recipes import RECIPES
 from gfnet_dynn.settings import is_model_file
@@ -17,6 +17,8 @@ from shared_core.datasets.views.randaugment import RandAugment
 from shared_core.runs import UsageError
 from shared_core.runs.opening import Start
 from shared_core.runs.options import choose_scale, options_given, start_of
+from shared_core.weights.catalogue import ALIASES
+from shared_core.weights.efficientnet_lite import block_plan
 
 PYRAMID_SIDE = 32  # pixels: patches of 4, and a grid that halves three times
 # Options that are no part of a run's configuration.
@@ -125,22 +127,33 @@ def _settle_teacher(args: argparse.Namespace, given: set[str]) -> None:
     if args.teacher == "none" or (own and args.teacher and "teacher" not in given):
         args.teacher = None
         for name in ("epochs", "lr"):  # the recipe's are those of fine-tuning
-            if f"backbone_{name}" not in given:
+            if f"backbone_{name}" not in given and args.backbone_arch not in LITE_ARCHS:
                 setattr(args, f"backbone_{name}", getattr(args, f"student_{name}"))
-    if args.teacher is None or is_model_file(args.teacher):
+    name = args.teacher
+    if args.backbone_arch in LITE_ARCHS:
+        name = name or args.backbone_arch
+        if args.no_distil and "exits" not in given:
+            args.exits = lite_stage_ends(args.backbone_arch)
+    if name is None or is_model_file(name):
         return
     from shared_core.for_torch.networks import find_network
     from shared_core.weights.catalogue import entry
     from shared_core.weights.finding import TRAINED, find_weights, how_to_get
 
     try:
-        found = find_network(args.teacher)
+        found = find_network(name)
     except ValueError as error:
         raise UsageError(f"--teacher: there is no such file, and {error}") from None
     if args.pretrained is None and found.library == "core":
         if find_weights(TRAINED, architecture=found.name) is None:
             how = how_to_get(entry(found.name))
-            raise UsageError(f"--teacher {args.teacher}: get its trained weights by {how}")
+            raise UsageError(f"{name}: get its trained weights by {how}")
+
+
+def lite_stage_ends(arch: str) -> tuple[int, ...]:
+    """The last blocks of an EfficientNet-lite's fourth, fifth and sixth stage."""
+    plan = block_plan(ALIASES[arch])
+    return tuple(plan[stage][-1].index for stage in (3, 4, 5))
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -221,7 +234,10 @@ def _check_exits(args: argparse.Namespace) -> None:
     from gfnet_dynn.models.gfnet import ISOTROPIC
 
     arch = args.backbone_arch if args.no_distil else args.student_arch
-    depth = args.depth or ISOTROPIC[arch][1]
+    if arch in LITE_ARCHS:
+        depth = block_plan(ALIASES[arch])[-1][-1].count + 1
+    else:
+        depth = args.depth or ISOTROPIC[arch][1]
     exits = list(args.exits)
     if depth < 2 or exits != sorted(set(exits)) or any(not 0 <= e < depth - 1 for e in exits):
         raise UsageError(
@@ -272,7 +288,7 @@ def _check_effects(args: argparse.Namespace, given: set[str]) -> None:
         ),
         (args.phase2 == "joint", ("bilevel_batch_count",), "--phase2 joint takes no turns"),
         (
-            args.backbone_arch in PYRAMID_ARCHS,
+            args.backbone_arch in (*PYRAMID_ARCHS, *LITE_ARCHS),
             ("backbone_dim",),
             f"the widths of {args.backbone_arch} are its own",
         ),

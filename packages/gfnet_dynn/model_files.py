@@ -15,6 +15,7 @@ from gfnet_dynn.models.gfnet import GFNet
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.models.gfnet_pyramid import GFNetPyramid
 from gfnet_dynn.models.named import NamedNetwork
+from gfnet_dynn.models.staged import StagedNetwork
 from gfnet_dynn.models.transfer import load_weights
 from shared_core import checkpoints
 from shared_core.for_torch.checkpoints import (
@@ -28,7 +29,8 @@ from shared_core.for_torch.precision import computes_bf16
 from shared_core.runs import UsageError
 
 PROJECT = "gfnet_dynn"
-PLAIN, PYRAMID, NAMED, EXITS = "GFNet", "GFNetPyramid", "NamedNetwork", "GFNetDynn"
+PLAIN, PYRAMID, EXITS = "GFNet", "GFNetPyramid", "GFNetDynn"
+NAMED, STAGED = "NamedNetwork", "StagedNetwork"
 POLICIES = "exit_policies"  # the facts' entry: thresholds that the run's evaluation found
 
 
@@ -81,7 +83,7 @@ def load_model(path: Path, *, architecture: str | None = None) -> tuple[nn.Modul
     """
     weights, facts = load_checkpoint(path, project=PROJECT, architecture=architecture)
     try:
-        kinds = {PLAIN: GFNet, PYRAMID: GFNetPyramid, NAMED: NamedNetwork}
+        kinds = {PLAIN: GFNet, PYRAMID: GFNetPyramid, NAMED: NamedNetwork, STAGED: StagedNetwork}
         if facts["architecture"] == EXITS:
             model: nn.Module = GFNetDynn.from_config(facts["model"])
         else:

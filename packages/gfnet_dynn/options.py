@@ -18,6 +18,7 @@ from gfnet_dynn.choices import (
     GATES,
     HEAD_LOSSES,
     ISOTROPIC_ARCHS,
+    LITE_ARCHS,
     LIVE,
     OBJECTIVES,
     PHASE2,
@@ -306,9 +307,9 @@ def _networks(parser: CommandParser) -> None:
         "--arch",
         type=arch,
         default="gfnet-xs",
-        choices=(*ISOTROPIC_ARCHS, *PYRAMID_ARCHS),
+        choices=(*ISOTROPIC_ARCHS, *PYRAMID_ARCHS, *LITE_ARCHS),
         help="The network to train first. The pyramids (gfnet-h-...) can teach a student; exits "
-        "need one grid in all blocks.",
+        "need a row of blocks, as lite0, lite1, lite2 have, which start from ImageNet's weights.",
     )
     add_common(
         group,
@@ -432,7 +433,8 @@ def _exits(parser: CommandParser) -> None:
         type=exit_blocks,
         default=(3, 5, 7, 9),
         metavar="3,5,7,9",
-        help="The blocks after which exits sit, counted from 0, or all (default: 3,5,7,9).",
+        help="The blocks after which exits sit, counted from 0, or all (default: 3,5,7,9; of lite0 "
+        "and its like the last blocks of three stages).",
     )
     _table(
         group,

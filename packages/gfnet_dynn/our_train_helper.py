@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gfnet_dynn.choices import LEARNED_RULES
 from gfnet_dynn.decide.exit_outputs import ExitLogits
-from gfnet_dynn.model_files import PLAIN, check_fits, load_model, save_model
+from gfnet_dynn.model_files import PLAIN, STAGED, check_fits, load_model, save_model
 from gfnet_dynn.models.exit_policy import ExitPolicy
 from gfnet_dynn.models.gfnet_dynn import GFNetDynn
 from gfnet_dynn.run import Run, pairs
@@ -125,7 +125,9 @@ class _ExitStage:
         self.owner, self.wanted, self.replay = run, wanted, replay
         below = "backbone" if run.settings.networks.no_distil else "student"
         source = run.settings.checkpoint or run.file(below)
-        backbone, facts = load_model(source, architecture=PLAIN)
+        backbone, facts = load_model(source)
+        if facts["architecture"] != STAGED:
+            backbone, facts = load_model(source, architecture=PLAIN)
         check_fits(source, backbone, facts, run.data)
         self.network = facts["sha256"]
         exits = wanted.blocks(backbone.depth)

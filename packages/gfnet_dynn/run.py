@@ -53,6 +53,8 @@ class Run:
         loaders = self.loaders(shared=True)
         if self.settings.stored_answers:
             return loaders.turned(stage, batch_size=batch_size, answers=answers)
+        if self.settings.networks.no_distil and self.settings.networks.teacher_network:
+            return loaders.shifted(stage, batch_size=batch_size)
         return loaders.train(stage, batch_size=batch_size)
 
     def file(self, stage: str) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from gfnet_dynn.choices import ALL, SETS, STORED
+from gfnet_dynn.choices import ALL, LITE_ARCHS, SETS, STORED
 
 PATHS = frozenset({"data_path", "pretrained", "student_init", "checkpoint", "quarantine", "split"})
 TUPLES = frozenset({"crop_scale", "exits"})
@@ -83,7 +83,9 @@ class Networks:
     @property
     def teacher_network(self) -> str | None:
         """The name of a trained network that is fine-tuned to be the teacher."""
-        return None if self.teacher is None or is_model_file(self.teacher) else self.teacher
+        if self.teacher is None:
+            return self.backbone_arch if self.backbone_arch in LITE_ARCHS else None
+        return None if is_model_file(self.teacher) else self.teacher
 
     @property
     def teacher_file(self) -> Path | None:

@@ -42,14 +42,9 @@ class Placement:
 
 def exit_overheads(model: nn.Module) -> NDArray:
     """MACs that an exit adds for each image that passes it: its norm, head and gate, ``(G,)``."""
-    backbone = model.backbone
-    tokens = backbone.grid[0] * backbone.grid[1]
-    layers = op_counter.exit_layers(
-        tokens, backbone.embed_dim, backbone.num_classes, names=("norm", "head")
-    )
-    macs = total_macs(layers, elementwise=True)
     gate = op_counter.GATE_INPUTS if model.gate_kind == "unc" else 0
-    return np.full(len(model.exits), float(macs + gate))
+    layers = (op_counter.head_layers(model.backbone, block) for block in model.exits)
+    return np.asarray([float(total_macs(one, elementwise=True) + gate) for one in layers])
 
 
 def pruned_costs(costs: NDArray, overheads: NDArray, exits: Iterable[int]) -> NDArray:

@@ -72,14 +72,15 @@ def write_float(
         export_onnx(model, path, input_size=(3, *model.img_size), opset=opset)
         return [path]
     backbone, paths = model.backbone, []
-    tokens = (backbone.grid[0] * backbone.grid[1], backbone.embed_dim)
     for index in range(model.num_gates + 1):
         last = index == model.num_gates
         paths.append(folder / f"float{index}.onnx")
         export_onnx(
             Segment(model, index),
             paths[-1],
-            input_size=(3, *backbone.img_size) if index == 0 else tokens,
+            input_size=(3, *backbone.img_size)
+            if index == 0
+            else backbone.token_shape(model.exits[index - 1]),
             input_name="image" if index == 0 else f"{TOKENS}_in",
             output_names=(LOGITS,) if last else (TOKENS, LOGITS, GATE),
             opset=opset,

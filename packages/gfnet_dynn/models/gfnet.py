@@ -179,6 +179,7 @@ class GFNet(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim)
         self.img_size, self.patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
         self.grid = self.patch_embed.grid
+        self.widths = (embed_dim,) * depth  # channels after each block
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
         tables = DftTables(self.grid)
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
@@ -216,6 +217,10 @@ class GFNet(nn.Module):
     def stem(self, x: Tensor) -> Tensor:
         """Images ``(N, 3, H, W)`` to the tokens ``(N, L, C)`` that enter the first block."""
         return self.patch_embed(x) + self.pos_embed
+
+    def token_shape(self, block: int) -> tuple[int, ...]:
+        """Of one image's tokens after any block."""
+        return self.grid[0] * self.grid[1], self.embed_dim
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Tokens ``(N, L, C)`` after any block to an embedding ``(N, C)``: mean of their norm."""

@@ -12,6 +12,7 @@ from gfnet_dynn.models import op_counter
 from gfnet_dynn.models.exit_policy import ExitPolicy, keep_rows
 from gfnet_dynn.models.gates import make_gate
 from gfnet_dynn.models.gfnet import GFNet
+from gfnet_dynn.models.staged import StagedNetwork
 
 DEFAULT_EXITS = (3, 5, 7, 9)
 
@@ -45,13 +46,13 @@ def check_exits(exits: Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 class GFNetDynn(nn.Module):
-    """A GFNet with a linear head and a gate after each block in ``exits``.
+    """A network with a linear head and a gate after each block in ``exits``.
 
     Every exit sees ``mean(norm(tokens))`` through the backbone's own final norm. Heads keep torch's
     default Linear init, as the original's do; for the gates see ``make_gate``.
 
     Args:
-        backbone: an isotropic GFNet; its ``head`` is the final exit.
+        backbone: an isotropic GFNet or an EfficientNet-lite; its ``head`` is the final exit.
         exits: 0-based blocks after which exits sit, rising; any number of them.
         gate: ``unc`` or ``identity``.
         gate_init: ``uniform`` or ``torch``.
@@ -59,23 +60,23 @@ class GFNetDynn(nn.Module):
 
     def __init__(
         self,
-        backbone: GFNet,
+        backbone: GFNet | StagedNetwork,
         exits: Sequence[int] = DEFAULT_EXITS,
         *,
         gate: str = "unc",
         gate_init: str = "uniform",
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, GFNet):
+        if not isinstance(backbone, GFNet | StagedNetwork):
             raise ValueError(
-                f"backbone: got a {type(backbone).__name__}, expected a GFNet: exits need blocks "
-                "that all work on one grid and width"
+                f"backbone: got a {type(backbone).__name__}, expected a GFNet or an "
+                "EfficientNet-lite: exits need a row of blocks"
             )
         self.exits = check_exits(exits, backbone.depth)
         self.gate_kind, self.gate_init = gate, gate_init
         self.backbone = backbone
         self.exit_heads = nn.ModuleList(
-            nn.Linear(backbone.embed_dim, backbone.num_classes) for _ in self.exits
+            nn.Linear(backbone.widths[block], backbone.num_classes) for block in self.exits
         )
         self.gates = nn.ModuleList(
             make_gate(gate, num_gates=len(self.exits), init=gate_init) for _ in self.exits
@@ -99,7 +100,8 @@ class GFNetDynn(nn.Module):
     def from_config(cls, config: dict) -> "GFNetDynn":
         """An untrained network of the sizes in ``config``."""
         rest = {name: value for name, value in config.items() if name != "backbone"}
-        return cls(GFNet(**config["backbone"]), **rest)
+        kind = StagedNetwork if "network" in config["backbone"] else GFNet
+        return cls(kind(**config["backbone"]), **rest)
 
     def segment(self, tokens: Tensor, index: int) -> Tensor:
         """Run the blocks behind exit ``index - 1``, up to exit ``index`` (G: up to the last)."""

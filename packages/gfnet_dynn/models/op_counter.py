@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from gfnet_dynn.models.named import NamedNetwork
+from gfnet_dynn.models.staged import StagedNetwork
 from shared_core.metrics import cost
 
 GATE_INPUTS = 4  # features that a gate's linear layer sees
@@ -83,24 +84,37 @@ def model_macs(model: nn.Module, *, elementwise: bool = True) -> int:
     return cost.total_macs(layer_costs(model), elementwise=elementwise)
 
 
+def _blocks(backbone: nn.Module) -> list[int]:
+    """MACs of a GFNet's blocks; cutting into patches is the first block's."""
+    found = [0] * backbone.depth
+    for layer in layer_costs(backbone):
+        top = layer.name.split(".")
+        if top[0] in ("blocks", "patch_embed"):
+            found[int(top[1]) if top[0] == "blocks" else 0] += layer.macs + layer.elementwise
+    return found
+
+
+def head_layers(backbone: nn.Module, block: int) -> list:
+    """What a head after ``block`` computes."""
+    classes = backbone.num_classes
+    if isinstance(backbone, StagedNetwork):
+        return [cost.linear(1, backbone.widths[block], classes, name="head")]
+    tokens = backbone.grid[0] * backbone.grid[1]
+    return exit_layers(tokens, backbone.embed_dim, classes, names=("norm", "head"))
+
+
 def exit_costs(model: nn.Module) -> np.ndarray:
     """MACs of an image that leaves at each exit of a GFNetDynn, float64 ``(G+1,)``, rising.
 
     Each exit passed adds its norm, head and gate; the last entry is a run to the final head.
     """
     backbone = model.backbone
-    by_block: dict[str, int] = {}
-    for layer in layer_costs(backbone):
-        top = layer.name.split(".")
-        key = ".".join(top[:2]) if top[0] == "blocks" else top[0]
-        by_block[key] = by_block.get(key, 0) + layer.macs + layer.elementwise
-    tokens = backbone.grid[0] * backbone.grid[1]
+    by_block = backbone.block_macs() if isinstance(backbone, StagedNetwork) else _blocks(backbone)
     ends = [*model.exits, backbone.depth - 1]
     segments, exits, start = [], [], 0
     for index, end in enumerate(ends):
-        blocks = sum(by_block[f"blocks.{i}"] for i in range(start, end + 1))
-        segments.append(blocks + (by_block["patch_embed"] if index == 0 else 0))
-        here = exit_layers(tokens, backbone.embed_dim, backbone.num_classes, names=("norm", "head"))
+        segments.append(sum(by_block[start : end + 1]))
+        here = head_layers(backbone, end)
         if index < len(model.exits) and model.gate_kind == "unc":
             here.append(cost.linear(1, GATE_INPUTS, 1, name=f"gates.{index}"))
         exits.append(cost.total_macs(here, elementwise=True))

@@ -50,8 +50,8 @@ class DeepTask(Task):
             )
         self.inner, self.settings, self.smoothing = inner, settings, smoothing
         self.exits = tuple(int(block) for block in exits)
-        width, classes = inner.model.embed_dim, inner.model.num_classes
-        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in self.exits)
+        widths, classes = inner.model.widths, inner.model.num_classes
+        self.heads = nn.ModuleList(nn.Linear(widths[block], classes) for block in self.exits)
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]

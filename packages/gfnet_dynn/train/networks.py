@@ -31,7 +31,7 @@ from gfnet_dynn.train.distillation import (
     matched_blocks,
 )
 from gfnet_dynn.train.finetune import FineTune, PlainTask, Task
-from gfnet_dynn.train.teacher import HEAD_RATE, start_teacher, stored_answers
+from gfnet_dynn.train.teacher import FRESH_RATE, HEAD_RATE, start_teacher, stored_answers
 from shared_core.for_torch.data import TorchLoader
 from shared_core.for_torch.precision import Precision
 
@@ -72,9 +72,9 @@ def train_backbone(run: Run) -> dict[str, Any]:
     if names.teacher_network is not None:
         teacher = start_teacher(run)
         task = PlainTask(teacher, smoothing=settings.finetuning.smoothing)
-        return _fine_tune(
-            run, "backbone", task, rates={f"model.body.{teacher.head_name}": HEAD_RATE}
-        )
+        head = f"model.body.{teacher.head_name}"
+        rates = {head: HEAD_RATE, f"inner.{head}": HEAD_RATE, "heads.": FRESH_RATE}
+        return _fine_tune(run, "backbone", task, rates=rates)
     model = new_network(run, arch=names.backbone_arch, dim=names.backbone_dim)
     if names.pretrained is not None:
         replaced = load_pretrained(names.pretrained, model, transfer=names.resolution_transfer)

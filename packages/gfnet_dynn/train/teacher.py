@@ -9,6 +9,7 @@ import torch
 
 from gfnet_dynn.model_files import check_fits, load_model
 from gfnet_dynn.models.named import NamedNetwork
+from gfnet_dynn.models.staged import StagedNetwork
 from gfnet_dynn.run import Run
 from gfnet_dynn.scene_views import turn_images
 from shared_core.for_torch.distributed import main_works
@@ -28,6 +29,7 @@ FLOOR_SIDE = 224  # pixels, at most
 FLOOR_IMAGES = 50_000  # training images, at most
 PROBE_FILE = "trained-features.npz"
 DROP_PATH = 0.1
+FRESH_RATE = 6.0  # the same of heads that nothing has fitted
 HEAD_RATE = 0.6  # times the body's learning rate: the head has been fitted already
 
 
@@ -77,7 +79,8 @@ def start_teacher(run: Run) -> NamedNetwork:
     if not (run.folder / "state" / "backbone.pth").exists():  # else a state goes on from there
         probe = _stored_probe(run, found.name) or _fit_probe(run, started)
         _into_head(started, probe, len(data.classes))
-    return NamedNetwork(
+    kind = StagedNetwork if found.library == "core" else NamedNetwork
+    return kind(
         network=f"{found.library}/{found.name}",
         num_classes=len(data.classes),
         img_size=size,
