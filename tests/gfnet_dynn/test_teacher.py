@@ -256,7 +256,7 @@ def _count(training) -> None:
     training.step += 1
 
 
-@pytest.mark.parametrize("stage", ["backbone", "distil"])
+@pytest.mark.parametrize("stage", [pytest.param("backbone", marks=pytest.mark.slow), "distil"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     tmp_path, taught, images, command, monkeypatch, digests, stage
 ):
