@@ -283,6 +283,9 @@ def test_of_two_files_the_chosen_one_alone_is_shipped(run, form):
     assert ("x64quantprecision" in text) == (form == "onnx-int8")  # exact sums without VNNI
     rows = {row.form: row for row in run[1] if row.candidate == "both"}
     assert rows["onnx"].right != rows["onnx-int8"].right
+    assert (rows["onnx"].name, rows["onnx-int8"].name) == ("both float", "both int8")
+    assert replace(rows["onnx"], int8=True).name == "both trained int8"
+    assert (rows["onnx"].int8, rows["onnx-int8"].int8) == (False, True)
     accuracy = {row.form: row.accuracy.value for row in rows.values()}
     assert facts.measured["accuracy"]["value"] == accuracy[form]
 

@@ -268,6 +268,7 @@ class Judged:
         mistakes: the surest wrong answers.
         right: which calibration images it answered rightly, in the split's order: their number, a
             colon, hexadecimal bits (``np.packbits``). Paired choices are made by it.
+        int8: whether the file computes in 8 bits.
         notes: one line each.
     """
 
@@ -298,11 +299,13 @@ class Judged:
     notes: tuple[str, ...] = ()
     front: bool = False
     right: str = ""
+    int8: bool = False
 
     @property
     def name(self) -> str:
-        """``lite0-160 int8``."""
-        return f"{self.candidate} {FORMS.get(self.form, self.form)}"
+        """``lite0-160 int8``; ``trained int8`` where the first file computes in 8 bits already."""
+        form = FORMS.get(self.form, self.form)
+        return f"{self.candidate} {form.replace('float', 'trained int8') if self.int8 else form}"
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,6 @@ def _row(
                if name.startswith(f"{form}/") and name.endswith("_top") and name not in known
                }  # fmt: skip
     agreement, notes = _agreement(facts, form, answers)
-    if "int8" not in form and any(holds_int8(place / MODEL / name) for name in files):
-        notes = (*notes, "its file computes in 8 bits, as it was trained")
     peak = answers.get(f"{form}/memory")
     return Judged(
         candidate=planned.name, form=form, base=planned.base, seed=planned.seed,
@@ -154,6 +152,7 @@ def _row(
         confusions=_confusions(numbers["confusion"], names),
         mistakes=_mistakes(given, top, test, root),
         unknown=describe(threshold, top, strange), right=pack_bits(right), notes=notes,
+        int8=any(holds_int8(place / MODEL / name) for name in files),
     )  # fmt: skip
 
 
