@@ -182,6 +182,8 @@ def test_whole_groups_are_held_out():
     assert parts == assign_groups(list(reversed(coarse)), HoldOut(test=0.3, validation=0.2))
     others = [assign_groups(coarse, HoldOut(test=0.3, seed=seed)) for seed in range(8)]
     assert len({tuple(sorted(p.items())) for p in others}) > 1
+    few = assign_groups(["a", "b", "c"], HoldOut(test=0.25, validation=0.15))
+    assert sorted(few.values()) == ["test", "train", "train"]  # nobody learns from one class
     named = assign_groups(coarse, HoldOut(test_groups=("b",), validation_groups=("d",)))
     assert named == {"a": "train", "b": "test", "c": "train", "d": "validation"}
     for hold_out, message in (

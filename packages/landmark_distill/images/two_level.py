@@ -14,7 +14,7 @@ from landmark_distill.config import LAYOUTS, HoldOut
 from shared_core.datasets import DatasetError, ImageSet, Listing, Manifest, Sample, scan
 from shared_core.datasets.splitting.manifest import Entry, sorted_entries
 
-LEAST_LEARNED = 2  # groups that validation leaves to learn from
+LEAST_LEARNED = 2  # classes that validation by share leaves to learn from
 # What is learned from; images of the same classes that choose the best epoch; unseen classes that
 # tune settings; unseen classes that are looked at once.
 PARTS = ("train", "calibration", "validation", "test")
@@ -64,8 +64,8 @@ def assign_groups(coarse: Sequence[str], hold_out: HoldOut) -> dict[str, str]:
     """Part of each coarse group: ``test``, ``validation`` or ``train``.
 
     A part that is asked for by share takes groups in the order of a hash of seed and name until
-    the share of the classes is reached; at least one group stays for training, and validation by
-    share takes none of the last two.
+    the share of the classes is reached; at least one group stays for training, and validation
+    leaves two classes to learn from.
 
     Args:
         coarse: coarse name of each class.
@@ -98,8 +98,8 @@ def assign_groups(coarse: Sequence[str], hold_out: HoldOut) -> dict[str, str]:
             continue
         wanted, taken = share * len(coarse), 0
         for name in order:
-            few = part == "validation" and len(sizes) - len(parts) <= LEAST_LEARNED
-            if taken >= wanted or few:
+            left = len(coarse) - sum(sizes[one] for one in {*parts, name})
+            if taken >= wanted or (part == "validation" and left < LEAST_LEARNED):
                 break
             if name not in parts:
                 parts[name] = part
