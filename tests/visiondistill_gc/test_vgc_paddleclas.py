@@ -89,7 +89,12 @@ def test_a_run_starts_from_its_files_and_freezes(run):
     model = load_model(place / "run" / "models_saved" / "best_model.pdparams")
     after, units = model.net.state_dict(), units_of(model.net)
     frozen = {id(p) for unit in units[:4] for p in unit.parameters()}
-    same = {k for k in given if np.array_equal(given[k].numpy(), after[k].numpy())}
+    moved = {
+        k: np.abs(given[k].numpy() - v.numpy()).max()
+        for k, v in after.items()
+        if given[k].shape == v.shape
+    }
+    same = {k for k, far in moved.items() if far < 1e-6}  # the average of weights rounds
     assert {k for k, v in after.items() if id(v) in frozen} <= same
     assert not {"fc.weight", "last_conv.weight"} & same and after["fc.weight"].shape[1] == 2
 
