@@ -18,12 +18,14 @@ from shared_core.runs import RunLock, UsageError, read_result
 def test_a_whole_run_leaves_everything(finished):
     folder, done = finished
     lines = done.out.strip().splitlines()
-    assert lines[0].startswith("REHEARSAL") and lines[0] == lines[-1]
+    assert lines[0].startswith("REHEARSAL") and lines[-1].startswith(lines[0])
     assert "not a reproduction" in lines[0]
     record = read_result(folder / "result.json")
     assert record["scale"] == "rehearsal" and record["data"]["kind"] == "built-in"
     measured = record["measured"]
-    assert set(measured) == {"prepare", "teacher", "distil", "quantize", "export", "analyze"}
+    stages = {"prepare", "teacher", "distil", "quantize", "export", "analyze"}
+    assert set(measured) == stages | {"floors", "verdicts"}
+    assert lines[-1].endswith(" ".join(measured["verdicts"]))
     student, facts = load_net(folder / "checkpoints" / "student.pth")
     assert facts["metrics"]["test_accuracy"] == measured["distil"]["test_accuracy"]
     assert facts["split_hash"] == record["data"]["split_hash"] and not student.training
