@@ -324,7 +324,7 @@ def test_many_images_are_compared_in_fewer_numbers(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("images", "side", "size"),
-    [(500, 400, 224), (500, 128, 160), (500, 32, 96), (8000, 400, 160), (100_000, 400, 96)],
+    [(500, 400, 224), (500, 128, 224), (500, 32, 96), (8000, 400, 160), (100_000, 400, 96)],
 )
 def test_the_size_of_features(images: int, side: int, size: int) -> None:
     assert labels.feature_size(images, side) == size

@@ -102,9 +102,9 @@ def test_the_output_is_named_after_the_images():
     assert parse([]).minutes < 4 < parse(["--data-path", "/x/birds"]).minutes == 30
 
 
-def test_sizes_are_near_the_images_own_and_cost_half():
+def test_small_images_are_enlarged_and_the_second_size_costs_half():
     assert [sizes(n) for n in (28, 96, 128, 256, 4000)] == [
-        (96, 64), (96, 64), (128, 96), (224, 160), (224, 160)
+        (96, 64), (128, 96), (192, 128), (224, 160), (224, 160)
     ]  # fmt: skip
     for pixels in range(16, 600, 13):
         full, small = sizes(pixels)

@@ -17,6 +17,7 @@ from compare.contract import CANDIDATES, SPLIT_FILE, DataCheck, Planned
 REPO = Path(__file__).resolve().parents[2]
 LITE0, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
 SIDES = (96, 224)  # pixels, of the larger of two input sizes
+ENLARGED = 1.5  # networks that were trained at 224 pixels see more in small images made larger
 BATCH, PICTURES = 64, 16_000  # images of a step, and of a training that is long enough
 PROBE_IMAGES, PROBE_WORK = 20_000, 4_000_000  # images; images times classes
 WORK = "work"  # a candidate's folder for its project
@@ -233,8 +234,8 @@ MAKERS: dict[str, Maker] = {
 
 
 def sizes(pixels: int) -> tuple[int, int]:
-    """Two input sizes for images of a short side: near their own, and one that costs half."""
-    full = min(max(32 * round(pixels / 32), SIDES[0]), SIDES[1])
+    """Two input sizes for images of a short side: what shows most, and one that costs half."""
+    full = min(max(32 * round(ENLARGED * pixels / 32), SIDES[0]), SIDES[1])
     return full, max(32 * round(0.72 * full / 32), 64)
 
 

@@ -16,6 +16,7 @@ from shared_core.runs.progress import progress
 
 NETWORK = "lite0"
 SIZES = (224, 160, 128, 96)  # pixels
+ENLARGED = 1.75  # at most: more shows nothing new
 AT_MOST = {224: 6_000, 160: 15_000, 128: 40_000}  # images at a size; more are looked at smaller
 BATCH, CHUNK = 64, 32  # images a batch, batches between two notes of what is done
 NEIGHBOURS = 10
@@ -47,7 +48,7 @@ class StoredFeatures:
 def feature_size(images: int, short_side: int) -> int:
     """The side in pixels that this many images of this size are looked at."""
     fits = [size for size in SIZES if images <= AT_MOST.get(size, images)]
-    useful = [size for size in fits if size <= max(SIZES[-1], 1.25 * short_side)]
+    useful = [size for size in fits if size <= max(SIZES[-1], ENLARGED * short_side)]
     return useful[0] if useful else SIZES[-1]
 
 
