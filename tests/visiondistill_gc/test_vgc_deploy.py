@@ -21,7 +21,9 @@ from shared_core.deploy import contract, write
 from shared_core.deploy.check import ExportError
 from shared_core.deploy.facts import read_facts
 from shared_core.deploy.predictor import open_model
+from shared_core.deploy.session import open_session
 from shared_core.deploy.write import Calibration
+from shared_core.for_paddle.efficientnet_lite import EfficientNetLite
 from visiondistill_gc import export, inference
 from visiondistill_gc.deploy import forms, images
 from visiondistill_gc.deploy.openers import OPENERS, open_paddle
@@ -114,6 +116,24 @@ def test_multiply_accumulates_are_those_of_the_published_table():
     total += side * side * width * 1280 + 1280 * 1024 + 1024 * 4
     assert forms.macs_of(build_student(num_classes=4), (224, 224)) == total
     assert total == pytest.approx(300e6, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [40, 33])
+def test_an_efficientnet_lite_answers_the_same_from_onnx(tmp_path, size):
+    """Its stride-2 convolutions pad unevenly; Paddle2ONNX mixed the sizes up."""
+    paddle.seed(0)
+    net = build_student(num_classes=4, name="efficientnet_lite0", frozen=0)
+    net.eval()
+    plain = EfficientNetLite("efficientnet_lite0", num_classes=4)
+    plain.set_state_dict(net.state_dict())
+    plain.eval()
+    images = np.random.default_rng(0).normal(size=(3, 3, size, size)).astype(np.float32)
+    truth = plain(paddle.to_tensor(images)).numpy()
+    np.testing.assert_allclose(net(paddle.to_tensor(images)).numpy(), truth, atol=1e-4)
+    facts = SimpleNamespace(input_size=(size, size))
+    path = forms.onnx_source(net, facts, tmp_path, opset=17)
+    found = open_session(path).run(None, {"image": images})[0]
+    np.testing.assert_allclose(found, truth, atol=1e-3 * np.abs(truth).max())
 
 
 def test_inference_takes_the_folder(model, exported, labelled, tmp_path):
