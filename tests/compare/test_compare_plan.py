@@ -31,7 +31,7 @@ from shared_core.runs import UsageError
 
 def checked(train: int = 1000, calibration: int = 100, test: int = 200) -> DataCheck:
     counts = {"train": (train, 0), "calibration": (calibration, 0), "test": (test, 0)}
-    return DataCheck("set", "real", "/images", ("a", "b"), counts, "hash", False, 128)
+    return DataCheck("set", "real", "/images", ("a", "b"), counts, "hash", False, 85)
 
 
 @pytest.mark.parametrize(
