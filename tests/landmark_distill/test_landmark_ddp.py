@@ -77,7 +77,8 @@ def two(tmp_path_factory, landmark, landmark_images, file_of):
     place = tmp_path_factory.mktemp("two")
     data = landmark_images(place / "images", tuple("abcdef"))
     common = [*SMALL, "--data-path", str(data), "--dataset", "colours"]
-    done = landmark(*common, "--output", place / "teacher", "--max_epoch", "1")
+    teacher = ("--backbone_class", "Resnet12", "--max_epoch", "1")
+    done = landmark(*common, *teacher, "--output", place / "teacher")
     assert done.code == 0, done.err
     student = [
         *common, *SWIN, "--is_distill", "--head_fixed", "--teacher_backbone_class", "Resnet12",
