@@ -118,7 +118,7 @@ def test_multiply_accumulates_are_those_of_the_published_table():
     assert total == pytest.approx(300e6, rel=0.01)
 
 
-@pytest.mark.parametrize("size", [40, 33])
+@pytest.mark.parametrize("size", [64, 33])
 def test_an_efficientnet_lite_answers_the_same_from_onnx(tmp_path, size):
     """Its stride-2 convolutions pad unevenly; Paddle2ONNX mixed the sizes up."""
     paddle.seed(0)
