@@ -66,6 +66,7 @@ def test_the_averaged_weights_are_judged_and_kept(trained):
     folder = trained("--ema", "0.9")
     state = torch.load(folder / "state" / "train.pth", weights_only=True)
     parts, last = state.get("parts", state), weights_in(folder)
+    assert parts["ema"]["step"] == 9  # three epochs of three batches
     for name, value in parts["ema"]["weights"].items():
         assert torch.equal(last[name], value)
     assert not torch.equal(last["fc.weight"], parts["model"]["fc.weight"])
