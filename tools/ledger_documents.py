@@ -36,9 +36,7 @@ SPEAKS_OF_ACCURACY = re.compile(
 )
 RATE = re.compile(r"(?<![\w.,-])(?:\d{1,3}(?:\.\d+)?\s?%|0\.\d{2,}(?!\w|\.\d))")
 FACTOR = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?\s?[x×](?![\w×])")
-LEVEL = re.compile(
-    r"confidence (?:of )?95 %|95 % (?=(?:paired )?intervals?|区间|置信)"
-)
+LEVEL = re.compile(r"confidence (?:of )?95 %|95 % (?=(?:paired )?intervals?|区间|置信)")
 SCALES = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9, None: 1.0, "x": 1.0, "×": 1.0}
 
 

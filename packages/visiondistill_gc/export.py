@@ -189,7 +189,7 @@ def _check_packages() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, check, describe. Returns the exit code: 1 when int8 was refused."""
     options = parse(argv)
-    from visiondistill_gc.utils.paddle_inference import import_paddle
+    from shared_core.for_paddle.inference import import_paddle
 
     import_paddle()  # once here, without its warning about a compiler cache
     from visiondistill_gc.deploy.exporting import export

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["packages/visiondistill_gc/main.py", *words_of(argv)])
     # Threads that hardly spin while they wait: on a busy machine the default is many times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from visiondistill_gc.utils.paddle_inference import import_paddle
+    from shared_core.for_paddle.inference import import_paddle
 
     import_paddle()  # once here, without its warning about a compiler cache
     from visiondistill_gc.run.pipeline import run_recipe

@@ -23,12 +23,12 @@ from shared_core.deploy.facts import read_facts
 from shared_core.deploy.predictor import open_model
 from shared_core.deploy.session import open_session
 from shared_core.deploy.write import Calibration
+from shared_core.for_paddle import inference as paddle_inference
 from shared_core.for_paddle.efficientnet_lite import EfficientNetLite
 from visiondistill_gc import export, inference
 from visiondistill_gc.deploy import forms, images
 from visiondistill_gc.deploy.openers import OPENERS, open_paddle
 from visiondistill_gc.models.student_model import build_student
-from visiondistill_gc.utils import paddle_inference
 from visiondistill_gc.utils.model_files import load_model
 
 CLASSES = tools.CLASSES

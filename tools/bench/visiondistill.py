@@ -37,6 +37,7 @@ from shared_core.deploy.predictor import open_model
 from shared_core.deploy.quantize import quantize_static
 from shared_core.deploy.write import write_model_folder
 from shared_core.for_paddle.export import export_inference
+from shared_core.for_paddle.inference import Network, paddle_inference
 from shared_core.for_paddle.losses import cross_entropy, kd_kl
 from shared_core.runs import write_benchmark
 from visiondistill_gc.deploy.forms import onnx_source, paddle_form
@@ -44,7 +45,6 @@ from visiondistill_gc.deploy.openers import OPENERS, facts_of, predictor_of
 from visiondistill_gc.models.student_model import build_student
 from visiondistill_gc.models.teacher_model import build_teacher, freeze, teach
 from visiondistill_gc.utils.model_files import load_model, save_model
-from visiondistill_gc.utils.paddle_inference import Network, paddle_inference
 
 PIXELS, CLASSES = 224, 4
 EXPORTED, STEP, TEACHER = 7.0, 5.5, 4.0  # goals, as ratios

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from compare.contract import FLOAT, INT8
 from shared_core.deploy.facts import ModelFacts, read_facts
@@ -47,31 +42,12 @@ def open_form(folder: Path, form: str, *, threads: int = 1, device: str = "cpu")
     facts = read_facts(folder)
     key = form if form in facts.files else _SAME_FILE[form]
     file = whole_files(folder, facts, key)[0]
-    run = _paddle_run(file, threads) if form == PADDLE else openvino_run(file, threads=threads)
+    if form == PADDLE:
+        from shared_core.for_paddle.inference import paddle_inference
+
+        run = paddle_inference(file.with_suffix(""), threads=threads)
+    else:
+        run = openvino_run(file, threads=threads)
     found = NetworkPredictor(facts, run, runtime=form, name=str(file))
     found.threads = threads
     return found
-
-
-def _paddle_run(file: Path, threads: int) -> Callable[[npt.NDArray[Any]], npt.NDArray[Any]]:
-    """Paddle Inference's answers to uint8 images; ``file`` is one of the program's two."""
-    import paddle
-
-    prefix = file.with_suffix("")
-    config = paddle.inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
-    config.disable_glog_info()
-    config.disable_gpu()
-    config.set_cpu_math_library_num_threads(threads)
-    config.enable_mkldnn()
-    config.set_mkldnn_cache_capacity(16)  # or every new batch size adds to it
-    predictor = paddle.inference.create_predictor(config)
-    taken = predictor.get_input_handle(predictor.get_input_names()[0])
-    given = predictor.get_output_handle(predictor.get_output_names()[0])
-
-    def run(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        taken.reshape(list(images.shape))
-        taken.copy_from_cpu(np.ascontiguousarray(images))
-        predictor.run()
-        return np.asarray(given.copy_to_cpu())
-
-    return run

@@ -15,8 +15,8 @@ from paddle.nn import functional as F  # noqa: N812
 from shared_core.deploy.facts import ModelFacts
 from shared_core.deploy.write import Form
 from shared_core.for_paddle.export import export_onnx
+from shared_core.for_paddle.inference import paddle_inference
 from visiondistill_gc.deploy.openers import PREFIX
-from visiondistill_gc.utils.paddle_inference import paddle_inference
 
 
 class Answering(nn.Layer):

@@ -24,8 +24,8 @@ from shared_core.deploy.predictor import (
     open_asked,
     whole_files,
 )
+from shared_core.for_paddle.inference import check_gpu, import_paddle, paddle_inference
 from shared_core.runs import UsageError
-from visiondistill_gc.utils.paddle_inference import check_gpu, import_paddle, paddle_inference
 from visiondistill_gc.utils.transforms import eval_view
 
 if TYPE_CHECKING:

@@ -10,22 +10,9 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F  # noqa: N812
 
-from shared_core.for_paddle.efficientnet_lite import EfficientNetLite, SameConv
+from shared_core.for_paddle.efficientnet_lite import EfficientNetLite
 from shared_core.for_paddle.export import export_inference
-from shared_core.weights.efficientnet_lite import same_padding
-from visiondistill_gc.utils.paddle_inference import paddle_inference
-
-
-class PaddedConv(SameConv):
-    """Pads within the convolution: of several paddings that stand alone, Paddle2ONNX mixes up the
-    sizes, and its file answers at random."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, K, ceil(H / stride), ceil(W / stride))``."""
-        kernel, stride = self.same
-        sides = [same_padding(int(side), kernel=kernel, stride=stride) for side in x.shape[2:]]
-        pads = [size for side in sides for size in side]  # top, bottom, left, right
-        return F.conv2d(x, self.weight, stride=stride, padding=pads, groups=self._groups)
+from shared_core.for_paddle.inference import paddle_inference
 
 
 class Lite(EfficientNetLite):
@@ -52,9 +39,6 @@ class Lite(EfficientNetLite):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(variant, num_classes=num_classes, drop_rate=dropout)
-        for layer in self.sublayers():
-            if isinstance(layer, SameConv):
-                layer.__class__ = PaddedConv
         count = len(self.units())
         if not 0 <= frozen <= count:
             raise ValueError(f"frozen is {frozen}, expected 0 to {count} units of {variant}")

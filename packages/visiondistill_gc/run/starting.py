@@ -22,6 +22,7 @@ from shared_core.datasets import ImageSet
 from shared_core.for_paddle.data import Normalizer
 from shared_core.for_paddle.export import export_inference
 from shared_core.for_paddle.features import feature_function, headless, start_head
+from shared_core.for_paddle.inference import paddle_inference
 from shared_core.for_paddle.pretrained import start_weights
 from shared_core.metrics.intervals import wilson_interval
 from shared_core.metrics.probe import LinearProbe, fit_probe
@@ -35,7 +36,6 @@ from visiondistill_gc.options import MOBILENET, PADDLECLAS
 from visiondistill_gc.run.context import Run
 from visiondistill_gc.utils.data_utils import eval_loader
 from visiondistill_gc.utils.model_files import fill_body
-from visiondistill_gc.utils.paddle_inference import paddle_inference
 
 STUDENT, TEACHER = "student", "teacher"
 Facts = dict[str, Any]

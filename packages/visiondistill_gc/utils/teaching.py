@@ -12,11 +12,11 @@ from paddle import Tensor, nn
 
 from shared_core.datasets.views.mixing import Mix
 from shared_core.for_paddle.export import export_inference
+from shared_core.for_paddle.inference import Network, paddle_inference
 from shared_core.knowledge import KnowledgeError, KnowledgeStore
 from shared_core.metrics import softmax
 from visiondistill_gc.models.teacher_model import freeze, teach
 from visiondistill_gc.options import ENGINES
-from visiondistill_gc.utils.paddle_inference import Network, paddle_inference
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit
 

@@ -20,7 +20,11 @@ from shared_core.weights.efficientnet_lite import (
 
 
 class SameConv(nn.Conv2D):
-    """Without bias, padded as TensorFlow: the output's side is ``ceil(side / stride)``."""
+    """Without bias, padded as TensorFlow: the output's side is ``ceil(side / stride)``.
+
+    It pads within the convolution: of several paddings that stand alone, Paddle2ONNX mixes up the
+    sizes, and its file answers at random.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1
@@ -30,7 +34,6 @@ class SameConv(nn.Conv2D):
             outputs,
             kernel,
             stride,
-            kernel // 2 if stride == 1 else 0,
             groups=groups,
             weight_attr=nn.initializer.KaimingNormal(
                 fan_in=outputs * kernel * kernel // groups, nonlinearity="relu"
@@ -42,11 +45,9 @@ class SameConv(nn.Conv2D):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, K, ceil(H / stride), ceil(W / stride))``."""
         kernel, stride = self.same
-        if stride > 1:
-            top, bottom = same_padding(int(x.shape[2]), kernel=kernel, stride=stride)
-            left, right = same_padding(int(x.shape[3]), kernel=kernel, stride=stride)
-            x = F.pad(x, [left, right, top, bottom])
-        return super().forward(x)
+        sides = [same_padding(int(side), kernel=kernel, stride=stride) for side in x.shape[2:]]
+        pads = [size for side in sides for size in side]  # top, bottom, left, right
+        return F.conv2d(x, self.weight, stride=stride, padding=pads, groups=self._groups)
 
 
 def _norm(channels: int) -> nn.Layer:

@@ -45,7 +45,8 @@ class Ema:
         for name, value in model.state_dict().items():
             average = self.weights[name]
             if average.is_floating_point():
-                value = average * decay + value.astype(average.dtype) * (1.0 - decay)
+                # In this form weights that do not change stay as they are, to the bit.
+                value = average + (value.astype(average.dtype) - average) * (1.0 - decay)
             average.set_value(value)
 
     def copy_to(self, model: nn.Layer) -> None:

@@ -67,6 +67,6 @@ def paddle_inference(prefix: str | Path, *, threads: int = 1, gpu: bool = False)
         taken.reshape(list(images.shape))
         taken.copy_from_cpu(np.ascontiguousarray(images))
         predictor.run()
-        return given.copy_to_cpu()
+        return np.asarray(given.copy_to_cpu(), np.float32)
 
     return run
