@@ -55,8 +55,8 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(WORKERS)
 REPROS := $(GFNET_SETS:%=repro-gfnet-%) $(LANDMARK_RECIPES:%=repro-landmark-%) \
 	repro-visiondistill-garbage $(ZOO_TABLES:%=repro-zoo-%) $(MPKD_SETS:%=repro-mpkd-%)
 
-.PHONY: help compare setup setup-paddleclas test test-slow test-compare test-paddleclas mutants lint format doctor house ledger bench constraints wheels \
-	mlflow visualdl tensorboard clean repro $(REPROS) test-shared \
+.PHONY: help compare setup test test-slow test-compare mutants lint format doctor house ledger bench \
+	constraints wheels setup-paddleclas paddleclas-python test-paddleclas mlflow visualdl tensorboard clean repro $(REPROS) test-shared \
 	$(PROJECTS:%=install-%) $(PROJECTS:%=setup-%) $(PROJECTS:%=test-%)
 
 help: ## list the targets
@@ -104,6 +104,9 @@ PADDLECLAS_PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do "
 	test -x .venv-paddleclas/bin/python || "$(PADDLECLAS_PYTHON)" -m venv .venv-paddleclas
 	.venv-paddleclas/bin/python -m pip install --disable-pip-version-check "./packages/visiondistill_gc[paddleclas,export]" pytest
 	@touch $@
+
+paddleclas-python:
+	@echo "$(PADDLECLAS_PYTHON)"
 
 setup-paddleclas: .venv-paddleclas/.ready ## .venv-paddleclas: visiondistill_gc with PaddleClas' networks (Python 3.10 or 3.11)
 	@echo "environment ready: .venv-paddleclas"
