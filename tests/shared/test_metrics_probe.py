@@ -16,7 +16,7 @@ def cloud(seed=0, classes=3, n=240, width=6):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
     centres = np.random.default_rng(99).normal(0, 1.5, (classes, width))
-    scale = np.array([1, 10, 0.1, 3, 1, 0])[:width]  # the last feature is constant
+    scale = np.array([1, 3, 0.3, 2, 1, 0])[:width]  # the last feature is constant
     return ((centres[labels] + rng.normal(0, 1, (n, width))) * scale + 5).astype(np.float32), labels
 
 

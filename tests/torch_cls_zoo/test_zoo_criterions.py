@@ -253,6 +253,7 @@ def test_ghm_state_survives_saving(tmp_path) -> None:
 
 
 def _counts(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # a fork has none of the threads that OpenMP believes in
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )

@@ -138,7 +138,7 @@ def fit_into(model: nn.Layer, weights: Mapping[str, Any], *, path: str | Path) -
     )
     fitting = {}
     for name, value in weights.items():
-        tensor = paddle.to_tensor(value)
+        tensor = value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
         if tensor.is_floating_point() != own[name].is_floating_point():
             raise CheckpointError(
                 f"{path}: weight {name} is {tensor.dtype}, expected {own[name].dtype}"
