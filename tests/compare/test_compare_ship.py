@@ -91,15 +91,16 @@ def test_the_lines_can_be_typed(run, capsys):
     winner, choice = shipped(run)
     words = [shlex.split(line) for line in choice.lines]
     image = run[0] / "images/test/000.png"
-    assert [one[:2] for one in words[:3]] == [
-        ["smallvision", "predict"], ["smallvision", "serve"], ["smallvision", "evaluate"]
-    ]  # fmt: skip
+    assert [one[1] for one in words[:3]] == ["predict", "serve", "evaluate"]
+    command, python = Path(words[0][0]), Path(words[3][0])
+    assert command.name == "smallvision" and python.samefile(sys.executable)
+    assert command.parent == python.parent  # typed as it stands, whatever the PATH is
     assert smallvision.main([*words[0][1:3], str(image)]) == 0
     assert smallvision.main([*words[2][1:], "--latency-batches"]) == 0
     told = capsys.readouterr().out
     accuracy = read_facts(winner).measured["accuracy"]["value"]
     assert f"{accuracy:.4f}"[1:] in told or f"{100 * accuracy:.2f}" in told
-    assert words[3][0] == "python" and words[3][1] == str(winner / "snippet.py")
+    assert words[3][1] == str(winner / "snippet.py")
 
 
 def test_an_unsure_answer_is_unknown_in_the_winner_alone(run, tmp_path):

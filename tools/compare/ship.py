@@ -270,13 +270,17 @@ def _card_end(row: Judged, choice: Choice, check: DataCheck, agreement: float | 
 
 def _lines(folder: Path, check: DataCheck, has_snippet: bool) -> tuple[str, ...]:
     winner = str(folder / WINNER)
+    here = Path(sys.executable).parent  # of the environment; not always on the PATH
+    if here.is_relative_to(Path.cwd()):
+        here = here.relative_to(Path.cwd())
+    command = here / "smallvision"
     commands: list[list[str | Path]] = [
-        ["smallvision", "predict", winner, "photo.jpg"],
-        ["smallvision", "serve", winner],
-        ["smallvision", "evaluate", winner, check.root, "--split", folder / SPLIT_FILE],
+        [command, "predict", winner, "photo.jpg"],
+        [command, "serve", winner],
+        [command, "evaluate", winner, check.root, "--split", folder / SPLIT_FILE],
     ]
     if has_snippet:
-        commands.append(["python", folder / WINNER / SNIPPET_FILE, "photo.jpg"])
+        commands.append([here / "python", folder / WINNER / SNIPPET_FILE, "photo.jpg"])
     core_folder = Path(__file__).resolve().parents[2] / "shared"
     commands.append(
         ["docker", "build", "--build-context", f"core={core_folder}", "-t", "model", winner]
