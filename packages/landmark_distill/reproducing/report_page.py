@@ -119,7 +119,8 @@ def _say_what(report: Report, record: Mapping[str, Any], data: LandmarkData, hea
         f"Command: {record['command']}"
     )
     for note in data.notes:
-        report.text(f"Groups of classes that nobody learned, {note}.")
+        hidden = note.startswith(("validation:", "test:"))
+        report.text(f"Groups of classes that nobody learned, {note}." if hidden else f"{note}.")
 
 
 def _short(gap: Difference) -> str:
