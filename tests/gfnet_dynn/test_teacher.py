@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfnet_dynn.judge.evaluate import paired_shares
+from gfnet_dynn.judge.evaluate import gain_of, paired_shares
 from gfnet_dynn.model_files import load_model
 from gfnet_dynn.models.named import NamedNetwork
 from gfnet_dynn.report.lines import WHY_BELOW, verdicts
@@ -205,6 +205,15 @@ def test_the_student_learns_from_the_answers_alone_and_its_twin_from_labels(taug
     for row in student:  # the recipe's label weight is 0
         assert row["loss"] == pytest.approx(row["kd"] + row["deep"], rel=1e-4)
     assert all("kd" not in row for row in twin)
+
+
+def test_the_gain_is_student_minus_twin():
+    right = {
+        "student": np.array([True] * 9 + [False]),
+        "labels": np.array([True] * 7 + [False] * 3),
+    }
+    gap = gain_of(right)
+    assert gap["difference"] == pytest.approx(0.2) and gap["images"] == 10
 
 
 def test_the_report_says_what_it_is_worth(taught, images):

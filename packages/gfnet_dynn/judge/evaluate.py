@@ -64,6 +64,15 @@ class Judgement:
         return self.test.exits
 
 
+def gain_of(right: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What the teacher brought: accuracy of the student minus that of its twin from labels.
+
+    Args:
+        right: by network, which test images it answered rightly, bool ``(N,)``.
+    """
+    return paired_shares(right["student"], right["labels"])
+
+
 def judged_file(run: Run, named: Path | None) -> Path:
     """The model that is judged: the one that was named, or the run's best.
 
@@ -102,8 +111,7 @@ def evaluate_run(run: Run, file: Path, *, floors: Mapping[str, Any]) -> Judgemen
     if start and "backbone" in measured:
         measured["backbone"]["start"] = start
     if "labels" in plain:
-        gap = paired_shares(right["student"], right["labels"])
-        measured["distillation"] = gap
+        measured["distillation"] = gain_of(right)
     real = {name: _leave_for_real(run, model, point) for name, point in chosen.points.items()}
     times = times_of(_calls(model, chosen, plain), timed_images(run))
     for name in plain:
