@@ -61,7 +61,7 @@ def copy_repository(target: Path) -> None:
     """Every file that git knows or would take, as it lies here."""
     listed = subprocess.run(
         ["git", "-C", str(REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, encoding="utf-8", errors="replace", check=True,
     )  # fmt: skip
     for name in filter(None, listed.stdout.split("\0")):
         if (REPO / name).is_file():
@@ -82,7 +82,7 @@ def try_row(row: Mapping[str, Any], copy: Path) -> tuple[bool, str]:
     environment = {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [*command, *row["tests"]], cwd=copy, capture_output=True, text=True,
+            [*command, *row["tests"]], cwd=copy, capture_output=True, text=True, encoding="utf-8", errors="replace",
             env={**os.environ, **environment},
         )  # fmt: skip
     finally:
