@@ -82,7 +82,8 @@ def try_row(row: Mapping[str, Any], copy: Path) -> tuple[bool, str]:
     environment = {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [*command, *row["tests"]], cwd=copy, capture_output=True, text=True, encoding="utf-8", errors="replace",
+            [*command, *row["tests"]], cwd=copy, capture_output=True,
+            text=True, encoding="utf-8", errors="replace",
             env={**os.environ, **environment},
         )  # fmt: skip
     finally:
