@@ -246,8 +246,11 @@ def test_verdicts():
     assert "did not help, it hurt: -3.0" in verdicts(measured)[2]
     # A single student is judged where nothing was chosen, and so is one that the folds taught.
     measured["trained_floor"]["test"] = {"accuracy": 0.85}
-    measured["test"]["one"] = {"accuracy": 0.86}
     assert verdicts(measured)[1] == (
+        "0.8000 on held-out images, BELOW trained features, linear (0.8500)."
+    )
+    measured["test"]["one"] = {"accuracy": 0.86}
+    assert verdicts(measured)[2] == (
         "The one student: 0.8600 on held-out images, above trained features, linear (0.8500)."
     )
     measured["validated"] = "validation"

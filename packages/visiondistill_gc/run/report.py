@@ -104,6 +104,8 @@ def verdicts(measured: dict[str, Any]) -> list[str]:
         said.append(_against(held, trained["test"]["accuracy"], HELD_OUT, FLOOR))
     elif trained:
         said.append(_against(validated, trained["out_of_fold"]["accuracy"], where, FLOOR))
+        if test and trained.get("test"):
+            said.append(_against(held, trained["test"]["accuracy"], HELD_OUT, FLOOR))
     if test and "one" in test and trained:
         found, floor = test["one"]["accuracy"], trained["test"]["accuracy"]
         said.append("The one student: " + _against(found, floor, HELD_OUT, FLOOR))
