@@ -297,3 +297,13 @@ def test_onnx_export_checks_itself_and_never_installs(tmp_path, monkeypatch):
     export.export_inference(model, tmp_path / "student", input_size=(3, 8, 8))
     loaded = paddle.jit.load(str(tmp_path / "student"))
     np.testing.assert_allclose(loaded(paddle.to_tensor(batch)).numpy(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_averages_leave_frozen_weights_as_they_are():
+    net = nn.Linear(40, 30)
+    before = net.weight.numpy().copy()
+    averages = Ema(net, decay=0.98, warmup=False)
+    for _ in range(20):
+        averages.update(net)
+    averages.copy_to(net)
+    np.testing.assert_array_equal(net.weight.numpy(), before)
